@@ -1,0 +1,130 @@
+"""Checkpoints of a stage: trained weights, AdamW moments, EMA and one integer. Safetensors and JSON, no pickle.
+
+Tensors are stored whole, so a run may go on with another number of ranks. torch.distributed.checkpoint is not used:
+its metadata file is a pickle.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from train.distributed import Ranks, barrier, fill, whole
+from train.files import read_json, write_folder, write_json, write_tensors
+
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the message names the file and what to do."""
+
+
+@dataclass
+class TrainState:
+    """What must survive a kill: named parameters, their optimizer and their moving average."""
+
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.AdamW
+    ema: dict[str, Tensor] | None
+
+
+def save(folder: Path, step: int, state: TrainState, settings: dict[str, Any], ranks: Ranks, keep: int) -> None:
+    """Write `folder/step-XXXXXXXX` whole or not at all, then drop all but the newest `keep`."""
+    moments: dict[str, Tensor] = {}
+    steps: dict[str, int] = {}
+    for name, parameter in state.parameters.items():
+        slot = state.optimizer.state.get(parameter)
+        if slot:
+            steps[name] = int(slot["step"].item())
+            moments[f"{name}.exp_avg"] = whole(slot["exp_avg"])
+            moments[f"{name}.exp_avg_sq"] = whole(slot["exp_avg_sq"])
+    tensors = {"weights": full_weights(state.parameters), "optimizer": moments}
+    if state.ema is not None:
+        tensors["ema"] = full_weights(state.ema)
+
+    def write(temporary: Path) -> None:
+        for file, content in tensors.items():
+            write_tensors(temporary / f"{file}.safetensors", content)
+        record = {"format": FORMAT, "step": step, "adam_steps": steps, "settings": settings}
+        write_json(temporary / "state.json", record)
+
+    if ranks.first:
+        write_folder(folder / f"step-{step:08d}", write)
+        for old in _list(folder)[:-keep]:
+            shutil.rmtree(old)
+    barrier()
+
+
+def load(folder: Path, state: TrainState, settings: dict[str, Any], free: set[str]) -> int:
+    """Restore the newest checkpoint into `state`; returns its step, 0 when there is none."""
+    found = _list(folder)
+    if not found:
+        return 0
+    path = found[-1]
+    record = read_json(path / "state.json")
+    if record.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {record.get('format')}, this program reads {FORMAT}; remove it")
+    changed = differences(record["settings"], settings, free)
+    if changed:
+        raise CheckpointError(
+            f"{path} was made with other settings ({'; '.join(changed)}); "
+            f"restore them, or remove {folder.parent} to start anew"
+        )
+    parameters = {name: parameter.data for name, parameter in state.parameters.items()}
+    _read(path / "weights.safetensors", parameters)
+    moments = {}
+    for name, parameter in state.parameters.items():
+        if name not in record["adam_steps"]:
+            continue
+        step = torch.tensor(float(record["adam_steps"][name]), dtype=torch.float32, device=parameter.device)
+        slot = {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        state.optimizer.state[parameter] = slot
+        moments[f"{name}.exp_avg"], moments[f"{name}.exp_avg_sq"] = slot["exp_avg"], slot["exp_avg_sq"]
+    _read(path / "optimizer.safetensors", moments)
+    if state.ema is not None:
+        _read(path / "ema.safetensors", state.ema)
+    return int(record["step"])
+
+
+def full_weights(named: dict[str, Any]) -> dict[str, Tensor]:
+    """Whole CPU tensors by name (every rank must call it)."""
+    return {
+        name: whole(tensor.data if isinstance(tensor, torch.nn.Parameter) else tensor) for name, tensor in named.items()
+    }
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], free: set[str]) -> list[str]:
+    """'field: old -> new' for every top-level field that differs and is not free to change."""
+    keys = sorted((set(old) | set(new)) - free)
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+
+
+def _list(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+@torch.no_grad()
+def _read(path: Path, targets: dict[str, Tensor]) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = set(file.keys())
+            if stored != set(targets):
+                missing, unknown = sorted(set(targets) - stored), sorted(stored - set(targets))
+                raise CheckpointError(f"{path} does not fit this model: missing {missing[:5]}, unknown {unknown[:5]}")
+            for name, target in targets.items():
+                value = file.get_tensor(name)
+                if value.shape != target.shape:
+                    raise CheckpointError(
+                        f"{path}: {name} has shape {tuple(value.shape)}, expected {tuple(target.shape)}"
+                    )
+                fill(target, value)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is unreadable ({error}); remove its folder to resume from the one before"
+        ) from error

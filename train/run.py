@@ -1,0 +1,190 @@
+"""`python -m train.run RECIPE [--stage NAME] [--dry-run] [key=value ...]` and `python -m train.run --list`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from train import distributed
+from train.checkpoint import CheckpointError, differences
+from train.config import Recipe, RecipeError, find_recipe, list_recipes, load_recipe, nearest
+from train.distributed import Ranks
+from train.files import digest_json, read_json, write_json
+from train.loop import NonFinite, Stopped, train_stage
+from train.stages import stage_class
+from train.stages.base import Context, Stage
+
+WATCH_FIELDS = {"checkpoint_every", "keep_checkpoints", "log_every", "preview_every", "shard"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit code (0 done, 1 refused or failed, 143 stopped by a signal)."""
+    options = _parser().parse_intermixed_args(arguments)
+    if options.list:
+        print(_listing())
+        return 0
+    if not options.recipe:
+        print("name a recipe, or use --list", file=sys.stderr)
+        return 1
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        if options.dry_run:
+            return dry_run(recipe)
+        run_recipe(recipe, only=options.stage, redo=options.redo)
+    except Stopped as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 143
+    except (RecipeError, CheckpointError, NonFinite, OSError, ValueError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    finally:
+        distributed.stop()
+    return 0
+
+
+def run_recipe(recipe: Recipe, only: str | None = None, redo: bool = False) -> dict[str, Any]:
+    """Run the stages that are not done yet (or just `only`); returns each stage's numbers."""
+    if only is not None and only not in recipe.stages:
+        raise RecipeError(f"recipe {recipe.name} has no stage {only!r}{nearest(only, recipe.stages)}")
+    ranks = distributed.start(recipe.device)
+    names = [only] if only else list(recipe.stages)
+    if ranks.first:
+        write_json(recipe.folder / "recipe.json", _plain(recipe))
+    results = {}
+    for name in names:
+        stage = make_stage(recipe, name, ranks)
+        done = _finished(recipe, stage, redo and ranks.first)
+        if done is None:
+            done = run_stage(recipe, stage, ranks)
+        elif ranks.first:
+            print(f"{name}: done before, in {stage.folder}")
+        results[name] = done["numbers"]
+    return results
+
+
+def make_stage(recipe: Recipe, name: str, ranks: Ranks) -> Stage:
+    """The stage of that name, not yet set up."""
+    config = recipe.stages[name]
+    context = Context(recipe, name, recipe.folder / name, ranks.device, ranks.rank, ranks.world)
+    return stage_class(config.kind)(config, context)
+
+
+def run_stage(recipe: Recipe, stage: Stage, ranks: Ranks) -> dict[str, Any]:
+    """Check, set up, train if it trains, finish, and note it as done."""
+    problems = stage.check()
+    if problems:
+        raise RecipeError(f"stage {stage.context.name} cannot run:\n  " + "\n  ".join(problems))
+    begin = time.perf_counter()
+    module = stage.setup()
+    weights = {} if module is None else train_stage(stage, module, ranks, recipe.seed)
+    numbers = stage.finish(weights)
+    done = {
+        "fingerprint": fingerprint(recipe, stage.context.name),
+        "settings": _settings(recipe, stage.context.name),
+        "seconds": round(time.perf_counter() - begin, 3),
+        "numbers": numbers,
+    }
+    if ranks.first:
+        write_json(stage.folder / "done.json", done)
+        short = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items() if isinstance(value, int | float))
+        print(f"{stage.context.name}: done in {done['seconds']:.1f} s" + (f" ({short})" if short else ""), flush=True)
+    distributed.barrier()
+    return done
+
+
+def dry_run(recipe: Recipe) -> int:
+    """Print the plan without loading weights; exit code 1 when a stage could not run."""
+    print(f"{recipe.name}: {recipe.about}\n  output {recipe.folder}, seed {recipe.seed}")
+    ranks = Ranks(0, 1, distributed.torch.device("cpu"))
+    failed = False
+    for name, config in recipe.stages.items():
+        stage = make_stage(recipe, name, ranks)
+        state = "done" if (stage.folder / "done.json").exists() else "to do"
+        print(
+            f"{name} ({config.kind}, {state}): {config.steps} steps of {config.batch}, AdamW lr {config.optimizer.lr:g}"
+            if config.steps
+            else f"{name} ({config.kind}, {state})"
+        )
+        for line in stage.describe_plan():
+            print(f"  {line}")
+        for problem in stage.check():
+            failed = True
+            print(f"  cannot run: {problem}")
+    return int(failed)
+
+
+def fingerprint(recipe: Recipe, name: str) -> str:
+    """Digest of everything that decides a stage's result: its settings, the seed, and its input stages' digests."""
+    return digest_json([_settings(recipe, name), {ref: fingerprint(recipe, ref) for ref in inputs(recipe, name)}])
+
+
+def inputs(recipe: Recipe, name: str) -> list[str]:
+    """Earlier stages that a stage's config refers to by name."""
+    order = list(recipe.stages)
+    earlier = order[: order.index(name)]
+    values = [v for k, v in recipe.stages[name].model_dump().items() if k != "kind"]
+    flat = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
+    return [stage for stage in earlier if stage in flat]
+
+
+def _finished(recipe: Recipe, stage: Stage, redo: bool) -> dict[str, Any] | None:
+    """The record of a stage that is done with these very settings; None when it is to be run (again)."""
+    name, path = stage.context.name, stage.folder / "done.json"
+    if redo:
+        shutil.rmtree(stage.folder, ignore_errors=True)
+    distributed.barrier()
+    if not path.exists():
+        return None
+    done = read_json(path)
+    settings = _settings(recipe, name)
+    if done["fingerprint"] == fingerprint(recipe, name):
+        return done
+    changed = differences(done["settings"], settings, set())
+    if changed and all(item.startswith("steps:") for item in changed) and settings["steps"] > done["settings"]["steps"]:
+        return None
+    reason = "; ".join(changed) or f"one of its inputs {inputs(recipe, name)} was made anew"
+    raise RecipeError(
+        f"stage {name} in {stage.folder} was finished with other settings ({reason}); "
+        f"restore them, use --redo (with --stage {name}), or another output="
+    )
+
+
+def _settings(recipe: Recipe, name: str) -> dict[str, Any]:
+    fields = recipe.stages[name].model_dump(mode="json", exclude=WATCH_FIELDS)
+    return {**fields, "seed": recipe.seed}
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    stages = {name: config.model_dump(mode="json") for name, config in recipe.stages.items()}
+    return {**json.loads(recipe.model_dump_json(exclude={"stages"})), "stages": stages}
+
+
+def _listing() -> str:
+    lines = []
+    for name in list_recipes():
+        recipe = load_recipe(Path(find_recipe(name)))
+        lines.append(f"{name:16} {recipe.about}\n{'':16} stages: {', '.join(recipe.stages)}")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.run", description="Run a training recipe; what is done is skipped."
+    )
+    parser.add_argument("recipe", nargs="?", help="a name in train/recipes, or a path to a .yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seed=1 or finetune.steps=100")
+    parser.add_argument("--stage", help="run this stage only")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, load nothing")
+    parser.add_argument("--redo", action="store_true", help="drop what the stages to be run left before")
+    parser.add_argument("--list", action="store_true", help="show the recipes")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""Stages by kind. The class is imported when a recipe asks for it, so `--list` needs no diffusers."""
+
+from __future__ import annotations
+
+import importlib
+
+from train.config import RecipeError, nearest
+from train.stages.base import Stage
+
+STAGES: dict[str, str] = {
+    "cache": "train.stages.cache:CacheStage",
+    "align": "train.stages.align:AlignStage",
+    "head": "train.stages.head:HeadStage",
+    "finetune": "train.stages.finetune:FinetuneStage",
+    "export": "train.stages.export:ExportStage",
+    "autoencoder": "train.stages.autoencoder:AutoencoderStage",
+    "pretrain": "train.stages.pretrain:PretrainStage",
+    "distill": "train.stages.distill:DistillStage",
+}
+
+
+def stage_class(kind: str, where: str = "recipe") -> type[Stage]:
+    """The Stage subclass of a kind; an unknown kind is a RecipeError which lists the valid ones."""
+    if kind not in STAGES:
+        raise RecipeError(f"{where}: unknown kind {kind!r}{nearest(kind, STAGES)}")
+    module, name = STAGES[kind].split(":")
+    return getattr(importlib.import_module(module), name)

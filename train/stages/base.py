@@ -1,0 +1,97 @@
+"""What a stage is: something to train (or nothing), a loss on a batch, and files to write at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from train.batches import Batch
+from train.config import Recipe, StageConfig
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a stage runs: its recipe, its own folder, the device, and its place among the ranks."""
+
+    recipe: Recipe
+    name: str
+    folder: Path
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    def resolve(self, reference: str) -> Path:
+        """Folder of another stage of this recipe when `reference` is a stage's name, else `reference` as a path."""
+        if reference in self.recipe.stages:
+            return self.recipe.folder / reference
+        return Path(reference)
+
+
+class Stage:
+    """One step of a recipe. Subclasses set `Config` and override what they need; the loop knows nothing else.
+
+    Life of a stage: `__init__` (cheap: checks paths and config) -> `setup()` (loads) -> `loss()` for each
+    micro-batch -> `finish(weights)`. A stage that trains nothing returns None from `setup()` and does its
+    work in `finish({})`.
+    """
+
+    Config: ClassVar[type[StageConfig]] = StageConfig
+    forward_methods: ClassVar[tuple[str, ...]] = ()  # calls other than forward() that use the module's own weights
+
+    def __init__(self, config: StageConfig, context: Context) -> None:
+        self.config = config
+        self.context = context
+        self.folder = context.folder
+        self.device = context.device
+
+    def check(self) -> list[str]:
+        """Problems that can be seen without computing (missing files, wrong geometry); empty = fine."""
+        return []
+
+    def describe_plan(self) -> list[str]:
+        """Lines for --dry-run: token counts, what trains and how much, disk and memory. Loads no weights."""
+        return []
+
+    def setup(self) -> nn.Module | None:
+        """Load everything; return the module whose parameters with requires_grad=True are to be trained."""
+        return None
+
+    def shard_units(self) -> Sequence[nn.Module]:
+        """Submodules that FSDP2 shards one by one (transformer blocks), before the root."""
+        return ()
+
+    def buckets(self) -> Sequence[Sequence[int]]:
+        """Sample numbers grouped by shape; one batch never mixes groups."""
+        raise NotImplementedError(f"{type(self).__name__} trains but names no samples")
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Scalar loss (mean over the batch's slots) and numbers to log. Randomness only through `batch`."""
+        raise NotImplementedError(f"{type(self).__name__} trains but has no loss")
+
+    def before_step(self, step: int) -> None:
+        """Called before the micro-batches of a step (schedules such as a growing LoRA alpha)."""
+
+    def lr_scale(self, name: str) -> float:
+        """Factor on the learning rate of one parameter."""
+        return 1.0
+
+    def describe_samples(self, indices: Sequence[int]) -> list[str]:
+        """Names of samples for an error message."""
+        return [str(index) for index in indices]
+
+    def preview(self, step: int) -> dict[str, Tensor]:
+        """Pictures (3,H,W) in 0..1 to save every `preview_every` steps, by name."""
+        return {}
+
+    def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
+        """Write the stage's results into `self.folder`, atomically. Runs on every rank; only rank 0 writes.
+
+        `weights`: trained parameters by module path, float32 on the CPU, the EMA's where there is one.
+        Returned numbers go into done.json.
+        """
+        return {}
