@@ -1,0 +1,117 @@
+# B batch, C latent channels, h w latent rows and columns, p patch size, D width, f spatial factor
+"""What the method needs to know of a base model. One subclass per model, one file per subclass."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+Config = dict[str, Any]
+
+
+class Backbone(ABC):
+    """A base model as the method sees it: where the latent enters and leaves it, and how it is called.
+
+    Configs are those of the diffusers class (its config.json, names and all). Models are modules with that class's
+    signature; they may be peft-injected or sharded, so nothing here looks at more than named children and `config`.
+    """
+
+    name: str
+    diffusers_class: str
+    embedder: str
+    head: str
+    native_embedder: str
+    native_head: str
+    lora_targets: tuple[str, ...]
+    """Regular expressions on whole module paths, joined by | for peft's target_modules."""
+
+    @abstractmethod
+    def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:
+        """The config of the same network on a latent of `channels` channels cut into patches of `patch_size`."""
+
+    @abstractmethod
+    def embed(self, model: nn.Module, latents: Tensor, config: Config) -> Tensor:
+        """Patch embedding (B,h/p,w/p,D) of model-space latents (B,C,h,w): what Eq. 1 compares."""
+
+    @abstractmethod
+    def velocity(
+        self,
+        model: nn.Module,
+        latents: Tensor,
+        sigma: Tensor,
+        cond: Mapping[str, Tensor],
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity noise - x0 (B,C,h,w) at noised model-space latents (B,C,h,w) and sigma (B,) in 0..1."""
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The repeated blocks in the order they run: units of sharding and checkpointing."""
+
+    @abstractmethod
+    def fingerprint(self, config: Config) -> dict[str, Any]:
+        """The parts of the config that do not depend on the latent: two models fit one adapter if these agree."""
+
+    @abstractmethod
+    def matches(self, state_dict: Mapping[str, Tensor]) -> bool:
+        """Whether the keys look like this model, in either naming (cheap; detect() does the checking)."""
+
+    @abstractmethod
+    def detect(self, state_dict: Mapping[str, Tensor]) -> Config:
+        """The config read off tensor shapes (meta tensors do), in either naming; ValueError says what is missing."""
+
+    @abstractmethod
+    def to_native(
+        self, state_dict: Mapping[str, Tensor], config: Config | None = None, *, partial: bool = False
+    ) -> dict[str, Tensor]:
+        """Diffusers names -> original names, bit-exact. partial: some tensors only (an adapter's)."""
+
+    @abstractmethod
+    def to_diffusers(
+        self, state_dict: Mapping[str, Tensor], config: Config | None = None, *, partial: bool = False
+    ) -> dict[str, Tensor]:
+        """Original names -> diffusers names, bit-exact."""
+
+    def is_lora_target(self, path: str) -> bool:
+        """Whether the module at this path (no prefix) gets a LoRA: lora_targets match whole paths."""
+        return any(re.fullmatch(target, path) for target in self.lora_targets)
+
+    def tokens(self, height_px: int, width_px: int, f: int, p: int = 1) -> int:
+        """Tokens of an image: (H / fp) * (W / fp), arXiv:2509.25180 section 3.1.1; sizes must be multiples of fp."""
+        side = f * p
+        if height_px < side or width_px < side or height_px % side or width_px % side:
+            raise ValueError(f"{width_px}x{height_px} pixels at f{f}p{p}: both sides must be multiples of {side}")
+        return (height_px // side) * (width_px // side)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The module under DistributedDataParallel or torch.compile, for reading attributes (not for calling)."""
+    for wrapper in ("module", "_orig_mod"):
+        inner = getattr(model, wrapper, None)
+        if isinstance(inner, nn.Module):
+            return bare(inner)
+    return model
+
+
+def child(model: nn.Module, path: str) -> nn.Module:
+    """Submodule by dotted path, through wrappers that forward attributes (PeftModel, DDP, torch.compile)."""
+    module: Any = bare(model)
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def patch_size(packed_channels: int, channels: int, what: str) -> int:
+    """p with channels * p*p == packed_channels; ValueError when there is none: the latent is another model's."""
+    size = math.isqrt(packed_channels // channels) if channels and packed_channels % channels == 0 else 0
+    if not size or channels * size * size != packed_channels:
+        raise ValueError(
+            f"{what} takes {packed_channels} values per token, which a latent of {channels} channels cannot fill at "
+            "any patch size: the latent belongs to another autoencoder than the model."
+        )
+    return size

@@ -1,0 +1,280 @@
+# B batch, C latent channels, h w latent rows and columns, p patch size, N image tokens, T text tokens, D width
+"""FLUX.1 (dev, Krea, schnell): diffusers FluxTransformer2DModel and the original BFL/ComfyUI names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .base import Backbone, Config, bare, child, patch_size
+from .keymap import REST, KeyMap, Row, count_blocks, strip_prefix
+
+_QKV = ("to_q", "to_k", "to_v")
+_ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def _block(prefix: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}.{{i}}.{name}" for name in names)
+
+
+def _norm(native: str, part: str) -> Row:
+    # ComfyUI renamed the norms' `scale` to `weight` in 2026; both are read, `scale` is written.
+    return Row(f"{native}.scale", (f"{part}.weight",), suffixes=("",), alias=f"{native}.weight")
+
+
+def _double(native: str, *parts: str) -> Row:
+    return Row(f"double_blocks.{{i}}.{native}", _block("transformer_blocks", *parts))
+
+
+def _mlp(native: str, part: str, **kwargs: Any) -> tuple[Row, ...]:
+    return tuple(
+        Row(f"{native}.{layer}", (f"time_text_embed.{part}.linear_{n}",), **kwargs)
+        for n, layer in ((1, "in_layer"), (2, "out_layer"))
+    )
+
+
+KEYS = KeyMap(
+    model="FLUX.1",
+    top=(
+        Row("img_in", ("x_embedder",)),
+        Row("txt_in", ("context_embedder",)),
+        *_mlp("time_in", "timestep_embedder"),
+        *_mlp("vector_in", "text_embedder"),
+        *_mlp("guidance_in", "guidance_embedder", optional="guidance"),
+        Row("final_layer.linear", ("proj_out",)),
+        # BFL splits this layer's output as (shift, scale), diffusers as (scale, shift).
+        Row("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap=True),
+    ),
+    blocks={
+        "double": (
+            _double("img_mod.lin", "norm1.linear"),
+            _double("txt_mod.lin", "norm1_context.linear"),
+            _double("img_attn.qkv", *(f"attn.{name}" for name in _QKV)),
+            _double("txt_attn.qkv", *(f"attn.{name}" for name in _ADDED_QKV)),
+            _double("img_attn.proj", "attn.to_out.0"),
+            _double("txt_attn.proj", "attn.to_add_out"),
+            *(
+                _norm(f"double_blocks.{{i}}.{side}_attn.norm.{qk}_norm", f"transformer_blocks.{{i}}.attn.{part}")
+                for side, qk, part in (
+                    ("img", "query", "norm_q"),
+                    ("img", "key", "norm_k"),
+                    ("txt", "query", "norm_added_q"),
+                    ("txt", "key", "norm_added_k"),
+                )
+            ),
+            _double("img_mlp.0", "ff.net.0.proj"),
+            _double("img_mlp.2", "ff.net.2"),
+            _double("txt_mlp.0", "ff_context.net.0.proj"),
+            _double("txt_mlp.2", "ff_context.net.2"),
+        ),
+        "single": (
+            Row("single_blocks.{i}.modulation.lin", _block("single_transformer_blocks", "norm.linear")),
+            Row(
+                "single_blocks.{i}.linear1",
+                _block("single_transformer_blocks", *(f"attn.{name}" for name in _QKV), "proj_mlp"),
+                sizes=(1, 1, 1, REST),
+            ),
+            Row("single_blocks.{i}.linear2", _block("single_transformer_blocks", "proj_out")),
+            *(
+                _norm(f"single_blocks.{{i}}.norm.{qk}_norm", f"single_transformer_blocks.{{i}}.attn.norm_{qk[0]}")
+                for qk in ("query", "key")
+            ),
+        ),
+    },
+)
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
+
+# What detect() reads, as (diffusers tensor, native tensor, dim).
+_PROBES: dict[str, tuple[str, str, int]] = {
+    "width": ("x_embedder.weight", "img_in.weight", 0),
+    "in_channels": ("x_embedder.weight", "img_in.weight", 1),
+    "out_channels": ("proj_out.weight", "final_layer.linear.weight", 0),
+    "joint_attention_dim": ("context_embedder.weight", "txt_in.weight", 1),
+    "pooled_projection_dim": ("time_text_embed.text_embedder.linear_1.weight", "vector_in.in_layer.weight", 1),
+}
+
+
+class Flux(Backbone):
+    """FLUX.1. cond: prompt_embeds (B,T,Dt) and pooled (B,Dp); guidance is g = 1 + w in plain units."""
+
+    name = "flux"
+    diffusers_class = "FluxTransformer2DModel"
+    embedder = "x_embedder"
+    head = "proj_out"
+    native_embedder = "img_in"
+    native_head = "final_layer.linear"
+    # The layers of the official recipe: attention and MLP of every block, no modulation, not the top-level proj_out.
+    lora_targets = (
+        r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
+        r"transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)",
+        r"single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)",
+    )
+
+    def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:
+        """The diffusers class sees packed tokens, so its own patch_size stays 1."""
+        packed = channels * patch_size * patch_size
+        return {**config, "in_channels": packed, "out_channels": packed, "patch_size": 1}
+
+    def embed(self, model: nn.Module, latents: Tensor, config: Config) -> Tensor:
+        p = patch_size(_packed_channels(model, config), latents.shape[1], "This FLUX")
+        rows = latents.shape[2] // p
+        return rearrange(child(model, self.embedder)(pack(latents, p)), "B (h w) D -> B h w D", h=rows)
+
+    def velocity(
+        self,
+        model: nn.Module,
+        latents: Tensor,
+        sigma: Tensor,
+        cond: Mapping[str, Tensor],
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """As diffusers' FluxPipeline calls it; guidance is ignored by a model that has no embedding for it."""
+        takes_guidance = bare(model).config["guidance_embeds"]
+        if takes_guidance and guidance is None:
+            raise ValueError("this FLUX has a guidance embedding: pass guidance (B,), the scale g = 1 + w")
+        p = patch_size(_packed_channels(model), latents.shape[1], "This FLUX")
+        rows, columns = latents.shape[2] // p, latents.shape[3] // p
+        tokens = model(
+            hidden_states=pack(latents, p),
+            timestep=sigma,  # diffusers multiplies by 1000 inside
+            guidance=guidance if takes_guidance else None,
+            pooled_projections=cond["pooled"],
+            encoder_hidden_states=cond["prompt_embeds"],
+            txt_ids=torch.zeros(cond["prompt_embeds"].shape[1], 3, device=latents.device),
+            img_ids=position_ids(rows, columns, latents.device),
+            return_dict=False,
+        )[0]
+        return unpack(tokens, rows, columns, p)
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return [*child(model, "transformer_blocks"), *child(model, "single_transformer_blocks")]
+
+    def fingerprint(self, config: Config) -> dict[str, Any]:
+        return {
+            "width": config["num_attention_heads"] * config["attention_head_dim"],
+            **{
+                key: config[key]
+                for key in (
+                    "num_attention_heads",
+                    "num_layers",
+                    "num_single_layers",
+                    "joint_attention_dim",
+                    "pooled_projection_dim",
+                    "guidance_embeds",
+                )
+            },
+            "axes_dims_rope": list(config["axes_dims_rope"]),
+        }
+
+    def matches(self, state_dict: Mapping[str, Tensor]) -> bool:
+        keys = strip_prefix(state_dict, PREFIXES)
+        return all(key in keys for key in ("img_in.weight", "vector_in.in_layer.weight")) or all(
+            key in keys for key in ("x_embedder.weight", "time_text_embed.text_embedder.linear_1.weight")
+        )
+
+    def detect(self, state_dict: Mapping[str, Tensor]) -> Config:
+        keys = strip_prefix(state_dict, PREFIXES)
+        native = "img_in.weight" in keys
+        found: dict[str, int] = {}
+        for field, (diffusers_key, native_key, dim) in _PROBES.items():
+            key = native_key if native else diffusers_key
+            if key not in keys:
+                raise ValueError(f"this is not a FLUX.1 state dict: it has no {key}")
+            found[field] = keys[key].shape[dim]
+        width = found.pop("width")
+        depths = self._depths(keys, native)
+        head_dim = _head_dim(keys)
+        if width % head_dim:
+            raise ValueError(f"FLUX.1 width {width} is not a multiple of its head dimension {head_dim}")
+        guidance = "guidance_in.in_layer.weight" if native else "time_text_embed.guidance_embedder.linear_1.weight"
+        return {
+            "patch_size": 1,
+            **found,
+            "num_layers": depths["double"],
+            "num_single_layers": depths["single"],
+            "attention_head_dim": head_dim,
+            "num_attention_heads": width // head_dim,
+            "guidance_embeds": guidance in keys,
+            "axes_dims_rope": rope_axes(head_dim),
+        }
+
+    def to_native(
+        self, state_dict: Mapping[str, Tensor], config: Config | None = None, *, partial: bool = False
+    ) -> dict[str, Tensor]:
+        keys = strip_prefix(state_dict, PREFIXES)
+        return KEYS.to_native(keys, _depths_of(config or self.detect(keys)), partial=partial)
+
+    def to_diffusers(
+        self, state_dict: Mapping[str, Tensor], config: Config | None = None, *, partial: bool = False
+    ) -> dict[str, Tensor]:
+        keys = strip_prefix(state_dict, PREFIXES)
+        config = config or self.detect(keys)
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return KEYS.to_diffusers(keys, _depths_of(config), width, partial=partial)
+
+    @staticmethod
+    def _depths(keys: Mapping[str, Tensor], native: bool) -> dict[str, int]:
+        double, single = (
+            ("double_blocks.", "single_blocks.") if native else ("transformer_blocks.", "single_transformer_blocks.")
+        )
+        return {"double": count_blocks(keys, double), "single": count_blocks(keys, single)}
+
+
+def pack(latents: Tensor, p: int) -> Tensor:
+    """(B,C,h,w) -> tokens (B, h/p * w/p, C*p*p), channel-major within a patch as FluxPipeline packs."""
+    if latents.shape[2] % p or latents.shape[3] % p:
+        raise ValueError(f"latent of {tuple(latents.shape[2:])} rows and columns does not divide into {p}x{p} patches")
+    return rearrange(latents, "B C (h ph) (w pw) -> B (h w) (C ph pw)", ph=p, pw=p)
+
+
+def unpack(tokens: Tensor, rows: int, columns: int, p: int) -> Tensor:
+    """Inverse of pack: tokens (B, rows*columns, C*p*p) -> (B,C,rows*p,columns*p)."""
+    return rearrange(tokens, "B (h w) (C ph pw) -> B C (h ph) (w pw)", h=rows, w=columns, ph=p, pw=p)
+
+
+def position_ids(rows: int, columns: int, device: torch.device | str | None = None) -> Tensor:
+    """RoPE ids (rows*columns, 3) = (0, row, column), float32: one step per token whatever the latent's depth."""
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack((torch.zeros_like(row), row, column), dim=-1).reshape(-1, 3).float().to(device)
+
+
+def rope_axes(head_dim: int) -> tuple[int, int, int]:
+    """RoPE axes as FLUX.1 shares its 128 out, (16, 56, 56) = 1 : 3.5 : 3.5, in even numbers for any head dimension.
+
+    No tensor holds the axes; a model that shares them otherwise needs its config.json.
+    """
+    text = max(2, 2 * round(head_dim / 16))
+    text += (head_dim - text) % 4
+    side = (head_dim - text) // 2
+    if side < 2 or head_dim % 2:
+        raise ValueError(f"head dimension {head_dim} has no room for three RoPE axes of even size")
+    return text, side, side
+
+
+def _head_dim(keys: Mapping[str, Tensor]) -> int:
+    for key in (
+        "transformer_blocks.0.attn.norm_q.weight",
+        "single_transformer_blocks.0.attn.norm_q.weight",
+        "double_blocks.0.img_attn.norm.query_norm.scale",
+        "double_blocks.0.img_attn.norm.query_norm.weight",
+        "single_blocks.0.norm.query_norm.scale",
+        "single_blocks.0.norm.query_norm.weight",
+    ):
+        if key in keys:
+            return keys[key].shape[0]
+    raise ValueError("this is not a FLUX.1 state dict: no block has a query norm")
+
+
+def _packed_channels(model: nn.Module, config: Config | None = None) -> int:
+    """Values per token: what the embedder says, which training may have replaced, before what the config says."""
+    embedder = child(model, Flux.embedder)
+    return getattr(embedder, "in_features", None) or (config or bare(model).config)["in_channels"]
+
+
+def _depths_of(config: Config) -> dict[str, int]:
+    return {"double": config["num_layers"], "single": config["num_single_layers"]}

@@ -1,0 +1,195 @@
+"""Key maps between the diffusers names of a model and its original ("native") ones, as data, run both ways.
+
+A map is a list of rows. A row says: this native tensor is these diffusers tensors, joined along dim 0. Running a row
+moves whole slices and never computes, so both directions are exact to the bit. Every key must be used by one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SUFFIXES = (".weight", ".bias")
+REST = -1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a map; `{i}` stands for the block number.
+
+    native: native module (or, with suffixes ("",), tensor) name; parts: diffusers names that make it, in order;
+    sizes: rows of each part in units of the model width, REST for what remains; empty = equal parts;
+    swap: the two halves along dim 0 change places; alias: another native spelling that files use;
+    optional: name of a group of rows that a model has all of or none of; "" = every model has this row.
+    """
+
+    native: str
+    parts: tuple[str, ...]
+    sizes: tuple[int, ...] = ()
+    swap: bool = False
+    suffixes: tuple[str, ...] = SUFFIXES
+    alias: str | None = None
+    optional: str = ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A Row for one block and one suffix: full key names."""
+
+    native: str
+    parts: tuple[str, ...]
+    sizes: tuple[int, ...]
+    swap: bool
+    alias: str | None
+    optional: str
+
+    def native_key(self, keys: Mapping[str, Tensor]) -> str:
+        """The spelling of the native key that `keys` has (the usual one when it has neither)."""
+        return self.alias if self.alias in keys and self.native not in keys else self.native
+
+    def join(self, get: Callable[[str], Tensor]) -> Tensor:
+        """Native tensor from its diffusers parts."""
+        tensors = [get(key) for key in self.parts]
+        joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=0)
+        return _swap_halves(joined, self.parts[0]) if self.swap else joined
+
+    def split(self, tensor: Tensor, width: int) -> Iterator[tuple[str, Tensor]]:
+        """(diffusers key, tensor) for each part of a native tensor; the tensors are views."""
+        if self.swap:
+            tensor = _swap_halves(tensor, self.native)
+        if len(self.parts) == 1:
+            yield self.parts[0], tensor
+            return
+        yield from zip(self.parts, torch.split(tensor, self._rows(tensor.shape[0], width)), strict=True)
+
+    def _rows(self, rows: int, width: int) -> list[int]:
+        if not self.sizes:
+            counts = [rows // len(self.parts)] * len(self.parts)
+        else:
+            known = [size * width for size in self.sizes if size != REST]
+            counts = [rows - sum(known) if size == REST else size * width for size in self.sizes]
+        if sum(counts) != rows or min(counts) < 1:
+            raise ValueError(f"{self.native}: {rows} rows cannot be split into {', '.join(self.parts)} (width {width})")
+        return counts
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """All rows of one model: `top` once, each entry of `blocks` once for every block of that kind."""
+
+    model: str
+    top: tuple[Row, ...]
+    blocks: Mapping[str, tuple[Row, ...]]
+    dropped: tuple[str, ...] = ()
+    """Native key beginnings that diffusers has no place for (buffers that are made anew)."""
+
+    def rules(self, depths: Mapping[str, int]) -> list[Rule]:
+        """The map of a model with depths[kind] blocks of each kind."""
+        rules = [rule for row in self.top for rule in _rules(row, None)]
+        for kind, rows in self.blocks.items():
+            rules += [rule for i in range(depths[kind]) for row in rows for rule in _rules(row, i)]
+        return rules
+
+    def native_plan(
+        self, keys: Mapping[str, Tensor], depths: Mapping[str, int], *, partial: bool = False
+    ) -> list[Rule]:
+        """The rules that turn these diffusers keys into native ones; ValueError names missing and unknown keys.
+
+        partial: only some tensors of the model are given, but each native tensor is given whole or not at all.
+        """
+        return self._plan(keys, self.rules(depths), lambda rule: rule.parts, partial)
+
+    def diffusers_plan(
+        self, keys: Mapping[str, Tensor], depths: Mapping[str, int], *, partial: bool = False
+    ) -> list[Rule]:
+        """The rules that turn these native keys into diffusers ones; errors as in native_plan."""
+        kept = {key: value for key, value in keys.items() if not key.startswith(self.dropped or ("\0",))}
+        return self._plan(kept, self.rules(depths), lambda rule: (rule.native_key(keys),), partial)
+
+    def to_native(
+        self, state_dict: Mapping[str, Tensor], depths: Mapping[str, int], *, partial: bool = False
+    ) -> dict[str, Tensor]:
+        """Diffusers state dict -> native one."""
+        plan = self.native_plan(state_dict, depths, partial=partial)
+        return {rule.native: rule.join(state_dict.__getitem__) for rule in plan}
+
+    def to_diffusers(
+        self, state_dict: Mapping[str, Tensor], depths: Mapping[str, int], width: int, *, partial: bool = False
+    ) -> dict[str, Tensor]:
+        """Native state dict -> diffusers one; width is the model's hidden size."""
+        plan = self.diffusers_plan(state_dict, depths, partial=partial)
+        return {key: part for rule in plan for key, part in rule.split(state_dict[rule.native_key(state_dict)], width)}
+
+    def _plan(
+        self,
+        keys: Mapping[str, Tensor],
+        rules: list[Rule],
+        sources: Callable[[Rule], tuple[str, ...]],
+        partial: bool,
+    ) -> list[Rule]:
+        present = {rule.optional for rule in rules if any(key in keys for key in sources(rule))}
+        plan, missing, known = [], [], set()
+        for rule in rules:
+            absent = [key for key in sources(rule) if key not in keys]
+            known.update(sources(rule))
+            if not absent:
+                plan.append(rule)
+            elif len(absent) < len(sources(rule)) or not (partial or (rule.optional and rule.optional not in present)):
+                missing += absent
+        unknown = [key for key in keys if key not in known]
+        if missing or unknown:
+            raise ValueError(f"this is not a whole {self.model} state dict: {describe_keys(missing, unknown)}")
+        return plan
+
+
+def describe_keys(missing: list[str], unknown: list[str], limit: int = 8) -> str:
+    """The keys at fault in words, at most `limit` of each kind by name."""
+    told = []
+    for label, keys in (("missing", missing), ("unknown", unknown)):
+        if keys:
+            names = ", ".join(sorted(keys)[:limit])
+            told.append(f"{len(keys)} {label}: {names}{', ...' if len(keys) > limit else ''}")
+    return "; ".join(told)
+
+
+def strip_prefix(state_dict: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> Mapping[str, Tensor]:
+    """Take off the first of `prefixes` that every key starts with; the mapping itself when none fits."""
+    for prefix in prefixes:
+        if state_dict and all(key.startswith(prefix) for key in state_dict):
+            return {key[len(prefix) :]: value for key, value in state_dict.items()}
+    return state_dict
+
+
+def count_blocks(keys: Mapping[str, Tensor], prefix: str) -> int:
+    """Number of blocks named prefix0., prefix1., ...; a gap in the numbers is a ValueError that names it."""
+    heads = (key[len(prefix) :].split(".")[0] for key in keys if key.startswith(prefix))
+    found = {int(head) for head in heads if head.isdigit()}
+    gaps = sorted(set(range(max(found, default=-1) + 1)) - found)
+    if gaps:
+        raise ValueError(f"blocks {prefix}{gaps[0]}. is absent though {prefix}{max(found)}. is there: incomplete file")
+    return len(found)
+
+
+def _rules(row: Row, index: int | None) -> Iterator[Rule]:
+    def name(template: str) -> str:
+        return template if index is None else template.replace("{i}", str(index))
+
+    for suffix in row.suffixes:
+        yield Rule(
+            native=name(row.native) + suffix,
+            parts=tuple(name(part) + suffix for part in row.parts),
+            sizes=row.sizes,
+            swap=row.swap,
+            alias=None if row.alias is None else name(row.alias) + suffix,
+            optional=row.optional,
+        )
+
+
+def _swap_halves(tensor: Tensor, key: str) -> Tensor:
+    if tensor.shape[0] % 2:
+        raise ValueError(f"{key}: {tensor.shape[0]} rows have no two halves")
+    first, second = tensor.chunk(2, dim=0)
+    return torch.cat((second, first), dim=0)

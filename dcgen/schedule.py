@@ -1,0 +1,84 @@
+# N steps, n tokens, C latent channels
+"""Noise levels: which sigmas a model with n tokens should be sampled at, and the maths of the shift."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+RULES = ("flux", "flux2", "static")
+
+# FLUX.1's scheduler config: base/max shift at base/max image sequence length.
+FLUX_TOKENS = (256, 4096)
+FLUX_SHIFTS = (0.5, 1.15)
+# Latent elements C*h*w at which the FLUX.2-style rule does not shift.
+FLUX2_ELEMENTS = 4096
+# DPMSolverMultistep's flow grid starts at 1 - 1/1000 (num_train_timesteps), FLUX's at 1.
+STATIC_SIGMA_MAX = 0.999
+
+
+def flux_mu(tokens: int) -> float:
+    """FLUX.1's mu, linear in the number of image tokens: 0.5 at 256, 1.15 at 4096."""
+    slope = (FLUX_SHIFTS[1] - FLUX_SHIFTS[0]) / (FLUX_TOKENS[1] - FLUX_TOKENS[0])
+    return FLUX_SHIFTS[0] + slope * (tokens - FLUX_TOKENS[0])
+
+
+def shift_ratio(*, tokens: int, channels: int, rule: str, mu: float | None = None, shift: float | None = None) -> float:
+    """The ratio r of sigma' = r*sigma / (1 + (r-1)*sigma) that a rule gives.
+
+    rule "flux": r = e^mu with FLUX.1's mu of the token count; "flux2": r = sqrt(tokens*channels/4096);
+    "static": r is `shift` and nothing else (SANA: 3.0, at 4K 6.0). `mu` (= ln r) or `shift` (= r) overrides any rule;
+    giving both is a ValueError.
+    """
+    if rule not in RULES:
+        raise ValueError(f"schedule rule {rule!r} is unknown; use one of {', '.join(RULES)}")
+    if tokens < 1 or channels < 1:
+        raise ValueError(f"a schedule needs at least 1 token and 1 channel, got tokens={tokens}, channels={channels}")
+    if mu is not None and shift is not None:
+        raise ValueError(f"give mu or shift, not both (got mu={mu}, shift={shift}; shift = e^mu)")
+    if mu is not None:
+        ratio = math.exp(mu)
+    elif shift is not None:
+        ratio = float(shift)
+    elif rule == "flux":
+        ratio = math.exp(flux_mu(tokens))
+    elif rule == "flux2":
+        ratio = math.sqrt(tokens * channels / FLUX2_ELEMENTS)
+    else:
+        raise ValueError('schedule rule "static" needs its shift (SANA: 3.0; SANA 4K: 6.0)')
+    if not (math.isfinite(ratio) and ratio > 0):
+        raise ValueError(f"the shift must be finite and above 0, got {ratio}")
+    return ratio
+
+
+def shifted(sigma: Tensor, ratio: float) -> Tensor:
+    """sigma in 0..1 -> r*sigma / (1 + (r-1)*sigma); the same as e^mu / (e^mu + 1/sigma - 1) with r = e^mu."""
+    return ratio * sigma / (1 + (ratio - 1) * sigma)
+
+
+def sigmas(
+    steps: int,
+    *,
+    tokens: int,
+    channels: int,
+    rule: str,
+    mu: float | None = None,
+    shift: float | None = None,
+    sigma_max: float | None = None,
+) -> Tensor:
+    """Noise levels of `steps` sampling steps, (steps+1,) float32, falling to 0.
+
+    tokens and channels are those of the latent that is sampled; see shift_ratio for the rules. Before the shift the
+    grid is even from sigma_max to sigma_max/steps; sigma_max is 1, and 0.999 for "static", where DPMSolverMultistep's
+    flow sigmas start.
+    """
+    if steps < 1:
+        raise ValueError(f"a schedule needs at least 1 step, got {steps}")
+    ratio = shift_ratio(tokens=tokens, channels=channels, rule=rule, mu=mu, shift=shift)
+    top = sigma_max if sigma_max is not None else (STATIC_SIGMA_MAX if rule == "static" else 1.0)
+    if not 0 < top <= 1:
+        raise ValueError(f"sigma_max must be above 0 and at most 1, got {top}")
+    grid = top * torch.arange(steps, -1, -1, dtype=torch.float64) / steps
+    return shifted(grid, ratio).float()
