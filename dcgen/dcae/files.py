@@ -1,0 +1,319 @@
+"""Read and write DC-AE files: both key formats, single file or diffusers folder, every doubt an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..latent import LatentSpace
+from .config import DCAEConfig, DCAEError
+from .keys import (
+    FORMATS,
+    candidates,
+    find_format,
+    from_original,
+    infer_config,
+    original_shapes,
+    rename_table,
+    to_original,
+)
+from .model import DCAE
+from .variants import VARIANTS
+
+CONFIG_KEY, HASH_KEY = "dcgen.dcae", "dcgen.sha256"
+WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+@dataclasses.dataclass
+class _Source:
+    """What was found: tensors, safetensors metadata, a config.json beside them, and what to call it in errors."""
+
+    state: dict[str, Tensor]
+    metadata: dict[str, str]
+    config: dict[str, Any] | None
+    label: str
+    stem: str
+
+
+def load_dcae(
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    *,
+    scaling_factor: float | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    operations: Any = nn,
+) -> DCAE:
+    """Load a DC-AE from a .safetensors (or .pt) file, a diffusers folder, or a state dict, in either key format.
+
+    The architecture comes from config.json or the file's metadata if there is one, else from the tensors. Name and
+    scale come from `scaling_factor`, metadata, config.json, or the one published variant that fits, in this order.
+    dtype: None keeps the file's. Returns the model in eval mode without gradients.
+
+    Raises DCAEError, before any compute, for a file which is not a DC-AE, is damaged, has missing, unexpected or
+    misshapen tensors, or leaves the scale open (the message lists the candidates).
+    """
+    found = _open(source)
+    form = find_format(list(found.state))
+    if form is None:
+        raise DCAEError(
+            f"{found.label}: not a DC-AE. Expected keys like 'decoder.stages.*' (original) or 'decoder.up_blocks.*' "
+            f"(diffusers), found {_some(list(found.state))}"
+        )
+    kind, prefix = form
+    state = {key.removeprefix(prefix): tensor for key, tensor in found.state.items()}
+    _check_ranks(state, found.label)
+    try:
+        seen = infer_config({key: tensor.shape for key, tensor in state.items()}, kind)
+    except (DCAEError, KeyError, IndexError, AttributeError, ValueError) as error:
+        raise DCAEError(f"{found.label}: the tensors do not form a DC-AE: {error}. Fetch the file again") from error
+    config = _settle(found, seen, scaling_factor)
+    model = DCAE(config, operations=operations, dtype=dtype, device="meta")
+    state = _renamed(model, state, kind, found.label)
+    _check_values(state, found)
+    dtype = dtype or state["decoder.conv_in.weight"].dtype
+    state = {key: _placed(tensor, dtype, device) for key, tensor in state.items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    stored = _stored_space(found.metadata)
+    if stored is not None and stored.rgb_factors is not None:
+        model.rgb_factors, model.rgb_bias = stored.rgb_factors, stored.rgb_bias
+    return model.eval().requires_grad_(False)
+
+
+def save_dcae(
+    model: DCAE, path: str | os.PathLike[str], *, format: str = "diffusers", metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write `model` whole or not at all; returns the weights file.
+
+    path: a *.safetensors file, or a folder (then config.json is written beside the weights). format: "diffusers" or
+    "original" key names. Config, latent scale, preview factors and a checksum go into the file's metadata.
+    """
+    if format not in FORMATS:
+        raise DCAEError(f"save_dcae format is {format!r}, expected one of {FORMATS}")
+    state = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
+    if format == "original":
+        state = to_original(state, rename_table(model.config, list(state)))
+        state = {key: tensor.contiguous() for key, tensor in state.items()}
+    config = model.config.to_diffusers()
+    notes = {CONFIG_KEY: json.dumps(config, sort_keys=True), HASH_KEY: checksum(state), "format": "pt"}
+    notes |= model.latent_space.to_metadata() | dict(metadata or {})
+    target = Path(path)
+    if target.suffix == ".safetensors":
+        target.parent.mkdir(parents=True, exist_ok=True)
+    else:
+        target.mkdir(parents=True, exist_ok=True)
+        _replace(target / "config.json", lambda name: Path(name).write_text(json.dumps(config, indent=2) + "\n"))
+        target = target / (WEIGHT_NAMES[0] if format == "diffusers" else WEIGHT_NAMES[1])
+    _replace(target, lambda name: save_file(state, name, metadata=notes))
+    return target
+
+
+def checksum(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _replace(target: Path, write: Any) -> None:
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+    os.close(handle)
+    try:
+        write(name)
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _open(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> _Source:
+    if isinstance(source, Mapping):
+        return _Source(_unwrapped(source, "state dict"), {}, None, "state dict", "")
+    path = Path(source)
+    if path.is_dir():
+        present = [path / name for name in WEIGHT_NAMES if (path / name).is_file()]
+        present = present or sorted(path.glob("*.safetensors"))
+        if len(present) != 1:
+            names = ", ".join(item.name for item in present) or "none"
+            raise DCAEError(
+                f"{path}: expected one DC-AE weights file ({' or '.join(WEIGHT_NAMES)}) in this folder, found {names}"
+            )
+        return _read(present[0], path / "config.json", path.name)
+    if not path.is_file():
+        raise DCAEError(f"{path}: no such file or folder; give a .safetensors file or a diffusers folder")
+    own = path.with_suffix(".json")
+    return _read(path, own if own.is_file() else path.parent / "config.json", path.stem)
+
+
+def _read(path: Path, config: Path, stem: str) -> _Source:
+    if path.suffix in PICKLES:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            raise DCAEError(f"{path}: not a readable weights-only PyTorch file ({error})") from error
+        return _Source(_unwrapped(state, str(path)), {}, _config_json(config), str(path), stem)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+        state = load_file(path)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise DCAEError(
+            f"{path} ({path.stat().st_size} bytes): damaged, truncated or not a safetensors file ({error}); "
+            "fetch it again"
+        ) from error
+    return _Source(state, metadata, _config_json(config), str(path), stem)
+
+
+def _unwrapped(state: Any, label: str) -> dict[str, Tensor]:
+    while isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise DCAEError(f"{label}: expected a mapping of names to tensors (a state dict)")
+    return dict(state)
+
+
+def _config_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DCAEError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise DCAEError(f"{path}: expected a JSON object")
+    return values
+
+
+def _check_ranks(state: Mapping[str, Tensor], label: str) -> None:
+    video = [key for key, tensor in state.items() if tensor.ndim == 5]
+    if video:
+        raise DCAEError(f"{label}: a video autoencoder (DC-AE-V): {_some(video)} have 5 dimensions; this reads images")
+
+
+def _settle(found: _Source, seen: DCAEConfig, scaling_factor: float | None) -> DCAEConfig:
+    """Decide architecture, name and scale; refuse when two answers remain."""
+    given = _given_config(found)
+    config = given or seen
+    fits = candidates(config)
+    if given is None:
+        scales = {variant.scaling_factor for variant in fits}
+        scale = scaling_factor if scaling_factor is not None else scales.pop() if len(scales) == 1 else None
+        if scale is None:
+            raise DCAEError(_open_scale(found.label, fits))
+    else:
+        scale = scaling_factor if scaling_factor is not None else given.scaling_factor
+        if scale is None:
+            raise DCAEError(_open_scale(found.label, fits))
+    named = [variant.name for variant in fits if variant.scaling_factor == scale]
+    if config.name not in VARIANTS:
+        hinted = [name for name in named if name in found.stem]
+        named_one = (hinted or named or [""])[0]
+        name = named_one or config.name or found.stem
+        config = dataclasses.replace(config, name=name)
+    return dataclasses.replace(config, scaling_factor=float(scale))
+
+
+def _open_scale(label: str, fits: list[DCAEConfig]) -> str:
+    if not fits:
+        return (
+            f"{label}: a DC-AE of no published architecture and no config.json beside it; "
+            "put its config.json there or pass scaling_factor= (1 / RMS of its raw latents)"
+        )
+    names = " or ".join(f"{fit.name} (scaling_factor={fit.scaling_factor or 'unpublished'})" for fit in fits)
+    return (
+        f"{label}: the tensors alone do not tell {names}. Put its config.json beside the file, or pass the "
+        "scaling_factor= of the right one"
+    )
+
+
+def _given_config(found: _Source) -> DCAEConfig | None:
+    if CONFIG_KEY in found.metadata:
+        try:
+            return DCAEConfig.from_diffusers(json.loads(found.metadata[CONFIG_KEY]))
+        except (ValueError, TypeError) as error:
+            raise DCAEError(f"{found.label}: metadata {CONFIG_KEY!r} is not a DC-AE config ({error})") from error
+    values = found.config
+    if values is None:
+        return None
+    if "model_name" in values and "encoder_block_out_channels" not in values:  # mit-han-lab / dc-ai repositories
+        name = str(values["model_name"])
+        if name not in VARIANTS:
+            raise DCAEError(f"{found.label}: config.json names {name!r}; known are {', '.join(VARIANTS)}")
+        return VARIANTS[name]
+    try:
+        config = DCAEConfig.from_diffusers(values)
+    except DCAEError as error:
+        raise DCAEError(f"{found.label}: {error}") from error
+    # diffusers leaves the path of whoever saved it there; only the last part can be a name
+    return dataclasses.replace(config, name=Path(config.name).name.removesuffix("-diffusers"))
+
+
+def _renamed(model: DCAE, state: dict[str, Tensor], kind: str, label: str) -> dict[str, Tensor]:
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    table = rename_table(model.config, list(shapes)) if kind == "original" else {}
+    wanted = original_shapes(table, shapes) if kind == "original" else shapes
+    optional = {key for key in wanted if key.endswith("num_batches_tracked")}  # a training counter some writers drop
+    missing = sorted(set(wanted) - set(state) - optional)
+    extra = sorted(set(state) - set(wanted))
+    bent = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(shape)}"
+        for key, shape in wanted.items()
+        if key in state and state[key].shape != shape
+    ]
+    if missing or extra or bent:
+        listed = [
+            f"{title}: {_some(keys, 12)}"
+            for title, keys in (("missing", missing), ("unexpected", extra), ("misshapen", bent))
+            if keys
+        ]
+        name = model.config.name or "DC-AE"
+        raise DCAEError(
+            f"{label}: the tensors do not fit {name!r} ({kind} keys). {'; '.join(listed)}. The file is damaged, or "
+            "its config belongs to another autoencoder"
+        )
+    state = {key: state.get(key, torch.tensor(0)) for key in wanted}
+    return from_original(state, table) if kind == "original" else state
+
+
+def _check_values(state: Mapping[str, Tensor], found: _Source) -> None:
+    """A checksum where the writer left one; in any case no weight may be NaN or infinite."""
+    expected = found.metadata.get(HASH_KEY)
+    if expected is not None and checksum(found.state) != expected:
+        raise DCAEError(
+            f"{found.label}: damaged (the tensors do not match the checksum in its metadata); fetch it again"
+        )
+    broken = [key for key, tensor in state.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+    if broken:
+        raise DCAEError(f"{found.label}: damaged, NaN or infinite weights in {_some(broken)}; fetch it again")
+
+
+def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    if tensor.ndim == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor.contiguous()
+
+
+def _stored_space(metadata: Mapping[str, str]) -> LatentSpace | None:
+    return LatentSpace.from_metadata(metadata) if "dcgen.latent" in metadata else None
+
+
+def _some(keys: list[str], count: int = 5) -> str:
+    more = f" and {len(keys) - count} more" if len(keys) > count else ""
+    return ", ".join(keys[:count]) + more

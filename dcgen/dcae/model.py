@@ -1,0 +1,567 @@
+"""The DC-AE network (arXiv:2410.10733), computed as a stream of image rows.
+
+Every layer is a generator that takes chunks of rows and yields chunks of rows; a 3x3 convolution carries the last two
+rows it saw, so nothing is computed twice and the result does not depend on where the chunks are cut. One chunk is the
+usual whole-image forward pass (and what training uses). Linear attention is a sum over all pixels: it is accumulated
+while the chunks arrive and applied in a second pass, so only its narrow input is ever held whole.
+"""
+
+# B batch, C channels, H W rows and columns at the layer's own resolution, N = H*W tokens, f spatial factor
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..latent import LatentSpace
+from .config import DCAEConfig, DCAEError
+from .stream import Chunks, Collector, Window, in_rows
+
+FP16_MAX = 65504.0
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "gelu": F.gelu,
+    "mish": F.mish,
+}
+
+
+def finite(x: Tensor) -> Tensor:
+    """Saturate float16 instead of overflowing to inf (inf - inf is the NaN behind a black picture)."""
+    if x.dtype != torch.float16:
+        return x
+    return x.clamp(-FP16_MAX, FP16_MAX) if x.requires_grad else x.clamp_(-FP16_MAX, FP16_MAX)
+
+
+def activate(name: str, x: Tensor) -> Tensor:
+    function = ACTIVATIONS[name]
+    if x.requires_grad or name == "gelu":
+        return function(x)
+    return function(x, inplace=True)
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean_C(x^2) + eps) * weight + bias over channels, in float32, rounded once."""
+
+    def __init__(self, channels: int, dtype: Any = None, device: Any = None, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(channels, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, eps: Tensor | None = None) -> Tensor:
+        """x (B,C,H,W); `residual` of the same shape is added after the norm; `eps` (B,1,H,W) replaces self.eps."""
+        dtype = x.dtype
+        inplace = not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(norm.square() / x.shape[1] + (self.eps if eps is None else eps))
+        weight = self.weight.to(device=x.device, dtype=torch.float32).view(1, -1, 1, 1)
+        bias = self.bias.to(device=x.device, dtype=torch.float32).view(1, -1, 1, 1)
+        if not inplace:
+            x = torch.addcmul(bias, x * scale, weight)
+        else:
+            x = x.mul_(scale) if dtype == torch.float32 else x * scale
+            x = x.mul_(weight).add_(bias)
+        if residual is not None:
+            x = x.add_(residual) if inplace else x + residual
+        if dtype == torch.float16:
+            x = x.clamp(-FP16_MAX, FP16_MAX)
+        return x.to(dtype)
+
+
+class ChannelNorm(nn.BatchNorm2d):
+    """BatchNorm with the call of RMSNorm (only decoder stages 0-2 of the in / mix families use it)."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        y = super().forward(x)
+        return finite(y if residual is None else y + residual)
+
+
+def make_norm(kind: str, channels: int, dtype: Any, device: Any) -> nn.Module:
+    if kind == "rms_norm":
+        return RMSNorm(channels, dtype=dtype, device=device)
+    return ChannelNorm(channels, dtype=dtype, device=device)
+
+
+def conv3x3(operations: Any, c_in: int, c_out: int, **kwargs: Any) -> nn.Module:
+    """A 3x3 convolution which pads columns only: the rows around a chunk come from its Window."""
+    return operations.Conv2d(c_in, c_out, 3, padding=(0, 1), **kwargs)
+
+
+class Layer:
+    """One step of the stream. `stream` maps chunks of an input of `height` rows to chunks of the output."""
+
+    def stream(self, chunks: Chunks, height: int) -> Chunks:
+        step = self.stepper()
+        for chunk, last in in_rows(chunks, height):
+            box = [step(chunk, last)]
+            del chunk
+            if box[0] is not None:
+                yield box.pop()
+
+    def height(self, rows: int) -> int:
+        """Output rows for `rows` input rows of the whole picture."""
+        return rows
+
+    def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
+        """A function with fresh row memory: (chunk, is it the last) -> output rows or None if none is complete."""
+        raise NotImplementedError
+
+
+class Conv(Layer):
+    """The plain first / last 3x3 convolution; `shortcut` adds the channel-group mean or the repeated channels."""
+
+    def __init__(self, conv: nn.Module, shortcut: bool = False) -> None:
+        self.conv, self.shortcut = conv, shortcut
+
+    def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
+        window = Window(3, 1, 1, 1)
+
+        def step(x: Tensor, last: bool) -> Tensor | None:
+            rows = window(x, last)
+            if rows is None:
+                return None
+            y = finite(self.conv(rows))
+            if self.shortcut:
+                y = finite(y + channel_shortcut(rows[:, :, 1:-1], y.shape[1]))
+            return y
+
+        return step
+
+
+def channel_shortcut(x: Tensor, channels: int) -> Tensor:
+    """Match channel counts: mean over consecutive groups, or each channel repeated."""
+    if channels <= x.shape[1]:
+        return x.unflatten(1, (channels, -1)).mean(2)
+    return x.repeat_interleave(channels // x.shape[1], dim=1)
+
+
+class ResBlock(nn.Module, Layer):
+    """x + norm(conv(act(conv(x)))), local: two rows on either side."""
+
+    def __init__(self, channels: int, norm: str, act: str, operations: Any, dtype: Any, device: Any) -> None:
+        super().__init__()
+        self.act = act
+        kwargs = {"dtype": dtype, "device": device}
+        self.conv1 = conv3x3(operations, channels, channels, **kwargs)
+        self.conv2 = conv3x3(operations, channels, channels, bias=False, **kwargs)
+        self.norm = make_norm(norm, channels, dtype, device)
+
+    def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
+        first, second = Window(3, 1, 1, 1), Window(3, 1, 1, 1)
+        done = {"middle": 0, "out": 0}
+
+        def step(x: Tensor, last: bool) -> Tensor | None:
+            rows = first(x, last)
+            if rows is None:
+                return None
+            top = done["middle"] - 1  # picture row of rows[0]
+            middle = activate(self.act, finite(self.conv1(rows)))
+            done["middle"] += middle.shape[2]
+            middle = second(middle, last)
+            if middle is None:
+                return None
+            y = finite(self.conv2(middle))
+            del middle
+            start = done["out"] - top
+            done["out"] += y.shape[2]
+            return self.norm(y, residual=rows[:, :, start : start + y.shape[2]])
+
+        return step
+
+
+class Attention(nn.Module, Layer):
+    """x + norm(out(multi-scale ReLU linear attention)). Global: reads its input twice, keeps only sums.
+
+    to_q / to_k / to_v hold thirds of one projection whose rows are [q, k, v] per head, as published; they are not the
+    queries, keys and values.
+    """
+
+    def __init__(
+        self, channels: int, head_dim: int, scales: tuple[int, ...], norm: str, operations: Any, dtype: Any, device: Any
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.eps = head_dim, 1e-15
+        kwargs = {"dtype": dtype, "device": device}
+        inner = channels // head_dim * head_dim
+        self.to_q = operations.Linear(channels, inner, bias=False, **kwargs)
+        self.to_k = operations.Linear(channels, inner, bias=False, **kwargs)
+        self.to_v = operations.Linear(channels, inner, bias=False, **kwargs)
+        self.to_qkv_multiscale = nn.ModuleList(
+            AttentionScale(inner, head_dim, size, operations, dtype, device) for size in scales
+        )
+        self.to_out = operations.Linear(inner * (1 + len(scales)), channels, bias=False, **kwargs)
+        self.norm_out = make_norm(norm, channels, dtype, device)
+
+    @property
+    def reach(self) -> int:
+        """Rows on either side that the widest scale looks at."""
+        return max((scale.size // 2 for scale in self.to_qkv_multiscale), default=0)
+
+    def qkv(self, window: Window, x: Tensor, last: bool) -> Tensor | None:
+        """float32 (B, heads, 3 * head_dim, N) of the rows that are complete."""
+        tokens = x.movedim(1, -1)
+        qkv = torch.cat([self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)], -1).movedim(-1, 1)
+        rows = window(finite(qkv), last)
+        if rows is None:
+            return None
+        pieces = [rows[:, :, self.reach : rows.shape[2] - self.reach]]
+        for scale in self.to_qkv_multiscale:
+            skip = self.reach - scale.size // 2
+            pieces.append(finite(scale(rows[:, :, skip : rows.shape[2] - skip])))
+        joined = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+        return joined.float().reshape(x.shape[0], -1, 3 * self.head_dim, joined.shape[2] * x.shape[3])
+
+    def stream(self, chunks: Chunks, height: int) -> Chunks:
+        source, sums, query = Collector(height), None, None
+        window, rows = self.window(), height
+        for chunk, last in in_rows(chunks, height):
+            rows = min(rows, chunk.shape[2])
+            source.add(chunk)
+            qkv = self.qkv(window, chunk, last)
+            del chunk
+            if qkv is None:
+                continue
+            part = self.summed(qkv)
+            sums = part if sums is None else sums + part
+            if last and rows == height:
+                query = self.queries(qkv)  # the picture came in one piece: no second pass
+            del qkv, part
+        assert sums is not None
+        whole = source.take()
+        if query is not None:
+            box = [self.mix(sums, query, whole)]
+            del whole, query
+            yield box.pop()
+            return
+        window, done = self.window(), 0
+        for chunk, last in in_rows(iter(whole.split(rows, 2)), height):
+            qkv = self.qkv(window, chunk, last)
+            del chunk
+            if qkv is None:
+                continue
+            query = self.queries(qkv)
+            del qkv
+            count = query.shape[-1] // whole.shape[3]
+            box = [self.mix(sums, query, whole[:, :, done : done + count])]
+            done += count
+            del query
+            yield box.pop()
+
+    def window(self) -> Window:
+        return Window(2 * self.reach + 1, 1, self.reach, self.reach)
+
+    def summed(self, qkv: Tensor) -> Tensor:
+        """[v; 1] k^T: numerator and normaliser of linear attention as one (B, heads, head_dim + 1, head_dim)."""
+        _, key, value = qkv.chunk(3, 2)
+        return torch.matmul(F.pad(value, (0, 0, 0, 1), value=1.0), F.relu(key).transpose(-1, -2))
+
+    def queries(self, qkv: Tensor) -> Tensor:
+        return F.relu(qkv[:, :, : self.head_dim])
+
+    def mix(self, sums: Tensor, query: Tensor, x: Tensor) -> Tensor:
+        mixed = torch.matmul(sums, query)
+        mixed = mixed[:, :, :-1] / (mixed[:, :, -1:] + self.eps)
+        tokens = mixed.reshape(x.shape[0], -1, x.shape[2], x.shape[3]).movedim(1, -1).to(x.dtype)
+        y = finite(self.to_out(tokens).movedim(-1, 1))
+        return self.norm_out(y, residual=x)
+
+
+class AttentionScale(nn.Module):
+    """Depthwise k x k, then 1x1 per third of a head (arXiv:2205.14756, multi-scale tokens)."""
+
+    def __init__(self, inner: int, head_dim: int, size: int, operations: Any, dtype: Any, device: Any) -> None:
+        super().__init__()
+        self.size = size
+        kwargs = {"bias": False, "dtype": dtype, "device": device}
+        channels = 3 * inner
+        self.proj_in = operations.Conv2d(channels, channels, size, padding=(0, size // 2), groups=channels, **kwargs)
+        self.proj_out = operations.Conv2d(channels, channels, 1, groups=channels // head_dim, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj_out(finite(self.proj_in(x)))
+
+
+class GLUMBConv(nn.Module, Layer):
+    """x + norm(point(u * silu(g))), [u, g] = depth3x3(silu(expand(x))); the hidden width is 2 * 4C."""
+
+    def __init__(self, channels: int, operations: Any, dtype: Any, device: Any) -> None:
+        super().__init__()
+        kwargs = {"dtype": dtype, "device": device}
+        hidden = 4 * channels
+        self.conv_inverted = operations.Conv2d(channels, 2 * hidden, 1, **kwargs)
+        self.conv_depth = conv3x3(operations, 2 * hidden, 2 * hidden, groups=2 * hidden, **kwargs)
+        self.conv_point = operations.Conv2d(hidden, channels, 1, bias=False, **kwargs)
+        self.norm = RMSNorm(channels, **kwargs)
+
+    def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
+        window, narrow = Window(3, 1, 1, 1), Window(3, 1, 1, 1)
+
+        def step(x: Tensor, last: bool) -> Tensor | None:
+            residual = narrow(x, last)
+            wide = window(activate("silu", finite(self.conv_inverted(x))), last)
+            if wide is None or residual is None:
+                return None
+            value, gate = finite(self.conv_depth(wide)).chunk(2, 1)
+            del wide
+            return self.project(value, gate, residual[:, :, 1:-1])
+
+        return step
+
+    def project(self, value: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
+        if value.dtype != torch.float16:
+            hidden = value * F.silu(gate) if value.requires_grad else F.silu(gate).mul_(value)
+            return self.norm(self.conv_point(hidden), residual=residual)
+        # The product of two float16 numbers overflows. The norm forgets the scale of a pixel (up to its eps), so
+        # shrink each pixel into range before the projection and let eps know.
+        product = value.float() * F.silu(gate.float())
+        shrink = (FP16_MAX / 64 / product.abs().amax(1, keepdim=True).clamp(min=1e-6)).clamp(max=1.0)
+        y = finite(self.conv_point((product * shrink).to(value.dtype)))
+        return self.norm(y, residual=residual, eps=self.norm.eps * shrink.square())
+
+
+class EfficientViTBlock(nn.Module):
+    """Attention, then the gated convolution; each with its own residual."""
+
+    def __init__(
+        self, channels: int, head_dim: int, scales: tuple[int, ...], norm: str, operations: Any, dtype: Any, device: Any
+    ) -> None:
+        super().__init__()
+        self.attn = Attention(channels, head_dim, scales, norm, operations, dtype, device)
+        self.conv_out = GLUMBConv(channels, operations, dtype, device)
+
+
+class Down(nn.Module, Layer):
+    """Halve the size: 3x3 conv to C_out/4 then pixel-unshuffle, or a strided 3x3 conv; shortcut averages channels."""
+
+    def __init__(
+        self, c_in: int, c_out: int, unshuffle: bool, shortcut: bool, operations: Any, dtype: Any, device: Any
+    ) -> None:
+        super().__init__()
+        self.unshuffle, self.shortcut, self.c_out = unshuffle, shortcut, c_out
+        width, stride = (c_out // 4, 1) if unshuffle else (c_out, 2)
+        self.conv = conv3x3(operations, c_in, width, stride=stride, dtype=dtype, device=device)
+
+    def height(self, rows: int) -> int:
+        return rows // 2
+
+    def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
+        window = Window(4, 2, 1, 1) if self.unshuffle else Window(3, 2, 1, 0)
+
+        def step(x: Tensor, last: bool) -> Tensor | None:
+            rows = window(x, last)
+            if rows is None:
+                return None
+            y = self.conv(rows)
+            y = finite(F.pixel_unshuffle(y, 2) if self.unshuffle else y)
+            if self.shortcut:
+                y = finite(y + channel_shortcut(F.pixel_unshuffle(rows[:, :, 1 : 1 + 2 * y.shape[2]], 2), self.c_out))
+            return y
+
+        return step
+
+
+class Up(nn.Module, Layer):
+    """Double the size: 3x3 conv to 4*C_out then pixel-shuffle, or nearest x2 then 3x3; shortcut repeats channels."""
+
+    def __init__(
+        self, c_in: int, c_out: int, interpolate: bool, shortcut: bool, operations: Any, dtype: Any, device: Any
+    ) -> None:
+        super().__init__()
+        self.interpolate, self.shortcut, self.c_out = interpolate, shortcut, c_out
+        self.conv = conv3x3(operations, c_in, c_out if interpolate else 4 * c_out, dtype=dtype, device=device)
+
+    def height(self, rows: int) -> int:
+        return rows * 2
+
+    def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
+        window = Window(3, 1, 1, 1)
+
+        def step(x: Tensor, last: bool) -> Tensor | None:
+            rows = window(x, last)
+            if rows is None:
+                return None
+            if self.interpolate:
+                big = F.interpolate(rows, scale_factor=2, mode="nearest")
+                y = self.conv(big[:, :, 1:-1])
+                del big
+            else:
+                y = F.pixel_shuffle(self.conv(rows), 2)
+            y = finite(y)
+            if self.shortcut:
+                y = finite(y + F.pixel_shuffle(channel_shortcut(rows[:, :, 1:-1], 4 * self.c_out), 2))
+            return y
+
+        return step
+
+
+class Head(Layer):
+    """Decoder tail before the last convolution: norm, then activation. Per pixel, so it needs no rows around it."""
+
+    def __init__(self, norm: RMSNorm, act: str) -> None:
+        self.norm, self.act = norm, act
+
+    def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
+        return lambda x, last: activate(self.act, self.norm(x))
+
+
+def make_block(config: DCAEConfig, side: str, stage: int, operations: Any, dtype: Any, device: Any) -> nn.Module:
+    channels = getattr(config, f"{side}_block_out_channels")[stage]
+    norm = config.decoder_norm_types[stage] if side == "decoder" else "rms_norm"
+    if getattr(config, f"{side}_block_types")[stage] == "ResBlock":
+        act = config.decoder_act_fns[stage] if side == "decoder" else "silu"
+        return ResBlock(channels, norm, act, operations, dtype, device)
+    scales = getattr(config, f"{side}_qkv_multiscales")[stage]
+    return EfficientViTBlock(channels, config.attention_head_dim, scales, norm, operations, dtype, device)
+
+
+class Encoder(nn.Module):
+    """Image (B,3,H,W) -> raw latent (B,C,H/f,W/f). Attribute names are diffusers' key names."""
+
+    def __init__(self, config: DCAEConfig, operations: Any, dtype: Any, device: Any) -> None:
+        super().__init__()
+        kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
+        widths, layers = config.encoder_block_out_channels, config.encoder_layers_per_block
+        unshuffle = config.downsample_block_type == "pixel_unshuffle"
+        self.shortcut = config.encoder_out_shortcut
+        if layers[0]:
+            self.conv_in = conv3x3(operations, config.in_channels, widths[0], **kwargs)
+        else:
+            self.conv_in = Down(config.in_channels, widths[1], unshuffle, False, operations, **kwargs)
+        self.down_blocks = nn.ModuleList()
+        for stage, count in enumerate(layers):
+            blocks = [make_block(config, "encoder", stage, operations, dtype, device) for _ in range(count)]
+            if count and stage < len(widths) - 1:
+                blocks.append(Down(widths[stage], widths[stage + 1], unshuffle, True, operations, **kwargs))
+            self.down_blocks.append(nn.Sequential(*blocks))
+        self.conv_out = conv3x3(operations, widths[-1], config.latent_channels, **kwargs)
+
+    def layers(self) -> list[Layer]:
+        inner = [layer for stage in self.down_blocks for block in stage for layer in parts(block)]
+        return [as_layer(self.conv_in), *inner, Conv(self.conv_out, self.shortcut)]
+
+
+class Decoder(nn.Module):
+    """Raw latent (B,C,h,w) -> image (B,3,h*f,w*f). Attribute names are diffusers' key names."""
+
+    def __init__(self, config: DCAEConfig, operations: Any, dtype: Any, device: Any) -> None:
+        super().__init__()
+        kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
+        widths, layers = config.decoder_block_out_channels, config.decoder_layers_per_block
+        interpolate = config.upsample_block_type == "interpolate"
+        self.shortcut, self.act = config.decoder_in_shortcut, config.decoder_conv_act_fn
+        self.conv_in = conv3x3(operations, config.latent_channels, widths[-1], **kwargs)
+        self.up_blocks = nn.ModuleList()
+        for stage, count in enumerate(layers):
+            blocks = [make_block(config, "decoder", stage, operations, dtype, device) for _ in range(count)]
+            if count and stage < len(widths) - 1:
+                blocks.insert(0, Up(widths[stage + 1], widths[stage], interpolate, True, operations, **kwargs))
+            self.up_blocks.append(nn.Sequential(*blocks))
+        last = widths[0] if layers[0] else widths[1]
+        self.norm_out = RMSNorm(last, **kwargs)
+        if layers[0]:
+            self.conv_out = conv3x3(operations, last, config.in_channels, **kwargs)
+        else:
+            self.conv_out = Up(last, config.in_channels, interpolate, False, operations, **kwargs)
+
+    def layers(self) -> list[Layer]:
+        inner = [layer for stage in reversed(self.up_blocks) for block in stage for layer in parts(block)]
+        tail = [Head(self.norm_out, self.act), as_layer(self.conv_out)]
+        return [Conv(self.conv_in, self.shortcut), *inner, *tail]
+
+
+def parts(block: nn.Module) -> list[Layer]:
+    return [block.attn, block.conv_out] if isinstance(block, EfficientViTBlock) else [block]
+
+
+def as_layer(module: nn.Module) -> Layer:
+    return module if isinstance(module, Layer) else Conv(module)
+
+
+class DCAE(nn.Module):
+    """A DC-AE. The state dict has diffusers' key names.
+
+    `operations` supplies Conv2d and Linear (torch.nn, or comfy.ops classes), `dtype` / `device` go to every parameter.
+    """
+
+    def __init__(self, config: DCAEConfig, operations: Any = nn, dtype: Any = None, device: Any = None) -> None:
+        super().__init__()
+        self.config = config
+        self.rgb_factors: tuple[tuple[float, float, float], ...] | None = None  # live preview of a scaled latent
+        self.rgb_bias: tuple[float, float, float] | None = None
+        self.encoder = Encoder(config, operations, dtype, device)
+        self.decoder = Decoder(config, operations, dtype, device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.conv_in.weight.dtype
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """Name, scale and preview factors of the latent, for adapters and diffusion models."""
+        c = self.config
+        if c.scaling_factor is None:
+            raise DCAEError(f"DC-AE {c.name!r} has no known scaling_factor; pass scaling_factor= when loading it")
+        return LatentSpace(
+            c.name, c.latent_channels, c.spatial_factor, c.scaling_factor, 0.0, self.rgb_factors, self.rgb_bias
+        )
+
+    def save(self, path: str | os.PathLike[str], format: str = "diffusers") -> Path:
+        """Write weights (and config.json if `path` is a folder); see save_dcae."""
+        from .files import save_dcae
+
+        return save_dcae(self, path, format=format)
+
+    def encode(self, image: Tensor, strip: int | None = None) -> Tensor:
+        """Image (B,3,H,W) in -1..1, H and W multiples of f -> raw (unscaled) latent (B,C,H/f,W/f)."""
+        f = self.config.spatial_factor
+        check_image(image, self.config)
+        return self._run(self.encoder.layers(), image, image.shape[2] // f)
+
+    def decode(self, latent: Tensor, strip: int | None = None) -> Tensor:
+        """Raw (unscaled) latent (B,C,h,w) -> image (B,3,h*f,w*f), about -1..1, not clamped."""
+        check_latent(latent, self.config)
+        return self._run(self.decoder.layers(), latent, latent.shape[2] * self.config.spatial_factor)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Reconstruct: decode(encode(image))."""
+        return self.decode(self.encode(image))
+
+    def _run(self, layers: list[Layer], x: Tensor, height_out: int) -> Tensor:
+        chunks: Chunks = iter([x.to(self.dtype).contiguous(memory_format=torch.channels_last)])
+        height = x.shape[2]
+        for layer in layers:
+            chunks = layer.stream(chunks, height)
+            height = layer.height(height)
+        out = Collector(height_out)
+        for chunk in chunks:
+            out.add(chunk)
+        return out.take()
+
+
+def check_image(image: Tensor, config: DCAEConfig) -> None:
+    f = config.spatial_factor
+    if image.ndim != 4 or image.shape[1] != config.in_channels:
+        raise DCAEError(f"DC-AE encode: got shape {tuple(image.shape)}, expected (B, {config.in_channels}, H, W)")
+    if image.shape[2] % f or image.shape[3] % f or 0 in image.shape:
+        raise DCAEError(
+            f"DC-AE {config.name!r} encodes sizes that are multiples of {f}; the image is {image.shape[3]}x"
+            f"{image.shape[2]}. Crop or resize it to {image.shape[3] // f * f}x{image.shape[2] // f * f}"
+        )
+
+
+def check_latent(latent: Tensor, config: DCAEConfig) -> None:
+    if latent.ndim != 4 or 0 in latent.shape:
+        raise DCAEError(f"DC-AE decode: got shape {tuple(latent.shape)}, expected (B, {config.latent_channels}, h, w)")
+    if latent.shape[1] != config.latent_channels:
+        raise DCAEError(
+            f"DC-AE {config.name!r} decodes latents of {config.latent_channels} channels, this one has "
+            f"{latent.shape[1]}: it was made by another autoencoder; decode it with that one"
+        )

@@ -1,0 +1,118 @@
+"""Pictures as streams of row chunks: the bookkeeping under the layers of model.py."""
+
+# B batch, C channels, H W rows and columns at the layer's own resolution
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+Chunks = Iterator[Tensor]  # (B, C, rows, W) pieces of one picture, top to bottom
+
+
+class Window:
+    """The rows that a k-row operator needs from the chunks before, and the zero rows outside of the picture.
+
+    ``span`` rows in give one step of output, each step moves ``step`` rows down; ``top`` / ``bottom`` zero rows pad
+    the picture. Calling it with a chunk returns all rows that complete steps need, or None when there are too few.
+    """
+
+    def __init__(self, span: int, step: int, top: int, bottom: int) -> None:
+        self.span, self.step, self.top, self.bottom = span, step, top, bottom
+        self.kept: Tensor | None = None
+
+    def __call__(self, x: Tensor, last: bool) -> Tensor | None:
+        parts = [x]
+        if self.kept is not None:
+            parts.insert(0, self.kept)
+        elif self.top:
+            parts.insert(0, self._zeros(x, self.top))
+        if last and self.bottom:
+            parts.append(self._zeros(x, self.bottom))
+        joined = torch.cat(parts, 2) if len(parts) > 1 else x
+        steps = (joined.shape[2] - self.span) // self.step + 1
+        if steps <= 0:
+            self.kept = joined
+            return None
+        if not last:
+            self.kept = joined[:, :, steps * self.step :].clone()
+        return joined[:, :, : (steps - 1) * self.step + self.span]
+
+    @staticmethod
+    def _zeros(x: Tensor, rows: int) -> Tensor:
+        # torch.cat keeps channels_last only if every part has it
+        zeros = x.new_zeros(x.shape[0], x.shape[1], rows, x.shape[3])
+        return zeros.contiguous(memory_format=torch.channels_last)
+
+
+def in_rows(chunks: Iterable[Tensor], height: int) -> Iterator[tuple[Tensor, bool]]:
+    """Pair every chunk with whether it ends the picture of `height` rows."""
+    seen = 0
+    for chunk in chunks:
+        seen += chunk.shape[2]
+        box = [(chunk, seen == height)]
+        del chunk
+        yield box.pop()
+
+
+def regroup(chunks: Chunks, rows: int) -> Chunks:
+    """Cut or join chunks so that all but the last have exactly `rows` rows."""
+    held: list[Tensor] = []
+    count = 0
+    for chunk in chunks:
+        held.append(chunk)
+        count += chunk.shape[2]
+        del chunk
+        if count < rows:
+            continue
+        joined = held[0] if len(held) == 1 else torch.cat(held, 2)
+        held, start = [], 0
+        while count - start > rows:
+            yield joined[:, :, start : start + rows]
+            start += rows
+        box = [joined[:, :, start:]]
+        count -= start
+        del joined
+        if count == rows:
+            count = 0
+            yield box.pop()
+        else:
+            # a view would keep the whole chunk alive
+            held.append(box.pop().clone())
+    if held:
+        yield torch.cat(held, 2)
+
+
+class Collector:
+    """Put the chunks of a picture of `height` rows back together, in one buffer unless autograd is watching."""
+
+    def __init__(self, height: int) -> None:
+        self.height, self.filled = height, 0
+        self.parts: list[Tensor] = []
+        self.whole: Tensor | None = None
+
+    def add(self, chunk: Tensor) -> None:
+        rows = chunk.shape[2]
+        if rows == self.height:
+            self.whole = chunk
+        elif chunk.requires_grad:
+            self.parts.append(chunk)
+        else:
+            if self.whole is None:
+                shape = (chunk.shape[0], chunk.shape[1], self.height, chunk.shape[3])
+                self.whole = torch.empty(
+                    shape, dtype=chunk.dtype, device=chunk.device, memory_format=torch.channels_last
+                )
+            self.whole[:, :, self.filled : self.filled + rows] = chunk
+        self.filled += rows
+
+    def take(self) -> Tensor:
+        """The whole picture; the collector lets go of it."""
+        if self.filled != self.height:
+            raise RuntimeError(f"DC-AE stream ended after {self.filled} of {self.height} rows")
+        whole = torch.cat(self.parts, 2) if self.parts else self.whole
+        self.parts, self.whole = [], None
+        assert whole is not None
+        return whole
