@@ -13,8 +13,8 @@ from torch import Tensor
 
 def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """Noised sample x_sigma = (1-sigma)*x0 + sigma*noise; x0 and noise (B,...), sigma (B,) in 0..1."""
-    sigma = _per_sample(sigma, x0)
-    return (1 - sigma) * x0 + sigma * noise
+    level = _per_sample(sigma, x0)
+    return (1 - level) * x0 + level * noise
 
 
 def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
@@ -32,8 +32,8 @@ def cfg_velocity(v_cond: Tensor, v_uncond: Tensor, w: Tensor | float) -> Tensor:
 
     v_cond, v_uncond (B,...); w >= 0 a number or (B,).
     """
-    w = _per_sample(w, v_cond)
-    return (1 + w) * v_cond - w * v_uncond
+    scale = _per_sample(w, v_cond)
+    return (1 + scale) * v_cond - scale * v_uncond
 
 
 def raw_velocity(v_cond: Tensor, v_uncond: Tensor, w: Tensor | float) -> Tensor:
@@ -42,8 +42,8 @@ def raw_velocity(v_cond: Tensor, v_uncond: Tensor, w: Tensor | float) -> Tensor:
     v_cond and v_uncond (B,...) are both outputs of the distilled model at scale w, a number or (B,), w > -1.
     Inverse of cfg_velocity in its first argument.
     """
-    w = _per_sample(w, v_cond)
-    return (v_cond + w * v_uncond) / (1 + w)
+    scale = _per_sample(w, v_cond)
+    return (v_cond + scale * v_uncond) / (1 + scale)
 
 
 def distillation_loss(v_model: Tensor, v_cond: Tensor, v_uncond: Tensor, w: Tensor | float) -> Tensor:

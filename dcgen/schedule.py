@@ -39,7 +39,7 @@ def shift_ratio(*, tokens: int, channels: int, rule: str, mu: float | None = Non
     if mu is not None and shift is not None:
         raise ValueError(f"give mu or shift, not both (got mu={mu}, shift={shift}; shift = e^mu)")
     if mu is not None:
-        ratio = math.exp(mu)
+        ratio = math.exp(mu) if mu < 700 else math.inf  # exp of more than 709 overflows
     elif shift is not None:
         ratio = float(shift)
     elif rule == "flux":

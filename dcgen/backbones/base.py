@@ -23,6 +23,7 @@ class Backbone(ABC):
 
     name: str
     diffusers_class: str
+    modelspec: str
     embedder: str
     head: str
     native_embedder: str
@@ -58,6 +59,18 @@ class Backbone(ABC):
         """The parts of the config that do not depend on the latent: two models fit one adapter if these agree."""
 
     @abstractmethod
+    def latent_shapes(self, base: Mapping[str, Any], channels: int, patch_size: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors tied to the latent, by name, for a base with this fingerprint: embedder and head."""
+
+    @abstractmethod
+    def extra_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Tensors beside the head that an adapter may replace whole: the norm or modulation before it."""
+
+    @abstractmethod
+    def linears(self, base: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        """(out, in) of every Linear that a LoRA may sit on, by module path, for a base with this fingerprint."""
+
+    @abstractmethod
     def matches(self, state_dict: Mapping[str, Tensor]) -> bool:
         """Whether the keys look like this model, in either naming (cheap; detect() does the checking)."""
 
@@ -89,6 +102,14 @@ class Backbone(ABC):
         return (height_px // side) * (width_px // side)
 
 
+def depth(base: Mapping[str, Any], field: str) -> range:
+    """range over the blocks that a fingerprint says there are; ValueError for a count that no model has."""
+    count = base[field]
+    if not isinstance(count, int) or not 0 <= count < 1000:
+        raise ValueError(f"{field} of the base is {count!r}, not a number of blocks")
+    return range(count)
+
+
 def bare(model: nn.Module) -> nn.Module:
     """The module under DistributedDataParallel or torch.compile, for reading attributes (not for calling)."""
     for wrapper in ("module", "_orig_mod"):
@@ -98,7 +119,13 @@ def bare(model: nn.Module) -> nn.Module:
     return model
 
 
-def child(model: nn.Module, path: str) -> nn.Module:
+def model_config(model: nn.Module) -> Config:
+    """The diffusers config that the model carries, wrapped or not."""
+    config: Any = bare(model).config
+    return config
+
+
+def child(model: nn.Module, path: str) -> Any:
     """Submodule by dotted path, through wrappers that forward attributes (PeftModel, DDP, torch.compile)."""
     module: Any = bare(model)
     for name in path.split("."):

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .base import Backbone, Config, bare, child, patch_size
+from .base import Backbone, Config, child, depth, model_config, patch_size
 from .keymap import REST, KeyMap, Row, count_blocks, strip_prefix
 
 _QKV = ("to_q", "to_k", "to_v")
@@ -104,6 +104,7 @@ class Flux(Backbone):
 
     name = "flux"
     diffusers_class = "FluxTransformer2DModel"
+    modelspec = "flux-1-dev"
     embedder = "x_embedder"
     head = "proj_out"
     native_embedder = "img_in"
@@ -134,7 +135,7 @@ class Flux(Backbone):
         guidance: Tensor | None = None,
     ) -> Tensor:
         """As diffusers' FluxPipeline calls it; guidance is ignored by a model that has no embedding for it."""
-        takes_guidance = bare(model).config["guidance_embeds"]
+        takes_guidance = model_config(model)["guidance_embeds"]
         if takes_guidance and guidance is None:
             raise ValueError("this FLUX has a guidance embedding: pass guidance (B,), the scale g = 1 + w")
         p = patch_size(_packed_channels(model), latents.shape[1], "This FLUX")
@@ -169,6 +170,51 @@ class Flux(Backbone):
                 )
             },
             "axes_dims_rope": list(config["axes_dims_rope"]),
+        }
+
+    def latent_shapes(self, base: Mapping[str, Any], channels: int, patch_size: int) -> dict[str, tuple[int, ...]]:
+        width, packed = base["width"], channels * patch_size * patch_size
+        return {
+            "x_embedder.weight": (width, packed),
+            "x_embedder.bias": (width,),
+            "proj_out.weight": (packed, width),
+            "proj_out.bias": (packed,),
+        }
+
+    def extra_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        width = base["width"]
+        return {"norm_out.linear.weight": (2 * width, width), "norm_out.linear.bias": (2 * width,)}
+
+    def linears(self, base: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        D = base["width"]
+        top = {
+            "context_embedder": (D, base["joint_attention_dim"]),
+            "norm_out.linear": (2 * D, D),
+            **_embedder_linears("timestep_embedder", D, 256),
+            **_embedder_linears("text_embedder", D, base["pooled_projection_dim"]),
+            **(_embedder_linears("guidance_embedder", D, 256) if base["guidance_embeds"] else {}),
+        }
+        double = {
+            "norm1.linear": (6 * D, D),
+            "norm1_context.linear": (6 * D, D),
+            **{f"attn.{name}": (D, D) for name in (*_QKV, *_ADDED_QKV, "to_out.0", "to_add_out")},
+            **{f"{ff}.net.0.proj": (4 * D, D) for ff in ("ff", "ff_context")},
+            **{f"{ff}.net.2": (D, 4 * D) for ff in ("ff", "ff_context")},
+        }
+        single = {
+            "norm.linear": (3 * D, D),
+            **{f"attn.{name}": (D, D) for name in _QKV},
+            "proj_mlp": (4 * D, D),
+            "proj_out": (D, 5 * D),
+        }
+        return {
+            **top,
+            **{f"transformer_blocks.{i}.{n}": shape for i in depth(base, "num_layers") for n, shape in double.items()},
+            **{
+                f"single_transformer_blocks.{i}.{n}": shape
+                for i in depth(base, "num_single_layers")
+                for n, shape in single.items()
+            },
         }
 
     def matches(self, state_dict: Mapping[str, Tensor]) -> bool:
@@ -256,6 +302,11 @@ def rope_axes(head_dim: int) -> tuple[int, int, int]:
     return text, side, side
 
 
+def _embedder_linears(name: str, width: int, inputs: int) -> dict[str, tuple[int, int]]:
+    prefix = f"time_text_embed.{name}.linear_"
+    return {f"{prefix}1": (width, inputs), f"{prefix}2": (width, width)}
+
+
 def _head_dim(keys: Mapping[str, Tensor]) -> int:
     for key in (
         "transformer_blocks.0.attn.norm_q.weight",
@@ -273,7 +324,7 @@ def _head_dim(keys: Mapping[str, Tensor]) -> int:
 def _packed_channels(model: nn.Module, config: Config | None = None) -> int:
     """Values per token: what the embedder says, which training may have replaced, before what the config says."""
     embedder = child(model, Flux.embedder)
-    return getattr(embedder, "in_features", None) or (config or bare(model).config)["in_channels"]
+    return getattr(embedder, "in_features", None) or (config or model_config(model))["in_channels"]
 
 
 def _depths_of(config: Config) -> dict[str, int]:

@@ -48,7 +48,7 @@ class Rule:
 
     def native_key(self, keys: Mapping[str, Tensor]) -> str:
         """The spelling of the native key that `keys` has (the usual one when it has neither)."""
-        return self.alias if self.alias in keys and self.native not in keys else self.native
+        return self.alias if self.alias is not None and self.alias in keys and self.native not in keys else self.native
 
     def join(self, get: Callable[[str], Tensor]) -> Tensor:
         """Native tensor from its diffusers parts."""
@@ -131,7 +131,9 @@ class KeyMap:
         partial: bool,
     ) -> list[Rule]:
         present = {rule.optional for rule in rules if any(key in keys for key in sources(rule))}
-        plan, missing, known = [], [], set()
+        plan: list[Rule] = []
+        missing: list[str] = []
+        known: set[str] = set()
         for rule in rules:
             absent = [key for key in sources(rule) if key not in keys]
             known.update(sources(rule))

@@ -1,0 +1,315 @@
+# r rank, C latent channels, D width
+"""The DC-Gen adapter: one .safetensors with a new patch embedder, a new output head and LoRA for one base model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import files
+from .backbones import BACKBONES, Backbone
+from .backbones.keymap import describe_keys
+from .latent import METADATA_KEY, LatentSpace
+from .schedule import shift_ratio
+
+FORMAT = "1"
+LORA_PREFIX = "transformer."
+_RESERVED = ("dcgen.format", "dcgen.backbone", METADATA_KEY, "dcgen.patch_size", "dcgen.base", "dcgen.schedule")
+_LORA_PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".alpha": "alpha"}
+
+
+@dataclass
+class LoraPair:
+    """A low-rank change of one Linear: delta W = (alpha/r) * B @ A, with A (r,in) and B (out,r)."""
+
+    A: Tensor
+    B: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def delta(self, strength: float = 1.0) -> Tensor:
+        """strength * (alpha/r) * B @ A, (out,in) float32 on A's device."""
+        return (strength * self.scale) * (self.B.float() @ self.A.float())
+
+
+@dataclass
+class Adapter:
+    """What moves a base model onto another latent space.
+
+    backbone: key of BACKBONES; tensors: embedder and head (and, when trained, the norm before the head) by diffusers
+    name; lora: by diffusers module path without prefix; latent: the space it samples in; base: Backbone.fingerprint of
+    the base it was trained on; schedule: {"rule": ...} with optional "mu" or "shift" (dcgen.schedule);
+    metadata: free strings, `modelspec.*` among them.
+    """
+
+    backbone: str
+    tensors: dict[str, Tensor]
+    lora: dict[str, LoraPair]
+    latent: LatentSpace
+    base: dict[str, Any]
+    schedule: dict[str, Any]
+    patch_size: int = 1
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def model(self) -> Backbone:
+        return _backbone(self.backbone)
+
+    def check_base(self, fingerprint: Mapping[str, Any], source_name: str) -> None:
+        """ValueError when a base with this fingerprint (of the same backbone) is not the one this was trained on."""
+        found, wanted = _plain(fingerprint), _plain(self.base)
+        differing = [
+            f"{key}: {found.get(key, 'absent')} (this adapter needs {wanted.get(key, 'absent')})"
+            for key in sorted({*found, *wanted})
+            if found.get(key) != wanted.get(key)
+        ]
+        if differing:
+            raise ValueError(
+                f"{source_name} is not a base for this {self.backbone} adapter: {'; '.join(differing)}. "
+                "Load the base that the adapter was trained on, or an adapter made for this base."
+            )
+
+    def check_latent(self, space: LatentSpace, source_name: str = "the latent") -> None:
+        """ValueError when latents of `space` are not what this adapter was trained on."""
+        differing = space.differences(self.latent)
+        if differing:
+            wanted = self.latent
+            raise ValueError(
+                f"{source_name} does not belong to this adapter ({'; '.join(differing)}). It needs the autoencoder "
+                f"{wanted.name or 'it was trained with'}: {wanted.channels} channels, f{wanted.spatial_factor}, "
+                f"scaling factor {wanted.scaling_factor:g}."
+            )
+
+    def check(self) -> None:
+        """ValueError unless everything in here fits together: names, shapes, pairs, schedule."""
+        if self.patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
+        _check_schedule(self.schedule, self.latent.channels)
+        model = self.model
+        try:
+            needed = model.latent_shapes(self.base, self.latent.channels, self.patch_size)
+            allowed = {**needed, **model.extra_shapes(self.base)}
+            linears = model.linears(self.base)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the base fingerprint {self.base} is not one of a {self.backbone} model") from error
+        missing = [key for key in needed if key not in self.tensors]
+        unknown = [key for key in self.tensors if key not in allowed]
+        unknown += [f"{LORA_PREFIX}{path}" for path in self.lora if path not in linears]
+        if missing or unknown:
+            raise ValueError(f"not the tensors of a {self.backbone} adapter: {describe_keys(missing, unknown)}")
+        for key, tensor in self.tensors.items():
+            _check_tensor(key, tensor, allowed[key])
+        for path, pair in self.lora.items():
+            rank = pair.A.shape[0] if pair.A.ndim else 0
+            _check_tensor(f"{path} lora_A", pair.A, (rank, linears[path][1]))
+            _check_tensor(f"{path} lora_B", pair.B, (linears[path][0], rank))
+            if rank < 1 or not math.isfinite(pair.alpha):
+                raise ValueError(f"LoRA of {path}: rank {rank} and alpha {pair.alpha} are no LoRA")
+
+
+def save_adapter(path: str | os.PathLike[str], adapter: Adapter) -> None:
+    """Check the adapter and write it as .safetensors, whole or not at all.
+
+    ValueError when it does not fit together, holds a value that is not finite, or its metadata uses a reserved key.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"{path}: an adapter is a .safetensors file; give it that ending")
+    adapter.check()
+    tensors = _to_tensors(adapter)
+    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise ValueError(f"{path}: not written, values are not finite in {', '.join(sorted(bad)[:8])}")
+    metadata = _to_metadata(adapter, Path(path).stem)
+    with files.replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Read and check an adapter; FileNotFoundError or ValueError name the file, what is wrong and what to do."""
+    with files.opened(path) as file:
+        metadata = file.metadata() or {}
+        try:
+            head = _from_metadata(metadata, file.keys())
+            adapter = Adapter(**head, **_from_tensors({key: file.get_tensor(key) for key in file.keys()}))  # noqa: SIM118
+            adapter.check()
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(f"{path}: {error}") from error
+    return adapter
+
+
+def merge(base: Mapping[str, Tensor], adapter: Adapter, strength: float = 1.0) -> dict[str, Tensor]:
+    """Base weights (diffusers names) with the adapter in them: W + strength*(alpha/r) B@A in fp32, cast to W's dtype.
+
+    The new embedder and head go in whole at any strength; 0 is "alignment only". Untouched tensors are shared with
+    `base`. ValueError when a tensor that the adapter changes is not in `base` or has another shape.
+    """
+    absent = [f"{path}.weight" for path in adapter.lora if f"{path}.weight" not in base]
+    absent += [key for key in adapter.tensors if key not in base]
+    if absent:
+        raise ValueError(
+            f"the base lacks what this {adapter.backbone} adapter changes: {describe_keys(absent, [])}. Give it the "
+            "base it was trained on, with diffusers names (Backbone.to_diffusers)."
+        )
+    return {key: merge_tensor(key, tensor, adapter, strength) for key, tensor in base.items()}
+
+
+def merge_tensor(key: str, tensor: Tensor, adapter: Adapter, strength: float = 1.0) -> Tensor:
+    """One tensor of merge(): the adapter's own, base + LoRA, or the base's as it is."""
+    if key in adapter.tensors:
+        return adapter.tensors[key].to(tensor)
+    pair = adapter.lora.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
+    if pair is None or strength == 0:
+        return tensor
+    delta = pair.delta(strength)
+    if delta.shape != tensor.shape:
+        raise ValueError(f"{key}: the base has {tuple(tensor.shape)}, the adapter's LoRA {tuple(delta.shape)}")
+    return (tensor.float() + delta.to(tensor.device)).to(tensor.dtype)
+
+
+def _to_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    tensors = dict(adapter.tensors)
+    for path, pair in adapter.lora.items():
+        tensors[f"{LORA_PREFIX}{path}.lora_A.weight"] = pair.A
+        tensors[f"{LORA_PREFIX}{path}.lora_B.weight"] = pair.B
+        tensors[f"{LORA_PREFIX}{path}.alpha"] = torch.tensor(pair.alpha, dtype=torch.float32)
+    return {key: _own(tensor) for key, tensor in tensors.items()}
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU with memory of its own, which safetensors asks for."""
+    tensor = tensor.detach().cpu().contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone()
+
+
+def _to_metadata(adapter: Adapter, title: str) -> dict[str, str]:
+    taken = [key for key in adapter.metadata if key in _RESERVED]
+    if taken:
+        raise ValueError(f"metadata keys {', '.join(taken)} are written from the adapter's fields; leave them out")
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{adapter.model.modelspec}/dc-gen",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": title,
+        **{key: str(value) for key, value in adapter.metadata.items()},
+        "dcgen.format": FORMAT,
+        "dcgen.backbone": adapter.backbone,
+        "dcgen.patch_size": str(adapter.patch_size),
+        "dcgen.base": json.dumps(adapter.base, sort_keys=True),
+        "dcgen.schedule": json.dumps(adapter.schedule, sort_keys=True),
+        **adapter.latent.to_metadata(),
+    }
+
+
+def _from_metadata(metadata: Mapping[str, str], keys: list[str]) -> dict[str, Any]:
+    if "dcgen.format" not in metadata:
+        raise ValueError(f"not a DC-Gen adapter (no dcgen.format in its metadata). {_what_it_may_be(keys)}")
+    if metadata["dcgen.format"] != FORMAT:
+        raise ValueError(
+            f"adapter format {metadata['dcgen.format']!r}, this version of DC-Gen reads {FORMAT!r}: update DC-Gen"
+        )
+    absent = [key for key in _RESERVED if key not in metadata]
+    if absent:
+        raise ValueError(f"damaged adapter, its metadata lacks {', '.join(absent)}: download it again")
+    _backbone(metadata["dcgen.backbone"])
+    size = metadata["dcgen.patch_size"]
+    if not size.isdecimal():
+        raise ValueError(f"dcgen.patch_size is {size!r}, not a whole number")
+    return {
+        "backbone": metadata["dcgen.backbone"],
+        "latent": LatentSpace.from_metadata(metadata),
+        "patch_size": int(size),
+        "base": _json_object(metadata, "dcgen.base"),
+        "schedule": _json_object(metadata, "dcgen.schedule"),
+        "metadata": {key: value for key, value in metadata.items() if key not in _RESERVED},
+    }
+
+
+def _from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    whole: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(LORA_PREFIX):
+            whole[key] = tensor
+            continue
+        suffix = next((suffix for suffix in _LORA_PARTS if key.endswith(suffix)), None)
+        if suffix is None:
+            raise ValueError(f"tensor {key} is no part of a LoRA ({', '.join(_LORA_PARTS)})")
+        parts.setdefault(key[len(LORA_PREFIX) : -len(suffix)], {})[_LORA_PARTS[suffix]] = tensor
+    for path, pair in parts.items():
+        absent = [suffix for suffix, part in _LORA_PARTS.items() if part not in pair]
+        if absent:
+            raise ValueError(
+                f"LoRA of {path} is incomplete: no {', '.join(absent)}. The file was not written by DC-Gen"
+            )
+        if pair["alpha"].numel() != 1:
+            raise ValueError(f"LoRA of {path}: alpha must be one number, got shape {tuple(pair['alpha'].shape)}")
+    lora = {path: LoraPair(pair["A"], pair["B"], float(pair["alpha"])) for path, pair in parts.items()}
+    return {"tensors": whole, "lora": lora}
+
+
+def _what_it_may_be(keys: list[str]) -> str:
+    if any("lora_" in key for key in keys):
+        return "It looks like an ordinary LoRA: load it with a LoRA loader."
+    if any(".blocks." in key or "_blocks." in key for key in keys):
+        return "It looks like a whole model: load it with the model loader."
+    if any(key.startswith(("encoder.", "decoder.")) for key in keys):
+        return "It looks like an autoencoder: load it with the autoencoder loader."
+    return "Choose a file that DC-Gen training wrote."
+
+
+def _json_object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    try:
+        value = json.loads(metadata[key])
+    except ValueError as error:
+        raise ValueError(f"damaged adapter, {key} is not JSON ({error}): download it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"damaged adapter, {key} is not a JSON object: download it again")
+    return value
+
+
+def _check_schedule(schedule: Mapping[str, Any], channels: int) -> None:
+    unknown = sorted(set(schedule) - {"rule", "mu", "shift"})
+    numbers = [value for key, value in schedule.items() if key != "rule" and value is not None]
+    if (
+        unknown
+        or "rule" not in schedule
+        or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in numbers)
+    ):
+        raise ValueError(f'schedule must be {{"rule": ...}} with a number "mu" or "shift" if any, got {dict(schedule)}')
+    shift_ratio(tokens=1, channels=channels, **schedule)
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected floating point {shape}")
+
+
+def _backbone(name: str) -> Backbone:
+    if name not in BACKBONES:
+        raise ValueError(
+            f"backbone {name!r} is unknown to this version of DC-Gen (known: {', '.join(BACKBONES)}): update it"
+        )
+    return BACKBONES[name]
+
+
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON would give it back: tuples are lists."""
+    return json.loads(json.dumps(dict(value)))

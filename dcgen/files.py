@@ -1,0 +1,141 @@
+"""Safetensors on disk: written whole or not at all, tensor by tensor, and read with errors that name the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+# The format's own names for the types that it has. https://github.com/huggingface/safetensors
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WRITE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Name, type and shape of a tensor that is not in memory."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it takes path's place when the block ends well, else it is gone."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[safe_open]:
+    """safe_open on the CPU; FileNotFoundError or ValueError that name the file and say what to do."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        hint = "it is truncated or damaged: download or copy it again"
+        if path.suffix != ".safetensors":
+            hint = "only .safetensors files are read"
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); {hint}") from error
+    with file:
+        yield file
+
+
+def entries(file: safe_open) -> list[Entry]:
+    """What a file holds, without reading a tensor; ValueError for a type that is not in DTYPES."""
+    found = []
+    for name in file.keys():  # noqa: SIM118
+        view = file.get_slice(name)
+        if view.get_dtype() not in DTYPES:
+            raise ValueError(f"tensor {name} has type {view.get_dtype()}; known are {', '.join(DTYPES)}")
+        found.append(Entry(name, DTYPES[view.get_dtype()], tuple(view.get_shape())))
+    return found
+
+
+def meta_tensors(found: Iterable[Entry]) -> dict[str, Tensor]:
+    """Entries as meta tensors: shapes for detection, no memory."""
+    return {entry.name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for entry in found}
+
+
+def write_stream(
+    path: str | os.PathLike[str],
+    wanted: Iterable[Entry],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file of which no more than one tensor is in memory; whole or not at all.
+
+    wanted: every tensor of the file; tensors: the same, in any order, each to be let go once it is written. A tensor
+    that is missing, twice there, or of another type or shape than announced is a ValueError and leaves no file.
+    """
+    table, start = {}, 0
+    # Widest types first keeps every tensor aligned, as safetensors' own writer does.
+    for entry in sorted(wanted, key=lambda entry: (-entry.dtype.itemsize, entry.name)):
+        table[entry.name] = (entry, start)
+        start += entry.nbytes
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, (entry, begin) in table.items():
+        header[name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [begin, begin + entry.nbytes],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        base = file.tell()
+        file.truncate(base + start)
+        for name, tensor in tensors:
+            if name not in table:
+                raise ValueError(f"{path}: tensor {name} was not announced, or came twice")
+            entry, begin = table.pop(name)
+            if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
+                raise ValueError(f"{path}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, announced {entry}")
+            file.seek(base + begin)
+            _write(file, tensor)
+        if table:
+            raise ValueError(f"{path}: {len(table)} announced tensors never came, first {next(iter(table))}")
+
+
+def _write(file: object, tensor: Tensor) -> None:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    for start in range(0, flat.numel(), WRITE_BYTES):
+        file.write(flat[start : start + WRITE_BYTES].numpy().data)  # type: ignore[attr-defined]
