@@ -1,0 +1,154 @@
+"""The rules of the house that a machine can hold: who imports whom, what is shipped, how large a node may grow."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FORBIDDEN = {
+    "dcgen": {
+        "comfy",
+        "comfy_api",
+        "comfy_extras",
+        "folder_paths",
+        "diffusers",
+        "transformers",
+        "peft",
+        "train",
+        "nodes",
+    },
+    "train": {"comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes"},
+}
+# Outside nodes/bridge a node may use ComfyUI's public node API and its folder lists, not comfy's internals.
+NODE_FORBIDDEN = {"comfy", "latent_preview", "nodes", "diffusers", "train"}
+TOY_BUDGET_BYTES = 25 * 1024 * 1024
+
+
+def tracked(*patterns: str) -> list[Path]:
+    """Tracked and untracked-not-ignored files, so that the rule holds before the commit too; all files without git."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *patterns]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    if done.returncode:
+        found = [p for pattern in patterns for p in ROOT.rglob(pattern) if ".venv" not in p.parts]
+        return [p for p in found if p.is_file()]
+    return [ROOT / name for name in done.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
+
+
+def imported_roots(path: Path) -> set[str]:
+    roots = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            roots.add((node.module or "").split(".")[0])
+    return roots
+
+
+@pytest.mark.parametrize("room", sorted(FORBIDDEN))
+def test_import_direction(room):
+    files = [p for p in tracked("*.py") if p.relative_to(ROOT).parts[0] == room]
+    assert files, f"no files found in {room}/"
+    bad = {str(p.relative_to(ROOT)): hit for p in files if (hit := imported_roots(p) & FORBIDDEN[room])}
+    assert not bad
+
+
+def test_comfy_internals_only_in_bridge():
+    files = [p for p in tracked("*.py") if p.relative_to(ROOT).parts[0] == "nodes" and "bridge" not in p.parts]
+    assert files
+    bad = {str(p.relative_to(ROOT)): hit for p in files if (hit := imported_roots(p) & NODE_FORBIDDEN)}
+    assert not bad
+
+
+def test_pack_imports_its_own_packages_relatively():
+    """ComfyUI loads the folder under a path-made name, so `import dcgen` would not find the pack's own room."""
+    files = [p for p in tracked("*.py") if p.relative_to(ROOT).parts[0] in {"nodes", "dcgen"}]
+    files.append(ROOT / "__init__.py")
+    bad = [str(p.relative_to(ROOT)) for p in files if imported_roots(p) & {"dcgen"}]
+    assert not bad
+
+
+BLOCKER = """
+import importlib.abc, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"{name} is blocked in this test", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def modules_of(room: str) -> list[str]:
+    files = [p.relative_to(ROOT) for p in tracked("*.py") if p.relative_to(ROOT).parts[0] == room]
+    names = [".".join(p.with_suffix("").parts) for p in files]
+    return sorted(name.removesuffix(".__init__") for name in names if not name.endswith("__main__"))
+
+
+@pytest.mark.parametrize("room", sorted(FORBIDDEN))
+def test_every_module_imports_without_what_it_must_not_need(room):
+    blocked = FORBIDDEN[room] - {"train"} if room == "train" else FORBIDDEN[room]
+    code = f"BLOCKED = {sorted(blocked)!r}\n{BLOCKER}\nimport importlib\n"
+    code += "\n".join(f"importlib.import_module({name!r})" for name in modules_of(room))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_root_imports_without_comfyui(tmp_path):
+    """A tool that merely looks at the pack (a packager, pytest) must not trip over it."""
+    code = f"BLOCKED = ['comfy', 'comfy_api', 'folder_paths']\n{BLOCKER}\n"
+    code += "import importlib.util\n"
+    code += f"spec = importlib.util.spec_from_file_location('pack', {str(ROOT / '__init__.py')!r}, "
+    code += f"submodule_search_locations=[{str(ROOT)!r}])\n"
+    code += "m = importlib.util.module_from_spec(spec); sys.modules['pack'] = m; spec.loader.exec_module(m)\n"
+    code += "assert callable(m.comfy_entrypoint) and m.WEB_DIRECTORY\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def execute_methods():
+    for path in tracked("*.py"):
+        if path.relative_to(ROOT).parts[0] != "nodes":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name == "execute":
+                yield path.relative_to(ROOT), node
+
+
+def test_execute_stays_thin():
+    lengths = {f"{path}:{node.lineno}": node.end_lineno - node.lineno + 1 for path, node in execute_methods()}
+    assert lengths
+    assert not {where: lines for where, lines in lengths.items() if lines > 25}
+
+
+def test_toy_fits_its_budget():
+    size = sum(p.stat().st_size for p in tracked("toy/*"))
+    assert 0 < size < TOY_BUDGET_BYTES, f"toy/ holds {size / 2**20:.1f} MiB"
+
+
+def test_no_machine_paths_in_files():
+    pattern = re.compile(r"/(root|work|farm)/")
+    text_files = [p for p in tracked() if p.suffix not in {".safetensors", ".png", ".jpg", ".webp"}]
+    bad = [
+        str(p.relative_to(ROOT))
+        for p in text_files
+        if p != Path(__file__).resolve() and pattern.search(p.read_text(encoding="utf-8", errors="ignore"))
+    ]
+    assert not bad
+
+
+def test_users_install_neither_torch_nor_diffusers():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    names = [re.split(r"[<>=!~ ]", line)[0].lower() for line in lines if line and not line.startswith("#")]
+    assert not {"torch", "diffusers", "nunchaku", "torchvision"} & set(names)
+    assert not [line for line in lines if "==" in line or "<" in line.split("#")[0]], "lower bounds only"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the executable bit means nothing on Windows")
+def test_ci_runs_the_readme_command():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "make test" in script
+    assert "make test" in (ROOT / "README.md").read_text(encoding="utf-8")
