@@ -18,7 +18,7 @@ from train.distributed import Ranks
 from train.files import digest_json, read_json, write_json
 from train.loop import NonFinite, Stopped, train_stage
 from train.stages import stage_class
-from train.stages.base import Context, Stage
+from train.stages.base import Context, Stage, stage_of
 
 WATCH_FIELDS = {"checkpoint_every", "keep_checkpoints", "log_every", "preview_every", "shard"}
 
@@ -130,7 +130,8 @@ def inputs(recipe: Recipe, name: str) -> list[str]:
     earlier = order[: order.index(name)]
     values = [v for k, v in recipe.stages[name].model_dump().items() if k != "kind"]
     flat = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
-    return [stage for stage in earlier if stage in flat]
+    named = {stage_of(item, recipe) for item in flat if isinstance(item, str)}
+    return [stage for stage in earlier if stage in named]
 
 
 def _finished(recipe: Recipe, stage: Stage, redo: bool) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ STAGES: dict[str, str] = {
     "align": "train.stages.align:AlignStage",
     "head": "train.stages.head:HeadStage",
     "finetune": "train.stages.finetune:FinetuneStage",
+    "tiny": "train.stages.tiny:TinyStage",
     "export": "train.stages.export:ExportStage",
     "autoencoder": "train.stages.autoencoder:AutoencoderStage",
     "pretrain": "train.stages.pretrain:PretrainStage",

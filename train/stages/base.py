@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,6 +12,21 @@ from torch import Tensor, nn
 
 from train.batches import Batch
 from train.config import Recipe, StageConfig
+
+
+def stage_of(reference: str, recipe: Recipe) -> str | None:
+    """The stage that a reference (`STAGE` or `STAGE/path`) names, if it names one."""
+    first = reference.split("/")[0]
+    return first if first in recipe.stages else None
+
+
+def complaints(check: Callable[[Path], object], path: Path) -> list[str]:
+    """What `check(path)` has to say against a path, as a list; empty when it is content."""
+    try:
+        check(path)
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    return []
 
 
 @dataclass(frozen=True)
@@ -26,10 +41,15 @@ class Context:
     world: int = 1
 
     def resolve(self, reference: str) -> Path:
-        """Folder of another stage of this recipe when `reference` is a stage's name, else `reference` as a path."""
-        if reference in self.recipe.stages:
+        """`STAGE` or `STAGE/...` means that stage's folder (or what is in it); anything else is a path."""
+        if stage_of(reference, self.recipe) is not None:
             return self.recipe.folder / reference
         return Path(reference)
+
+    def pending(self, reference: str) -> bool:
+        """Whether `reference` lies in a stage of this recipe that is not done yet."""
+        stage = stage_of(reference, self.recipe)
+        return stage is not None and not (self.recipe.folder / stage / "done.json").is_file()
 
 
 class Stage:

@@ -1,0 +1,287 @@
+"""Text-image data sets: where pictures and captions come from, and how pictures become a training size."""
+# H, W pixels
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+from train.config import Strict
+from train.files import digest_json
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Source(ABC):
+    """Numbered pictures with captions. Reading one is a pure function of its number."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call a sample in messages."""
+
+    @abstractmethod
+    def caption(self, index: int) -> str: ...
+
+    @abstractmethod
+    def size(self, index: int) -> tuple[int, int]:
+        """(H, W) that image() will have: the sample's bucket."""
+
+    @abstractmethod
+    def image(self, index: int) -> Tensor:
+        """(3,H,W) float32 in -1..1."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the pictures: part of a cache's fingerprint."""
+        names = [[self.name(i), self.caption(i), *self.size(i)] for i in range(len(self))]
+        return {"source": type(self).__name__, "samples": len(self), "digest": digest_json(names)}
+
+
+class ToyData(Strict):
+    """Pictures drawn from toy/data, `variants` of each (subject, colour) pair."""
+
+    type: Literal["toy"]
+    path: str = "toy/data"
+    split: Literal["train", "held_out", "all"] = "train"
+    variants: int = Field(8, ge=1)
+
+
+class Files(Strict):
+    """Shared by the formats which hold picture files."""
+
+    path: str
+    pixels: int = Field(512, ge=32, description="side of the square whose area a training picture has")
+    multiple: int = Field(64, ge=1, description="sides are multiples of this (f * patch of both models)")
+    ratios: tuple[float, ...] = Field((1.0,), description="aspect buckets, H/W; 1.0 alone = squares")
+
+
+class FolderData(Files):
+    """Pictures in a folder tree; the caption is the .txt beside a picture, or a line in metadata.jsonl."""
+
+    type: Literal["folder"]
+
+
+class TarData(Files):
+    """webdataset tars: members NAME.jpg + NAME.txt, or NAME.json with a `caption`."""
+
+    type: Literal["webdataset"]
+
+
+class ParquetData(Files):
+    """Hugging Face parquet files with an image column ({"bytes": ...} or bytes) and a caption column."""
+
+    type: Literal["parquet"]
+    image_column: str = "image"
+    caption_column: str = "text"
+
+
+DataConfig = Annotated[ToyData | FolderData | TarData | ParquetData, Field(discriminator="type")]
+
+
+def open_source(config: ToyData | FolderData | TarData | ParquetData, path: Path) -> Source:
+    """The source a recipe describes, at `path`; a missing or empty path is an error that names it."""
+    config = config.model_copy(update={"path": str(path)})
+    if isinstance(config, ToyData):
+        return ToySource(config)
+    kinds = {FolderData: FolderSource, TarData: TarSource, ParquetData: ParquetSource}
+    if not path.exists():
+        raise FileNotFoundError(f"data path {path} does not exist; set data.path to a folder of {config.type} data")
+    source = kinds[type(config)](config)
+    if not len(source):
+        raise ValueError(f"data path {path} holds no captioned picture ({config.type})")
+    return source
+
+
+class ToySource(Source):
+    """The toy's pictures as a Source."""
+
+    def __init__(self, config: ToyData) -> None:
+        from train.toy.pictures import SIZE, ToyPictures
+
+        self.config = config
+        self.side = SIZE
+        self.pictures = ToyPictures(config.path)
+        self.pairs = self.pictures.pairs(config.split)
+
+    def __len__(self) -> int:
+        return len(self.pairs) * self.config.variants
+
+    def name(self, index: int) -> str:
+        return f"{self.caption(index)} #{index // len(self.pairs)}"
+
+    def caption(self, index: int) -> str:
+        return self.pictures.caption(self.pairs[index % len(self.pairs)])
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.side, self.side
+
+    def image(self, index: int) -> Tensor:
+        return self.pictures.draw(self.pairs[index % len(self.pairs)], index // len(self.pairs))
+
+
+class FileSource(Source):
+    """Picture files: subclasses list (name, caption, width, height) and give the bytes."""
+
+    def __init__(self, config: Files) -> None:
+        self.config = config
+        self.buckets = bucket_sizes(config.pixels, config.multiple, config.ratios)
+        self.entries = self.scan(Path(config.path))
+
+    @abstractmethod
+    def scan(self, path: Path) -> list[tuple[str, str, tuple[int, int]]]:
+        """(name, caption, (H, W) of the file) of every sample, in a fixed order."""
+
+    @abstractmethod
+    def read(self, index: int) -> bytes: ...
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def name(self, index: int) -> str:
+        return self.entries[index][0]
+
+    def caption(self, index: int) -> str:
+        return self.entries[index][1]
+
+    def size(self, index: int) -> tuple[int, int]:
+        return nearest_bucket(self.entries[index][2], self.buckets)
+
+    def image(self, index: int) -> Tensor:
+        with Image.open(io.BytesIO(self.read(index))) as picture:
+            return fit(picture, self.size(index))
+
+
+class FolderSource(FileSource):
+    """Pictures in a folder tree."""
+
+    def scan(self, path: Path) -> list[tuple[str, str, tuple[int, int]]]:
+        captions = {}
+        for table in sorted(path.rglob("metadata.jsonl")):
+            for line in table.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                captions[table.parent / row["file_name"]] = row.get("text", row.get("caption"))
+        entries = []
+        for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES):
+            text = file.with_suffix(".txt")
+            caption = text.read_text(encoding="utf-8").strip() if text.is_file() else captions.get(file)
+            if caption is not None:
+                entries.append((str(file.relative_to(path)), caption, _size_of(file)))
+        return entries
+
+    def read(self, index: int) -> bytes:
+        return (Path(self.config.path) / self.entries[index][0]).read_bytes()
+
+
+class TarSource(FileSource):
+    """webdataset tars, indexed once (offset and length of every member) and then read at random."""
+
+    def scan(self, path: Path) -> list[tuple[str, str, tuple[int, int]]]:
+        entries, self.places = [], []
+        for tar_path in [path] if path.is_file() else sorted(path.rglob("*.tar")):
+            groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+            with tarfile.open(tar_path) as tar:
+                for member in tar:
+                    stem, dot, suffix = member.name.rpartition(".")
+                    if member.isfile() and dot:
+                        groups.setdefault(stem, {})[f".{suffix.lower()}"] = member
+                for stem, members in groups.items():
+                    picture = next((m for suffix, m in members.items() if suffix in PICTURES), None)
+                    caption = _tar_caption(tar, members)
+                    if picture is None or caption is None:
+                        continue
+                    size = _size_of(io.BytesIO(tar.extractfile(picture).read()))
+                    entries.append((f"{tar_path.name}:{stem}", caption, size))
+                    self.places.append((tar_path, picture.offset_data, picture.size))
+        return entries
+
+    def read(self, index: int) -> bytes:
+        path, offset, length = self.places[index]
+        with open(path, "rb") as handle:
+            handle.seek(offset)
+            return handle.read(length)
+
+
+class ParquetSource(FileSource):
+    """Parquet files of a Hugging Face image data set (needs pyarrow)."""
+
+    def scan(self, path: Path) -> list[tuple[str, str, tuple[int, int]]]:
+        import pyarrow.parquet as parquet
+
+        entries, self.tables = [], []
+        for file in [path] if path.is_file() else sorted(path.rglob("*.parquet")):
+            names = parquet.read_schema(file).names
+            for column in (self.config.image_column, self.config.caption_column):
+                if column not in names:
+                    raise ValueError(f"{file} has no column {column!r}; it has {', '.join(names)}")
+            table = parquet.read_table(
+                file, columns=[self.config.image_column, self.config.caption_column], memory_map=True
+            )
+            for row, caption in enumerate(table.column(self.config.caption_column).to_pylist()):
+                self.tables.append((table, row))
+                entries.append((f"{file.name}:{row}", caption, _size_of(io.BytesIO(self.read(len(self.tables) - 1)))))
+        return entries
+
+    def read(self, index: int) -> bytes:
+        table, row = self.tables[index]
+        value = table.column(self.config.image_column)[row].as_py()
+        return value["bytes"] if isinstance(value, dict) else value
+
+
+def bucket_sizes(pixels: int, multiple: int, ratios: Sequence[float]) -> list[tuple[int, int]]:
+    """(H, W) of each aspect ratio H/W: area near pixels^2, both sides multiples of `multiple`."""
+    sizes = set()
+    for ratio in ratios:
+        height = max(multiple, round(pixels * math.sqrt(ratio) / multiple) * multiple)
+        width = max(multiple, round(pixels / math.sqrt(ratio) / multiple) * multiple)
+        sizes.add((height, width))
+    return sorted(sizes)
+
+
+def nearest_bucket(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The bucket whose aspect ratio is nearest in log scale."""
+    ratio = math.log(size[0] / size[1])
+    return min(buckets, key=lambda bucket: (abs(math.log(bucket[0] / bucket[1]) - ratio), bucket))
+
+
+def fit(picture: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Composite on white, scale to cover (H, W), crop the centre; (3,H,W) float32 in -1..1."""
+    if picture.mode in ("RGBA", "LA", "P", "PA"):
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        picture = Image.alpha_composite(white, picture)
+    picture = picture.convert("RGB")
+    height, width = size
+    scale = max(height / picture.height, width / picture.width)
+    across, down = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+    picture = picture.resize((across, down), Image.Resampling.LANCZOS)
+    left, top = (across - width) // 2, (down - height) // 2
+    array = np.asarray(picture.crop((left, top, left + width, top + height)), dtype=np.float32)
+    return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def _tar_caption(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> str | None:
+    if ".txt" in members:
+        return tar.extractfile(members[".txt"]).read().decode("utf-8").strip()
+    if ".json" in members:
+        value = json.loads(tar.extractfile(members[".json"]).read())
+        return value.get("caption", value.get("text"))
+    return None
+
+
+def _size_of(file: Any) -> tuple[int, int]:
+    with Image.open(file) as picture:
+        return picture.height, picture.width

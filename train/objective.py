@@ -1,0 +1,127 @@
+"""The loss of head alignment and fine-tuning: arXiv:2509.25180 Eq. 2 (flow matching) or Eq. 7 (guidance-corrected)."""
+# B batch, C latent channels, h w latent rows and columns
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dcgen import guidance, schedule
+from train.batches import Batch
+from train.config import Strict
+
+Velocity = Callable[[Tensor, Tensor, dict[str, Tensor], Tensor | None], Tensor]
+
+
+class Timesteps(Strict):
+    """How sigma (1 = noise) is drawn. The paper does not say; the defaults are the released FLUX recipe's."""
+
+    distribution: Literal["logit-normal", "uniform"] = Field("logit-normal", description="released code")
+    mean: float = Field(0.0, description="of the normal before the sigmoid")
+    std: float = Field(1.0, gt=0)
+    rule: Literal["none", "flux", "flux2", "static"] = Field(
+        "flux", description="resolution shift applied to the draw; flux = FLUX.1's mu at the NEW token count"
+    )
+    shift: float | None = Field(None, gt=0, description="the ratio itself; needed by rule static, overrides the others")
+
+    def draw(self, batch: Batch, tokens: int, channels: int) -> Tensor:
+        """(B,) sigma in 0..1."""
+        if self.distribution == "uniform":
+            sigma = batch.uniform("sigma")
+        else:
+            sigma = torch.sigmoid(self.mean + self.std * batch.normal("sigma", ()))
+        if self.rule == "none":
+            return sigma
+        ratio = schedule.shift_ratio(tokens=tokens, channels=channels, rule=self.rule, shift=self.shift)
+        return schedule.shifted(sigma, ratio)
+
+
+class Objective(Strict):
+    """Eq. 2 or Eq. 7 and everything in them that the paper leaves open."""
+
+    loss: Literal["guided", "flow"] = Field("guided", description="guided = Eq. 7 (distilled bases), flow = Eq. 2")
+    w: tuple[float, float] = Field((0.0, 13.0), description="range of w, uniform; released code: g = 1+w in 1..14")
+    guidance_embed: Literal["1+w", "w"] = Field("1+w", description="what the embedding gets (FLUX's 3.5 is w = 2.5)")
+    uncond_embed: Literal["same", "one"] = Field(
+        "same", description="same w in the empty branch (Eq. 6); one = released code"
+    )
+    uncond_grad: bool = Field(
+        True, description="gradient through the empty branch: on = Eq. 7 as written, off = released code"
+    )
+    flow_guidance: float = Field(1.0, description="guidance fed to a distilled model under loss: flow (w = 0)")
+    caption_dropout: float = Field(
+        0.1, ge=0, lt=1, description="captions made empty (released code 0.1); without it Eq. 7 is under-determined"
+    )
+    timesteps: Timesteps = Timesteps()
+
+
+def objective_loss(
+    objective: Objective,
+    velocity: Velocity,
+    batch: Batch,
+    latents: Tensor,
+    text: dict[str, Tensor],
+    empty: dict[str, Tensor],
+    *,
+    tokens: int,
+    distilled: bool,
+) -> tuple[Tensor, dict[str, float | Tensor]]:
+    """Loss and what to log, for model-space latents (B,C,h,w) with their text and the empty prompt (1,...).
+
+    `velocity(x, sigma, cond, guidance)`; `distilled`: the model has a guidance embedding. The loss of the rows whose
+    caption was dropped is logged apart as loss_uncond: only it shows an unconditional branch gone astray.
+    """
+    noise = batch.normal("noise", latents.shape[1:])
+    sigma = objective.timesteps.draw(batch, tokens, latents.shape[1])
+    dropped = batch.uniform("drop") < objective.caption_dropout
+    noised = guidance.interpolate(latents, noise, sigma)
+    target = guidance.velocity_target(latents, noise)
+    text = {name: torch.where(_rows(dropped, value), empty[name].to(value), value) for name, value in text.items()}
+    if objective.loss == "flow" or not distilled:
+        scale = torch.full_like(sigma, objective.flow_guidance) if distilled else None
+        corrected = velocity(noised, sigma, text, scale)
+    else:
+        corrected = _corrected(objective, velocity, batch, noised, sigma, text, empty, dropped)
+    errors = (corrected.float() - target).square().flatten(1).mean(1)  # Eq. 2, Eq. 7
+    metrics = {"loss_cond": _mean(errors, ~dropped), "loss_uncond": _mean(errors, dropped)}
+    return errors.mean(), metrics
+
+
+def _corrected(
+    objective: Objective,
+    velocity: Velocity,
+    batch: Batch,
+    noised: Tensor,
+    sigma: Tensor,
+    text: dict[str, Tensor],
+    empty: dict[str, Tensor],
+    dropped: Tensor,
+) -> Tensor:
+    """Eq. 6 on the rows that kept their caption; a dropped row is its own empty branch, so v_hat = v there."""
+    low, high = objective.w
+    w = low + (high - low) * batch.uniform("w")
+    scale = guidance.guidance_scale(w) if objective.guidance_embed == "1+w" else w
+    v_cond = velocity(noised, sigma, text, scale)
+    kept = torch.nonzero(~dropped).flatten()
+    if not len(kept):
+        kept = torch.zeros(1, dtype=torch.long, device=noised.device)  # every rank must make the same forward calls
+    base = {name: value.to(noised).expand(len(kept), *value.shape[1:]) for name, value in empty.items()}
+    other = scale[kept] if objective.uncond_embed == "same" else torch.ones_like(scale[kept])
+    with contextlib.nullcontext() if objective.uncond_grad else torch.no_grad():
+        v_uncond = velocity(noised[kept], sigma[kept], base, other)
+    raw = guidance.raw_velocity(v_cond[kept].float(), v_uncond.float(), w[kept])  # Eq. 6
+    return torch.where(_rows(dropped, v_cond), v_cond.float(), v_cond.float().index_copy(0, kept, raw))
+
+
+def _rows(mask: Tensor, like: Tensor) -> Tensor:
+    return mask.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the chosen rows; NaN when there is none (the log leaves NaN out)."""
+    return values.detach()[mask].mean()

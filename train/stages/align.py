@@ -1,0 +1,117 @@
+"""Stage `align`: the new patch embedder, arXiv:2509.25180 Eq. 1, by closed form or AdamW."""
+# B batch, C latent channels, h w latent rows and columns, D width
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from train.alignment import LinearEmbedder, NormalEquations, alignment_loss
+from train.batches import Batch
+from train.cache import Cache
+from train.config import Optimizer, StageConfig
+from train.files import write_json, write_tensors
+from train.models import base_backbone, embedder_only, fresh_ends, network_class, without_blocks
+from train.stages.base import Stage, complaints
+
+
+class AlignStage(Stage):
+    """Fits the new embedder to the pooled output of the old one; the base's blocks are never loaded."""
+
+    class Config(StageConfig):
+        base: str = Field(description="release folder of the base model")
+        cache: str = Field("cache", description="cache stage or folder")
+        patch_size: int = Field(1, ge=1, description="of the new model; DC-Gen's is 1")
+        solver: Literal["closed-form", "adamw"] = Field("closed-form", description="adamw is what the paper ran")
+        resample: Literal["teacher-down", "student-up"] = Field(
+            "teacher-down", description="teacher-down: average pool (paper 3.3); student-up: bilinear (released code)"
+        )
+        ridge: float = Field(0.0, ge=0, description="closed form only, relative to the mean feature power")
+        steps: int = Field(20_000, ge=0, description="adamw only (Table 7: FLUX and SANA 20k, DiT 50k)")
+        batch: int = Field(64, ge=1, description="Table 7")
+        optimizer: Optimizer = Optimizer(lr=1e-4)
+
+    config: Config
+
+    def check(self) -> list[str]:
+        if self.context.pending(self.config.base):
+            return []
+        return complaints(base_backbone, self.context.resolve(self.config.base))
+
+    def describe_plan(self) -> list[str]:
+        return [f"solver {self.config.solver}, resampling {self.config.resample}; trains the embedder alone (Eq. 1)"]
+
+    def setup(self) -> nn.Module | None:
+        self.cache = Cache(self.context.resolve(self.config.cache))
+        self.backbone, self.teacher, self.teacher_config = embedder_only(self.context.resolve(self.config.base))
+        self.teacher.to(self.device)
+        self.student = self._new_student()
+        return None if self.config.solver == "closed-form" else self.student
+
+    def _new_student(self) -> nn.Module:
+        """A network without blocks whose embedder is fresh, on the new latent."""
+        channels, p = self.cache.spaces["student"].channels, self.config.patch_size
+        seed = self.context.recipe.seed
+        self.student_config, embedder, _ = fresh_ends(self.backbone, self.teacher_config, channels, p, seed)
+        student = network_class(self.backbone).from_config(without_blocks(self.student_config)).requires_grad_(False)
+        parent, _, name = self.backbone.embedder.rpartition(".")
+        setattr(student.get_submodule(parent), name, embedder.requires_grad_(True))
+        return student.to(self.device)
+
+    def shard_units(self) -> Sequence[nn.Module]:
+        return [self.student.get_submodule(self.backbone.embedder)]
+
+    def buckets(self) -> Sequence[Sequence[int]]:
+        return self.cache.buckets()
+
+    def describe_samples(self, indices: Sequence[int]) -> list[str]:
+        return self.cache.describe(indices)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float | Tensor]]:
+        student = self.cache.latents(batch.indices, "student").to(self.device)
+        found = self.backbone.embed(self.student, student, self.student_config)
+        return alignment_loss(self._teacher(batch.indices), found, self.config.resample), {}
+
+    @torch.no_grad()
+    def _teacher(self, indices: Sequence[int]) -> Tensor:
+        latents = self.cache.latents(indices, "teacher").to(self.device)
+        return self.backbone.embed(self.teacher, latents, self.teacher_config)
+
+    def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
+        student = self._new_student()
+        linear = LinearEmbedder(self.backbone, student, self.student_config, self.config.patch_size)
+        equations = self._accumulate(linear)
+        least = equations.loss(*equations.solve())
+        numbers: dict[str, object] = {}
+        if self.config.solver == "closed-form":
+            linear.set(*equations.solve(self.config.ridge))
+        else:
+            for name, parameter in student.named_parameters():
+                if name in weights:
+                    parameter.data.copy_(weights[name])
+        numbers["loss"] = equations.loss(*linear.flat())
+        numbers |= {"least_loss": least, "variance": equations.variance(), "rows": int(equations.count)}
+        numbers["unexplained"] = numbers["loss"] / numbers["variance"]
+        if self.context.rank == 0:
+            prefix = self.backbone.embedder
+            state = student.get_submodule(prefix).state_dict()
+            write_tensors(self.folder / "embedder.safetensors", {f"{prefix}.{name}": t for name, t in state.items()})
+            write_json(self.folder / "report.json", numbers)
+        return numbers
+
+    def _accumulate(self, linear: LinearEmbedder) -> NormalEquations:
+        """One pass over the data, each rank its share."""
+        weight, _ = linear.flat()
+        equations = NormalEquations.empty(weight.shape[1], weight.shape[0], self.device)
+        for bucket in self.cache.buckets():
+            mine = bucket[self.context.rank :: self.context.world]
+            for start in range(0, len(mine), self.config.batch):
+                part = mine[start : start + self.config.batch]
+                latents = self.cache.latents(part, "student").to(self.device)
+                linear.add_to(equations, self._teacher(part), latents, self.config.resample)
+        equations.reduce()
+        return equations

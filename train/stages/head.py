@@ -1,0 +1,218 @@
+"""Stages `head` and `finetune`: the moved model on Eq. 2 or Eq. 7. Head alignment is fine-tuning without LoRA."""
+# B batch, C latent channels, h w latent rows and columns
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dcgen import schedule
+from dcgen.adapter import Adapter, load_adapter, save_adapter
+from train.autoencoders import load_autoencoder
+from train.batches import Batch
+from train.cache import Cache
+from train.config import Optimizer, StageConfig
+from train.lora import lora_pairs
+from train.models import base_backbone, fresh_ends, load_network, read_tensors, replace_ends
+from train.objective import Objective, objective_loss
+from train.sample import euler, grid, seeded_noise
+from train.stages.base import Stage, complaints
+from train.text import TextEncoder, load_text
+
+
+class MovedConfig(StageConfig):
+    """Shared by head and finetune."""
+
+    base: str = Field(description="release folder of the base model")
+    autoencoder: str = Field("", description="folder of the new autoencoder; needed for previews")
+    cache: str = Field("cache", description="cache stage or folder")
+    objective: Objective = Objective()
+    patch_size: int = Field(1, ge=1)
+    schedule: dict[str, Any] = Field(
+        {"rule": "flux"}, description="sampling schedule written into the adapter and used for previews"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute blocks in backward: less memory, 4/3 the time")
+    preview_prompts: tuple[str, ...] = ()
+    preview_guidance: float = Field(3.5, ge=0, description="g of preview pictures")
+    preview_steps: int = Field(20, ge=1)
+    preview_seed: int = 0
+
+
+class MovedStage(Stage):
+    """A base network whose embedder and head are new. Subclasses say what trains."""
+
+    Config = MovedConfig
+    config: MovedConfig
+
+    def check(self) -> list[str]:
+        if self.context.pending(self.config.base):
+            return []
+        return complaints(base_backbone, self.context.resolve(self.config.base))
+
+    def setup(self) -> nn.Module:
+        c = self.config
+        self.cache = Cache(self.context.resolve(c.cache))
+        self.base = self.context.resolve(c.base)
+        self.backbone, base_config = base_backbone(self.base)
+        self.space = self.cache.spaces["student"]
+        self.base_fingerprint = self.backbone.fingerprint(base_config)
+        self.distilled = bool(base_config.get("guidance_embeds"))
+        self.frozen_dtype = getattr(torch, c.dtype)
+        seed = self.context.recipe.seed
+        moved, embedder, head = fresh_ends(self.backbone, base_config, self.space.channels, c.patch_size, seed)
+        self.model = load_network(self.base, self.frozen_dtype, "cpu")
+        replace_ends(self.model, self.backbone, moved, embedder, head)
+        self.prepare()
+        if c.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        self.model.train()
+        self.text_online: TextEncoder | None = None
+        if not self.cache.has_text:
+            self.text_online = load_text(self.base, self.device, self.frozen_dtype, self._text_tokens())
+        self.empty = {name: value.to(self.device) for name, value in self._text([0]).items()}
+        return self.model
+
+    def prepare(self) -> None:
+        """Load what earlier stages made and switch on the gradients of what trains."""
+        raise NotImplementedError
+
+    def shard_units(self) -> Sequence[nn.Module]:
+        return self.backbone.blocks(self.model)
+
+    def buckets(self) -> Sequence[Sequence[int]]:
+        return self.cache.buckets()
+
+    def describe_samples(self, indices: Sequence[int]) -> list[str]:
+        return self.cache.describe(indices)
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: dict[str, Tensor], scale: Tensor | None) -> Tensor:
+        """Velocity (B,C,h,w) of the moved model."""
+        with self._autocast():
+            return self.backbone.velocity(self.model, x, sigma, cond, scale)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float | Tensor]]:
+        latents = self.cache.latents(batch.indices, "student").to(self.device)
+        text = self._text(self.cache.caption_numbers(batch.indices))
+        text = {name: value.to(self.device) for name, value in text.items()}
+        return objective_loss(
+            self.config.objective, self.velocity, batch, latents, text, self.empty,
+            tokens=self._tokens(latents), distilled=self.distilled,
+        )  # fmt: skip
+
+    def preview(self, step: int) -> dict[str, Tensor]:
+        c = self.config
+        if not (c.preview_prompts and c.autoencoder):
+            return {}
+        if not hasattr(self, "previewer"):
+            self.previewer = load_autoencoder(self.context.resolve(c.autoencoder), self.device)
+            encode = self.text_online or load_text(self.base, self.device, self.frozen_dtype, self._text_tokens())
+            self.preview_text = encode(c.preview_prompts)
+        like = self.cache.latents([self.cache.buckets()[0][0]], "student")
+        noise = seeded_noise([c.preview_seed] * len(c.preview_prompts), like.shape[1:]).to(self.device)
+        sigmas = schedule.sigmas(c.preview_steps, tokens=self._tokens(like), channels=self.space.channels, **c.schedule)
+        scale = c.preview_guidance if self.distilled else None
+        latents = euler(self.velocity, noise, sigmas, self.preview_text, scale=scale)
+        return {"samples": grid(self.previewer.decode(self.space.denormalize(latents)), len(noise))}
+
+    def adapter(self, weights: dict[str, Tensor], alpha: float) -> Adapter:
+        """The trained weights as a DC-Gen adapter."""
+        ends = (f"{self.backbone.embedder}.", f"{self.backbone.head}.")
+        tensors = {name: tensor for name, tensor in weights.items() if name.startswith(ends)}
+        return Adapter(
+            backbone=self.backbone.name,
+            tensors=tensors,
+            lora=lora_pairs(weights, alpha),
+            latent=self.space,
+            patch_size=self.config.patch_size,
+            base=self.base_fingerprint,
+            schedule=dict(self.config.schedule),
+            metadata={"modelspec.title": self.context.recipe.name},
+        )
+
+    def write_adapter(self, weights: dict[str, Tensor], alpha: float = 1.0) -> Path:
+        """Write `adapter.safetensors` into the stage's folder (rank 0)."""
+        path = self.folder / "adapter.safetensors"
+        if self.context.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_adapter(path, self.adapter(weights, alpha))
+        return path
+
+    def load_ends(self, tensors: dict[str, Tensor]) -> None:
+        """Copy embedder and/or head tensors (by full name) into the model; every tensor must have its place."""
+        state = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if name not in state or state[name].shape != tensor.shape:
+                    place = tuple(state[name].shape) if name in state else "no such parameter"
+                    raise ValueError(f"{name} {tuple(tensor.shape)} does not fit the moved model ({place})")
+                state[name].copy_(tensor)
+
+    def load_alignment(self, reference: str) -> None:
+        """The embedder that an align stage wrote, or embedder and head of an adapter file's stage."""
+        folder = self.context.resolve(reference)
+        adapter, embedder = folder / "adapter.safetensors", folder / "embedder.safetensors"
+        if adapter.is_file():
+            self.load_ends(load_adapter(adapter).tensors)
+        elif embedder.is_file():
+            prefix = f"{self.backbone.embedder}."
+            names = {n for n, _ in self.model.named_parameters() if n.startswith(prefix)}
+            self.load_ends(read_tensors(folder, names))
+        else:
+            raise FileNotFoundError(
+                f"{folder} holds neither adapter.safetensors nor embedder.safetensors: run that stage first"
+            )
+
+    def train_ends(self) -> None:
+        """Gradients on for embedder and head, whole."""
+        for path in (self.backbone.embedder, self.backbone.head):
+            self.model.get_submodule(path).requires_grad_(True)
+
+    def _text(self, captions: Sequence[int]) -> dict[str, Tensor]:
+        if self.text_online is None:
+            return self.cache.text(captions)
+        return self.text_online([self.cache.captions[number] for number in captions])
+
+    def _text_tokens(self) -> int | None:
+        settings = self.cache.made_of["text"]
+        return settings["tokens"] if isinstance(settings, dict) else None
+
+    def _tokens(self, latents: Tensor) -> int:
+        return latents.shape[2] * latents.shape[3] // self.config.patch_size**2
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.frozen_dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.frozen_dtype)
+
+
+class HeadStage(MovedStage):
+    """Output-head alignment: embedder and head, backbone frozen (paper 3.3, Table 7)."""
+
+    class Config(MovedConfig):
+        start: str = Field("align", description="align stage; empty = random embedder (the paper's ablation)")
+        steps: int = Field(5_000, ge=1, description="Table 7: FLUX, SANA 5k; DiT 20k")
+        batch: int = Field(256, ge=1, description="Table 7: FLUX 256, SANA 1024/256, DiT 1024")
+        optimizer: Optimizer = Optimizer(lr=1e-4, clip=0.1)
+        head_init: Literal["xavier", "zero"] = Field("xavier", description="released code: xavier-uniform")
+
+    config: Config
+
+    def describe_plan(self) -> list[str]:
+        return ["trains embedder and head, backbone frozen (Eq. 7 or Eq. 2)"]
+
+    def prepare(self) -> None:
+        if self.config.start:
+            self.load_alignment(self.config.start)
+        if self.config.head_init == "zero":
+            nn.init.zeros_(self.model.get_submodule(self.backbone.head).weight)
+        self.train_ends()
+
+    def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
+        self.write_adapter(weights)
+        return {"parameters": sum(t.numel() for t in weights.values())}

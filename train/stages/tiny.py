@@ -1,0 +1,173 @@
+"""Stage `tiny`: a random release and DC-AE of a few kilobytes, and pictures, so that a recipe runs in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+from train.config import StageConfig
+from train.files import write_folder, write_json
+from train.stages.base import Stage
+
+WORDS = ["a", "red", "green", "blue", "yellow", "dark", "light", "square", "on", "the", "left", "right"]
+PIXELS = 64
+
+
+class TinyStage(Stage):
+    """Writes FOLDER/release (diffusers layout), FOLDER/dc-ae (f16) and FOLDER/pictures, all random from the seed."""
+
+    class Config(StageConfig):
+        backbone: Literal["flux"] = "flux"
+        pictures: int = Field(12, ge=1)
+        guidance_embeds: bool = Field(True, description="whether the base takes a guidance scale (is distilled)")
+
+    config: Config
+
+    def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
+        if self.context.rank == 0:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.context.recipe.seed)
+                write_folder(self.folder / "release", lambda f: NETWORKS[self.config.backbone](f, self.config))
+                write_folder(self.folder / "dc-ae", lambda f: tiny_dcae().save_pretrained(f))
+            write_folder(
+                self.folder / "pictures", lambda f: _pictures(f, self.config.pictures, self.context.recipe.seed)
+            )
+        return {"pictures": self.config.pictures}
+
+
+def tiny_flux(folder: Path, config: TinyStage.Config) -> None:
+    """A FLUX release in the diffusers layout: 2 x 16-wide heads, one block of each kind."""
+    import diffusers
+
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=16,
+        guidance_embeds=config.guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    )
+    # diffusers' own initialisation leaves modulation near zero: make every path count
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    transformer.save_pretrained(folder / "transformer")
+    tiny_kl().save_pretrained(folder / "vae")
+    diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(folder / "scheduler")
+    _tiny_clip(folder)
+    _tiny_t5(folder)
+    parts = {"transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    parts |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    parts |= {"text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "T5EncoderModel"]}
+    parts |= {name: ["transformers", "PreTrainedTokenizerFast"] for name in ("tokenizer", "tokenizer_2")}
+    write_json(folder / "model_index.json", {"_class_name": "FluxPipeline", "_diffusers_version": "0.36.0", **parts})
+
+
+NETWORKS: dict[str, Callable[[Path, Any], None]] = {"flux": tiny_flux}
+
+
+def tiny_kl() -> Any:
+    """An f4 AutoencoderKL with 4 latent channels and a shift."""
+    import diffusers
+
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.7,
+        shift_factor=0.1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
+
+
+def tiny_dcae() -> Any:
+    """An f16 AutoencoderDC with 8 latent channels and one attention stage."""
+    import diffusers
+
+    return diffusers.AutoencoderDC(
+        latent_channels=8,
+        attention_head_dim=8,
+        encoder_block_types=("ResBlock",) * 4 + ("EfficientViTBlock",),
+        decoder_block_types=("ResBlock",) * 4 + ("EfficientViTBlock",),
+        encoder_block_out_channels=(8, 8, 8, 8, 16),
+        decoder_block_out_channels=(8, 8, 8, 8, 16),
+        encoder_layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        encoder_qkv_multiscales=((), (), (), (), (5,)),
+        decoder_qkv_multiscales=((), (), (), (), (5,)),
+        downsample_block_type="pixel_unshuffle",
+        upsample_block_type="pixel_shuffle",
+        scaling_factor=0.5,
+    )
+
+
+def _tiny_clip(folder: Path) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = _word_tokenizer(16)
+    size = len(tokenizer)
+    config = CLIPTextConfig(
+        vocab_size=size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+    )
+    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def _tiny_t5(folder: Path) -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    tokenizer = _word_tokenizer(16)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=24, d_kv=12, d_ff=32, num_layers=1, num_heads=2, is_gated_act=True
+    )
+    T5EncoderModel(config).save_pretrained(folder / "text_encoder_2")
+    tokenizer.save_pretrained(folder / "tokenizer_2")
+
+
+def _word_tokenizer(length: int) -> Any:
+    """A tokenizer of whole words that ends every text with </s>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length
+    )
+
+
+def _pictures(folder: Path, count: int, seed: int) -> None:
+    """Coloured squares with captions beside them."""
+    rng = np.random.default_rng(seed)
+    colors = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (50, 60, 210), "yellow": (230, 220, 60)}
+    for number in range(count):
+        name = list(colors)[number % len(colors)]
+        side = ("left", "right")[number // len(colors) % 2]
+        array = rng.integers(0, 60, (PIXELS, PIXELS, 3), dtype=np.uint8) + (0 if number % 2 else 150)
+        start = 6 if side == "left" else PIXELS - 30
+        array[20:44, start : start + 24] = colors[name]
+        Image.fromarray(array.astype(np.uint8)).save(folder / f"{number:03d}.png")
+        (folder / f"{number:03d}.txt").write_text(f"a {name} square on the {side}", encoding="utf-8")

@@ -1,0 +1,79 @@
+"""Text conditioning as each base model's own pipeline makes it, from its release folder."""
+# B captions, T tokens, D text width
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.files import read_json, sha256
+from train.models import base_backbone, release_part
+
+TextEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
+
+
+def load_text(
+    base: str | Path, device: torch.device | str, dtype: torch.dtype, tokens: int | None = None
+) -> TextEncoder:
+    """A function from captions to the `cond` that the base's Backbone.velocity takes ((B,...) tensors by name)."""
+    kind = base_backbone(base)[0].name
+    if kind not in ENCODERS:
+        raise ValueError(f"{base}: no text encoding is known for {kind}; known: {', '.join(ENCODERS)}")
+    return ENCODERS[kind](Path(base), device, dtype, tokens)
+
+
+def text_identity(base: str | Path, tokens: int | None = None) -> dict[str, Any]:
+    """What decides the embeddings: part of a cache's fingerprint."""
+    base = Path(base)
+    files = [f for part in ("text_encoder", "text_encoder_2") for f in sorted((base / part).glob("*.safetensors"))]
+    names = [f for part in ("tokenizer", "tokenizer_2") for f in sorted((base / part).glob("*")) if f.is_file()]
+    digests = {str(file.relative_to(base)): sha256(file) for file in [*files, *names]}
+    return {"tokens": tokens, "files": digests}
+
+
+class FluxText:
+    """CLIP's pooled output and T5's hidden states, as FluxPipeline has them (T5 padded, without a mask)."""
+
+    def __init__(self, base: Path, device: torch.device | str, dtype: torch.dtype, tokens: int | None) -> None:
+        self.clip_tokenizer = _load(base, "tokenizer")
+        self.t5_tokenizer = _load(base, "tokenizer_2")
+        self.clip = _load(base, "text_encoder", dtype).to(device)
+        self.t5 = _load(base, "text_encoder_2", dtype).to(device)
+        self.device = device
+        self.tokens = tokens or min(self.t5_tokenizer.model_max_length, 512)
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """prompt_embeds (B,T,D) and pooled (B,D'), float32."""
+        pooled = self.clip(self._ids(self.clip_tokenizer, captions, self.clip_tokenizer.model_max_length))
+        hidden = self.t5(self._ids(self.t5_tokenizer, captions, self.tokens))
+        return {"prompt_embeds": hidden[0].float(), "pooled": pooled.pooler_output.float()}
+
+    def _ids(self, tokenizer: Any, captions: Sequence[str], length: int) -> Tensor:
+        batch = tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return batch.input_ids.to(self.device)
+
+
+ENCODERS: dict[str, Callable[..., TextEncoder]] = {"flux": FluxText}
+
+
+def _load(base: Path, part: str, dtype: torch.dtype | None = None) -> Any:
+    """A tokenizer or text encoder by the class that model_index.json names for it."""
+    import transformers
+
+    index = read_json(base / "model_index.json")
+    if part not in index:
+        raise ValueError(f"{base}/model_index.json names no {part}; this release is incomplete for text encoding")
+    cls = getattr(transformers, index[part][1], None)
+    if cls is None:
+        raise ValueError(
+            f"{base}/model_index.json: {part} is a {index[part][1]}, which this transformers does not have"
+        )
+    folder = release_part(base, part)
+    if dtype is None:
+        return cls.from_pretrained(folder)
+    return cls.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
