@@ -7,11 +7,14 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from .keymap import KeyMap, strip_prefix
+
 Config = dict[str, Any]
+T = TypeVar("T")
 
 
 class Backbone(ABC):
@@ -28,6 +31,8 @@ class Backbone(ABC):
     head: str
     native_embedder: str
     native_head: str
+    keys: KeyMap
+    prefixes: tuple[str, ...] = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
     lora_targets: tuple[str, ...]
     """Regular expressions on whole module paths, joined by | for peft's target_modules."""
 
@@ -79,16 +84,38 @@ class Backbone(ABC):
         """The config read off tensor shapes (meta tensors do), in either naming; ValueError says what is missing."""
 
     @abstractmethod
+    def depths(self, config: Mapping[str, Any]) -> dict[str, int]:
+        """Number of blocks of each kind, by the kinds of `keys`."""
+
+    @abstractmethod
+    def width(self, config: Mapping[str, Any]) -> int:
+        """D, the hidden size."""
+
+    def bare_keys(self, state_dict: Mapping[str, T]) -> Mapping[str, T]:
+        """The state dict without the prefix that some files put before every key."""
+        return strip_prefix(state_dict, self.prefixes)
+
+    def is_native(self, state_dict: Mapping[str, Any]) -> bool:
+        """Whether keys without prefix are the original ones rather than diffusers'."""
+        return f"{self.native_embedder}.weight" in state_dict
+
     def to_native(
         self, state_dict: Mapping[str, Tensor], config: Config | None = None, *, partial: bool = False
     ) -> dict[str, Tensor]:
-        """Diffusers names -> original names, bit-exact. partial: some tensors only (an adapter's)."""
+        """Diffusers names -> original names, bit-exact. partial: some tensors only (an adapter's).
 
-    @abstractmethod
+        config is read off the tensors when it is not given. ValueError lists missing and unknown keys.
+        """
+        keys = self.bare_keys(state_dict)
+        return self.keys.to_native(keys, self.depths(config or self.detect(keys)), partial=partial)
+
     def to_diffusers(
         self, state_dict: Mapping[str, Tensor], config: Config | None = None, *, partial: bool = False
     ) -> dict[str, Tensor]:
-        """Original names -> diffusers names, bit-exact."""
+        """Original names -> diffusers names, bit-exact; tensors are views. Arguments and errors as in to_native."""
+        keys = self.bare_keys(state_dict)
+        config = config or self.detect(keys)
+        return self.keys.to_diffusers(keys, self.depths(config), self.width(config), partial=partial)
 
     def is_lora_target(self, path: str) -> bool:
         """Whether the module at this path (no prefix) gets a LoRA: lora_targets match whole paths."""

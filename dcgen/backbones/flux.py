@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .base import Backbone, Config, child, depth, model_config, patch_size
-from .keymap import REST, KeyMap, Row, count_blocks, strip_prefix
+from .keymap import REST, KeyMap, Row, count_blocks
 
 _QKV = ("to_q", "to_k", "to_v")
 _ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -87,7 +87,7 @@ KEYS = KeyMap(
     },
 )
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
+PREFIXES = Backbone.prefixes
 
 # What detect() reads, as (diffusers tensor, native tensor, dim).
 _PROBES: dict[str, tuple[str, str, int]] = {
@@ -109,6 +109,7 @@ class Flux(Backbone):
     head = "proj_out"
     native_embedder = "img_in"
     native_head = "final_layer.linear"
+    keys = KEYS
     # The layers of the official recipe: attention and MLP of every block, no modulation, not the top-level proj_out.
     lora_targets = (
         r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
@@ -157,7 +158,7 @@ class Flux(Backbone):
 
     def fingerprint(self, config: Config) -> dict[str, Any]:
         return {
-            "width": config["num_attention_heads"] * config["attention_head_dim"],
+            "width": self.width(config),
             **{
                 key: config[key]
                 for key in (
@@ -218,14 +219,14 @@ class Flux(Backbone):
         }
 
     def matches(self, state_dict: Mapping[str, Tensor]) -> bool:
-        keys = strip_prefix(state_dict, PREFIXES)
+        keys = self.bare_keys(state_dict)
         return all(key in keys for key in ("img_in.weight", "vector_in.in_layer.weight")) or all(
             key in keys for key in ("x_embedder.weight", "time_text_embed.text_embedder.linear_1.weight")
         )
 
     def detect(self, state_dict: Mapping[str, Tensor]) -> Config:
-        keys = strip_prefix(state_dict, PREFIXES)
-        native = "img_in.weight" in keys
+        keys = self.bare_keys(state_dict)
+        native = self.is_native(keys)
         found: dict[str, int] = {}
         for field, (diffusers_key, native_key, dim) in _PROBES.items():
             key = native_key if native else diffusers_key
@@ -249,19 +250,11 @@ class Flux(Backbone):
             "axes_dims_rope": rope_axes(head_dim),
         }
 
-    def to_native(
-        self, state_dict: Mapping[str, Tensor], config: Config | None = None, *, partial: bool = False
-    ) -> dict[str, Tensor]:
-        keys = strip_prefix(state_dict, PREFIXES)
-        return KEYS.to_native(keys, _depths_of(config or self.detect(keys)), partial=partial)
+    def depths(self, config: Mapping[str, Any]) -> dict[str, int]:
+        return {"double": config["num_layers"], "single": config["num_single_layers"]}
 
-    def to_diffusers(
-        self, state_dict: Mapping[str, Tensor], config: Config | None = None, *, partial: bool = False
-    ) -> dict[str, Tensor]:
-        keys = strip_prefix(state_dict, PREFIXES)
-        config = config or self.detect(keys)
-        width = config["num_attention_heads"] * config["attention_head_dim"]
-        return KEYS.to_diffusers(keys, _depths_of(config), width, partial=partial)
+    def width(self, config: Mapping[str, Any]) -> int:
+        return config["num_attention_heads"] * config["attention_head_dim"]
 
     @staticmethod
     def _depths(keys: Mapping[str, Tensor], native: bool) -> dict[str, int]:
@@ -325,7 +318,3 @@ def _packed_channels(model: nn.Module, config: Config | None = None) -> int:
     """Values per token: what the embedder says, which training may have replaced, before what the config says."""
     embedder = child(model, Flux.embedder)
     return getattr(embedder, "in_features", None) or (config or model_config(model))["in_channels"]
-
-
-def _depths_of(config: Config) -> dict[str, int]:
-    return {"double": config["num_layers"], "single": config["num_single_layers"]}

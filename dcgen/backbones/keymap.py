@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 SUFFIXES = (".weight", ".bias")
 REST = -1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Rule:
     alias: str | None
     optional: str
 
-    def native_key(self, keys: Mapping[str, Tensor]) -> str:
+    def native_key(self, keys: Mapping[str, Any]) -> str:
         """The spelling of the native key that `keys` has (the usual one when it has neither)."""
         return self.alias if self.alias is not None and self.alias in keys and self.native not in keys else self.native
 
@@ -64,6 +66,12 @@ class Rule:
             yield self.parts[0], tensor
             return
         yield from zip(self.parts, torch.split(tensor, self._rows(tensor.shape[0], width)), strict=True)
+
+    def rows(self, total: int, width: int) -> list[tuple[str, int, int]]:
+        """(diffusers key, first row, last row + 1) of each part in a native tensor of `total` rows; not for swap."""
+        counts = [total] if len(self.parts) == 1 else self._rows(total, width)
+        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        return [(key, end - count, end) for key, count, end in zip(self.parts, counts, ends, strict=True)]
 
     def _rows(self, rows: int, width: int) -> list[int]:
         if not self.sizes:
@@ -93,9 +101,7 @@ class KeyMap:
             rules += [rule for i in range(depths[kind]) for row in rows for rule in _rules(row, i)]
         return rules
 
-    def native_plan(
-        self, keys: Mapping[str, Tensor], depths: Mapping[str, int], *, partial: bool = False
-    ) -> list[Rule]:
+    def native_plan(self, keys: Mapping[str, Any], depths: Mapping[str, int], *, partial: bool = False) -> list[Rule]:
         """The rules that turn these diffusers keys into native ones; ValueError names missing and unknown keys.
 
         partial: only some tensors of the model are given, but each native tensor is given whole or not at all.
@@ -103,7 +109,7 @@ class KeyMap:
         return self._plan(keys, self.rules(depths), lambda rule: rule.parts, partial)
 
     def diffusers_plan(
-        self, keys: Mapping[str, Tensor], depths: Mapping[str, int], *, partial: bool = False
+        self, keys: Mapping[str, Any], depths: Mapping[str, int], *, partial: bool = False
     ) -> list[Rule]:
         """The rules that turn these native keys into diffusers ones; errors as in native_plan."""
         kept = {key: value for key, value in keys.items() if not key.startswith(self.dropped or ("\0",))}
@@ -125,7 +131,7 @@ class KeyMap:
 
     def _plan(
         self,
-        keys: Mapping[str, Tensor],
+        keys: Mapping[str, Any],
         rules: list[Rule],
         sources: Callable[[Rule], tuple[str, ...]],
         partial: bool,
@@ -157,7 +163,7 @@ def describe_keys(missing: list[str], unknown: list[str], limit: int = 8) -> str
     return "; ".join(told)
 
 
-def strip_prefix(state_dict: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> Mapping[str, Tensor]:
+def strip_prefix(state_dict: Mapping[str, T], prefixes: tuple[str, ...]) -> Mapping[str, T]:
     """Take off the first of `prefixes` that every key starts with; the mapping itself when none fits."""
     for prefix in prefixes:
         if state_dict and all(key.startswith(prefix) for key in state_dict):
@@ -165,7 +171,7 @@ def strip_prefix(state_dict: Mapping[str, Tensor], prefixes: tuple[str, ...]) ->
     return state_dict
 
 
-def count_blocks(keys: Mapping[str, Tensor], prefix: str) -> int:
+def count_blocks(keys: Mapping[str, Any], prefix: str) -> int:
     """Number of blocks named prefix0., prefix1., ...; a gap in the numbers is a ValueError that names it."""
     heads = (key[len(prefix) :].split(".")[0] for key in keys if key.startswith(prefix))
     found = {int(head) for head in heads if head.isdigit()}
