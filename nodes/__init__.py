@@ -1,0 +1,29 @@
+"""The graph surface: V3 nodes, one topic a file. They hold no maths and no device policy; bridge and dcgen do."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .bridge import toy
+from .latent import DCGenEmptyLatent
+from .model import DCGenApply, DCGenModelLoader, DCGenReleaseLoader
+from .sampling import DCGen4KSampler, DCGenScheduler
+
+NODES: list[type[io.ComfyNode]] = [
+    DCGenReleaseLoader,
+    DCGenModelLoader,
+    DCGenApply,
+    DCGenEmptyLatent,
+    DCGenScheduler,
+    DCGen4KSampler,
+]
+
+
+class DCGenExtension(ComfyExtension):
+    """What ComfyUI asks for the node list."""
+
+    async def on_load(self) -> None:
+        toy.register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

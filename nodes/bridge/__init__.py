@@ -1,0 +1,1 @@
+"""The only folder that touches ComfyUI's internals. Nodes call it; dcgen knows nothing of it."""

@@ -1,0 +1,95 @@
+# B batch, C latent channels, h w latent rows and columns, N steps
+"""Sampling through ComfyUI's own samplers, with the schedule that the checkpoint wants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import node_helpers
+import torch
+from torch import Tensor
+
+from ...dcgen.schedule import sigmas as schedule
+from .latent_format import ModelInfo, info_of
+
+SAMPLER_NAMES: list[str] = comfy.samplers.SAMPLER_NAMES
+
+
+def check_latent(model: Any, latent: dict[str, Any]) -> ModelInfo:
+    """ValueError when a LATENT is not one the model can sample; nothing has been computed by then."""
+    info = info_of(model)
+    samples = latent["samples"]
+    wanted = f"{info.space.channels} channels at f{info.space.spatial_factor}"
+    name = info.space.name or "the model's autoencoder"
+    if samples.ndim != 4 or samples.shape[1] != info.space.channels:
+        raise ValueError(
+            f"the latent has shape {tuple(samples.shape)}, but this model samples {wanted} ({name}). Make it with "
+            "DCGenEmptyLatent, or encode the image with that autoencoder."
+        )
+    if samples.shape[2] % info.patch_size or samples.shape[3] % info.patch_size:
+        raise ValueError(
+            f"the latent has {samples.shape[2]}x{samples.shape[3]} rows and columns, which the model's patches of "
+            f"{info.patch_size} do not divide. Use an image size in multiples of "
+            f"{info.space.spatial_factor * info.patch_size}."
+        )
+    return info
+
+
+def sigmas_for(model: Any, latent: dict[str, Any], steps: int, denoise: float) -> Tensor:
+    """Noise levels (N+1,) float32 for this model at this latent's size; denoise < 1 keeps the last part of them."""
+    info = check_latent(model, latent)
+    if denoise <= 0:
+        return torch.zeros(0)
+    rows, columns = latent["samples"].shape[2:]
+    tokens = (rows // info.patch_size) * (columns // info.patch_size)
+    total = steps if denoise >= 1 else int(steps / denoise)
+    # A patch holds p*p latent pixels: FLUX.2's rule counts what one token carries.
+    channels = info.space.channels * info.patch_size**2
+    return schedule(total, tokens=tokens, channels=channels, **info.schedule)[-(steps + 1) :]
+
+
+def sample(
+    model: Any,
+    latent: dict[str, Any],
+    sigmas: Tensor,
+    seed: int,
+    sampler_name: str,
+    positive: list,
+    negative: list | None = None,
+    cfg: float = 1.0,
+) -> dict[str, Any]:
+    """LATENT sampled from `latent` along `sigmas`, as core's SamplerCustomAdvanced does it.
+
+    Without `negative` the model runs once a step; with it and cfg != 1, twice.
+    """
+    check_latent(model, latent)
+    image = latent["samples"]
+    noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
+    guider = comfy.samplers.CFGGuider(model)
+    if negative is None:
+        guider.inner_set_conds({"positive": positive})
+    else:
+        guider.set_conds(positive, negative)
+        guider.set_cfg(cfg)
+    samples = guider.sample(
+        noise,
+        image,
+        comfy.samplers.sampler_object(sampler_name),
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, sigmas.shape[-1] - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    out = {key: value for key, value in latent.items() if key != "downscale_ratio_spacial"}
+    return {**out, "samples": samples.to(comfy.model_management.intermediate_device())}
+
+
+def with_guidance(conditioning: list, guidance: float) -> list:
+    """CONDITIONING with FLUX's guidance scale g = 1 + w."""
+    return node_helpers.conditioning_set_values(conditioning, {"guidance": guidance})

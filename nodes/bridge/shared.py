@@ -1,0 +1,132 @@
+"""A MODEL that borrows the blocks of another MODEL: new embedder and head, no second copy of the base.
+
+Two things must both be true of DCGenApply's result. The core reads a model's latent format, memory factor and network
+straight off `patcher.model`, before and after any patch is applied, so the DC-Gen model needs a BaseModel of its own.
+And the blocks must be loaded, offloaded and LoRA-patched by one owner only, or base and DC-Gen would each move the
+other's weights away. So the new BaseModel holds only the new layers, its network looks everything else up in the base
+network at call time, and its patcher carries a clone of the base's patcher as an "additional model", which the core
+loads beside it and which swaps with the base by the core's own rules for clones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+from torch import Tensor, nn
+
+LENDER = "dcgen_lender"
+
+
+class _Borrower(nn.Module):
+    """Mixin: submodules of its own, everything else (modules, buffers, plain attributes) from `_lender`, each time."""
+
+    def __getattr__(self, name: str) -> Any:
+        for store in ("_parameters", "_buffers", "_modules"):
+            if name in self.__dict__.get(store, ()):
+                return self.__dict__[store][name]
+        if "_lender" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.__dict__["_lender"], name)
+
+    def state_dict(self, *args: Any, destination: dict | None = None, prefix: str = "", keep_vars: bool = False):
+        """All keys, own and borrowed: LoRA keys are looked up here, and saving writes a whole model."""
+        own = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        for key, value in self._lender.state_dict(prefix=prefix, keep_vars=keep_vars).items():
+            own.setdefault(key, value)
+        return own
+
+
+def borrow(lender: nn.Module, **own: Any) -> nn.Module:
+    """A module of the lender's class: `own` modules and attributes replace the lender's, the rest is the lender's."""
+    kind = type(type(lender).__name__, (_Borrower, type(lender)), {})
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    module.__dict__["_lender"] = lender  # not a registered child: whoever loads the lender moves it
+    for name, value in own.items():
+        setattr(module, name, value)
+    return module.eval()
+
+
+class BorrowingPatcher(comfy.model_patcher.ModelPatcher):
+    """Patcher of a BaseModel made by `borrow`. Patches on borrowed weights go to the lender's patcher."""
+
+    @property
+    def lender(self) -> comfy.model_patcher.ModelPatcher:
+        """This patcher's own clone of the base's patcher."""
+        return self.get_additional_models_with_key(LENDER)[0]
+
+    def add_patches(self, patches: Mapping, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
+        """As the core's; a patch that cannot fit a new layer (a LoRA made for the base's embedder) is left out."""
+        shapes = {key: tuple(value.shape) for key, value in self.model.named_parameters()}
+        ours, theirs = {}, {}
+        for key, value in patches.items():
+            name = key if isinstance(key, str) else key[0]
+            if name not in shapes:
+                theirs[key] = value
+            elif _fits(value, shapes[name]):
+                ours[key] = value
+        added = super().add_patches(ours, strength_patch, strength_model) if ours else []
+        return added + self.lender.add_patches(theirs, strength_patch, strength_model)
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict:
+        """Weights with their patches, own and borrowed (model merging and saving read these)."""
+        own = {name for name, _ in self.model.named_parameters()}
+        found = self.lender.get_key_patches(filter_prefix)
+        found.update({key: value for key, value in super().get_key_patches(filter_prefix).items() if key in own})
+        return found
+
+    def model_patches_models(self) -> list:
+        """Models the core loads together with this one, also outside sampling."""
+        return [*super().model_patches_models(), self.lender]
+
+
+def _fits(patch: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a LoRA patch has the rows and columns of a weight. Patches of other kinds are the core's business."""
+    weights = getattr(patch, "weights", None)
+    if weights is None or getattr(patch, "name", "") != "lora" or len(shape) != 2:
+        return True
+    up, down = weights[0], weights[1]
+    return up.shape[0] == shape[0] and down.flatten(1).shape[1] == shape[1]
+
+
+def borrowing_patcher(base: comfy.model_patcher.ModelPatcher, network: nn.Module, config: Any) -> BorrowingPatcher:
+    """Wrap `network` (made by `borrow` from base's) in a BaseModel of the base's class with `config`, and patch it.
+
+    What was set on the base's MODEL before (options, wrappers, a sampling object) carries over.
+    """
+    old = base.model
+    config.unet_config = {**config.unet_config, "disable_unet_model_creation": True}
+    model = type(old)(config, model_type=old.model_type, device=base.offload_device)
+    config.unet_config = {k: v for k, v in config.unet_config.items() if k != "disable_unet_model_creation"}
+    model.model_config = config
+    model.diffusion_model = network
+    patcher = BorrowingPatcher(model, base.load_device, base.offload_device)
+    donor = base.clone()
+    patcher.model_options = donor.model_options
+    patcher.wrappers = donor.wrappers
+    carried = {k: v for k, v in donor.object_patches.items() if k in ("model_sampling", "manual_cast_dtype")}
+    patcher.object_patches = carried
+    patcher.set_additional_models(LENDER, [donor])
+    return patcher
+
+
+def linear(weights: Mapping[str, Tensor], dtype: Any, device: Any) -> nn.Module:
+    """A comfy.ops Linear holding {"weight": (out,in)[, "bias": (out,)]}; it follows its input's device and dtype."""
+    out_features, in_features = weights["weight"].shape
+    layer = comfy.ops.manual_cast.Linear(in_features, out_features, bias="bias" in weights, dtype=dtype, device=device)
+    # load_state_dict, not copy_: newer cores create the parameter only here.
+    layer.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()})
+    return layer.eval().requires_grad_(False)
+
+
+def copied_config(config: Any) -> Any:
+    """A model_config of its own (its class answers any attribute with None, which confuses copy.copy)."""
+    twin = type(config).__new__(type(config))
+    twin.__dict__.update(config.__dict__)
+    twin.unet_config = dict(config.unet_config)
+    return twin

@@ -1,0 +1,200 @@
+# B batch, T text tokens
+"""The two text encoders of a FLUX release folder as one CLIP, encoding as the release's own pipeline does."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import comfy.supported_models_base
+import comfy.text_encoders.flux
+import comfy.text_encoders.t5
+import folder_paths
+import torch
+import transformers
+from comfy.sd1_clip import SDClipModel, SDTokenizer
+
+from .weights import Weights
+
+# transformers' names for the activations that ComfyUI's encoders have.
+_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
+_T5_BUCKETS, _T5_DISTANCE = 32, 128
+
+
+def load_flux_text(release: Path, index: dict[str, Any]) -> comfy.sd.CLIP:
+    """CLIP from text_encoder/ + tokenizer/ (CLIP) and text_encoder_2/ + tokenizer_2/ (T5) of a release.
+
+    T5 is padded to tokenizer_2's own length (512 in the published releases), cut there, and not masked; of CLIP only
+    the pooled vector is used. Weights keep the dtype of the files.
+    """
+    tokenizers = [_tokenizer(release / name, index.get(name)) for name in ("tokenizer", "tokenizer_2")]
+    configs = [_config(release / name, kind) for name, kind in (("text_encoder", "clip"), ("text_encoder_2", "t5"))]
+    _check_clip_end(configs[0], tokenizers[0], release)
+    weights = [Weights.of_folder(release / name) for name in ("text_encoder", "text_encoder_2")]
+    target = comfy.supported_models_base.ClipTarget(_tokenizer_class(tokenizers), _model_class(configs, tokenizers))
+    target.params = {"dtypes": [files.dtype() for files in weights]}
+    size = sum(tensor.numel() for files in weights for tensor in files.shapes.values())
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    clip = comfy.sd.CLIP(target, embedding_directory=embeddings, parameters=size)
+    model = clip.cond_stage_model
+    _fill(model.clip_l.transformer, _clip_keys(weights[0].read()), release / "text_encoder")
+    _fill(model.t5xxl.transformer, _t5_keys(weights[1].read()), release / "text_encoder_2")
+    return clip
+
+
+def _tokenizer(folder: Path, entry: list[str] | None) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer class that model_index.json names, as diffusers loads it; else what the folder says."""
+    kind = getattr(transformers, entry[1], None) if entry and entry[0] == "transformers" else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)):
+        kind = transformers.AutoTokenizer
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: no tokenizer could be read there ({error}). Download the release again."
+        ) from error
+
+
+def _config(folder: Path, kind: str) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; a FLUX release has a {kind.upper()} text encoder there.")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config = config.get("text_config", config) if kind == "clip" else config
+    if kind == "t5":
+        gated, _, act = config.get("feed_forward_proj", "relu").rpartition("-")
+        config.setdefault("is_gated_act", gated == "gated")
+        act = config.get("dense_act_fn", "gelu_new" if (gated, act) == ("gated", "gelu") else act)
+        config["dense_act_fn"] = _ACTIVATIONS.get(act, act)
+        found = (config.get("relative_attention_num_buckets", 32), config.get("relative_attention_max_distance", 128))
+        if found != (_T5_BUCKETS, _T5_DISTANCE):
+            raise ValueError(
+                f"{file}: relative attention with (buckets, distance) = {found}; ComfyUI's T5 has {_T5_BUCKETS} and "
+                f"{_T5_DISTANCE}."
+            )
+    return config
+
+
+def _check_clip_end(config: dict[str, Any], tokenizer: Any, release: Path) -> None:
+    """CLIP's pooled vector is read at the end token; transformers finds it in two ways that must agree with ours."""
+    end = config.get("eos_token_id", 49407)
+    legacy = end == 2  # transformers then takes the highest token id of the prompt
+    if end != tokenizer.eos_token_id and not (legacy and tokenizer.eos_token_id == max(tokenizer.get_vocab().values())):
+        raise ValueError(
+            f"{release}: text_encoder/config.json ends prompts with token {end}, tokenizer/ with "
+            f"{tokenizer.eos_token_id}. One of the two folders is from another release."
+        )
+
+
+class _Padded(SDTokenizer):
+    """ComfyUI's tokenizer around one that is already loaded; `limit` cuts the prompt as the release's pipeline does."""
+
+    def __init__(self, tokenizer: Any, limit: int | None, **kwargs: Any):
+        class Loaded:
+            @staticmethod
+            def from_pretrained(_path: str, **_kwargs: Any) -> Any:
+                return tokenizer
+
+        super().__init__("", tokenizer_class=Loaded, **kwargs)
+        self.limit = limit
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> list:
+        batches = super().tokenize_with_weights(text, return_word_ids, **kwargs)
+        if self.limit is None or len(batches[0]) <= self.limit:
+            return batches
+        logging.warning(
+            "DC-Gen: the prompt has %d tokens; the text encoder reads the first %d", len(batches[0]), self.limit
+        )
+        end = next(token for token in reversed(batches[0]) if token[0] == self.end_token)
+        return [[*batches[0][: self.limit - 1], end]]
+
+
+def _tokenizer_class(tokenizers: list) -> type:
+    clip, t5 = tokenizers
+
+    class ReleaseTokenizer(comfy.text_encoders.flux.FluxTokenizer):
+        def __init__(self, embedding_directory: Any = None, tokenizer_data: dict | None = None):
+            shared = {"embedding_directory": embedding_directory, "tokenizer_data": tokenizer_data or {}}
+            self.clip_l = _Padded(clip, None, max_length=clip.model_max_length, embedding_key="clip_l", **shared)
+            self.t5xxl = _Padded(
+                t5,
+                t5.model_max_length,
+                pad_with_end=False,
+                pad_token=t5.pad_token_id,
+                has_start_token=False,
+                pad_to_max_length=False,
+                max_length=99999999,
+                min_length=t5.model_max_length,
+                embedding_key="t5xxl",
+                **shared,
+            )
+
+    return ReleaseTokenizer
+
+
+def _model_class(configs: list[dict[str, Any]], tokenizers: list) -> type:
+    clip, t5 = tokenizers
+    clip_tokens = {"start": clip.bos_token_id, "end": clip.eos_token_id, "pad": clip.eos_token_id}
+
+    class ReleaseTextModel(comfy.text_encoders.flux.FluxClipModel):
+        def __init__(self, dtypes: list, device: Any = "cpu", dtype: Any = None, model_options: dict | None = None):
+            torch.nn.Module.__init__(self)
+            shared = {"device": device, "model_options": model_options or {}}
+            self.clip_l = SDClipModel(
+                textmodel_json_config=dict(configs[0]),
+                max_length=clip.model_max_length,
+                special_tokens=clip_tokens,
+                return_projected_pooled=False,
+                dtype=dtypes[0],
+                **shared,
+            )
+            self.t5xxl = SDClipModel(
+                textmodel_json_config=dict(configs[1]),
+                special_tokens={"end": t5.eos_token_id, "pad": t5.pad_token_id},
+                model_class=comfy.text_encoders.t5.T5,
+                dtype=dtypes[1],
+                **shared,
+            )
+            self.dtypes = set(dtypes)
+            # The core's class has CLIP-L's vocabulary built in.
+            words = (configs[0]["vocab_size"], configs[0]["hidden_size"])
+            embedding = self.clip_l.operations.Embedding(*words, dtype=dtypes[0], device=device)
+            self.clip_l.transformer.set_input_embeddings(embedding)
+            _set_epsilon(self.clip_l, configs[0].get("layer_norm_eps", 1e-5))
+            _set_epsilon(self.t5xxl, configs[1].get("layer_norm_epsilon", 1e-6))
+
+    return ReleaseTextModel
+
+
+def _set_epsilon(model: torch.nn.Module, epsilon: float) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = epsilon
+        elif isinstance(module, comfy.text_encoders.t5.T5LayerNorm):
+            module.variance_epsilon = epsilon
+
+
+def _clip_keys(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers 5 dropped the `text_model.` that earlier releases have; ids are made anew."""
+    found = {key.removeprefix("text_model."): value for key, value in tensors.items()}
+    width = found["final_layer_norm.weight"].shape[0]
+    projection = found.pop("text_projection.weight", torch.eye(width, dtype=found["final_layer_norm.weight"].dtype))
+    kept = {f"text_model.{key}": value for key, value in found.items() if not key.endswith("position_ids")}
+    return {**kept, "text_projection.weight": projection}
+
+
+def _t5_keys(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`encoder.embed_tokens` is the same tensor as `shared`; a file may hold either or both."""
+    tied = tensors.pop("encoder.embed_tokens.weight", None)
+    if tied is not None:
+        tensors.setdefault("shared.weight", tied)
+    return tensors
+
+
+def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    missing, unknown = module.load_state_dict(tensors, strict=False)
+    if missing or unknown:
+        raise ValueError(f"{folder}: missing {sorted(missing)[:8]}, unknown {sorted(unknown)[:8]}")

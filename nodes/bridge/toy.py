@@ -1,0 +1,18 @@
+"""The toy release that ships with the pack is found like any installed model, without copying anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+TOY = Path(__file__).resolve().parents[2] / "toy"
+# ComfyUI's folder -> where in toy/ such files lie. Search paths are added after the user's own, never in front.
+PLACES = {"diffusers": TOY, "vae": TOY / "dc-ae-f32", "model_patches": TOY / "adapter"}
+
+
+def register() -> None:
+    """Add the toy's folders to ComfyUI's search paths, those that exist."""
+    for name, folder in PLACES.items():
+        if folder.is_dir():
+            folder_paths.add_model_folder_path(name, str(folder))

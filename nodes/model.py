@@ -1,0 +1,116 @@
+"""Loading: whole releases, merged DC-Gen models, and DC-Gen adapters on a base model."""
+
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..dcgen.adapter import load_adapter
+from .bridge import model_files
+from .bridge.flux import apply_adapter
+from .bridge.release import load_release, release_names
+
+CATEGORY = "DC-Gen"
+
+
+class DCGenReleaseLoader(io.ComfyNode):
+    """MODEL, CLIP and VAE from one release folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCGenReleaseLoader",
+            display_name="Load Release (DC-Gen)",
+            category=CATEGORY,
+            description="Loads model, text encoders and autoencoder from one release folder in the diffusers layout: "
+            "DC-Gen FLUX, or the FLUX base that an adapter goes on.",
+            inputs=[
+                io.Combo.Input(
+                    "release",
+                    options=release_names(),
+                    tooltip="A folder with a model_index.json in models/diffusers (or an extra path of that kind). "
+                    "Latent channels, scaling, patch size and text length are read from it.",
+                )
+            ],
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls, release: str) -> io.NodeOutput:
+        return io.NodeOutput(*load_release(release))
+
+
+class DCGenModelLoader(io.ComfyNode):
+    """MODEL from a merged DC-Gen FLUX, folder or single file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCGenModelLoader",
+            display_name="Load Model (DC-Gen)",
+            category=CATEGORY,
+            description="Loads a merged DC-Gen FLUX model: a release folder, or one .safetensors with diffusers or "
+            "original key names. The latent (f32c32, f64c128) is found from the file.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=model_files.names(),
+                    tooltip="Release folders from models/diffusers, then files from models/diffusion_models.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(model_files.WEIGHT_DTYPES),
+                    tooltip="default keeps the file's dtype where the device can compute in it. The fp8 choices halve "
+                    "the memory of 16-bit weights at some loss of quality; ignored for files that are quantized.",
+                ),
+                io.Combo.Input(
+                    "autoencoder",
+                    options=model_files.autoencoder_names(),
+                    optional=True,
+                    tooltip="Which autoencoder's latents the model works on. Ignored when the file or folder says it, "
+                    "as releases and files written by dcgen.convert do.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model_name: str, weight_dtype: str, autoencoder: str = model_files.FROM_FILE) -> io.NodeOutput:
+        return io.NodeOutput(model_files.load(model_name, weight_dtype, autoencoder))
+
+
+class DCGenApply(io.ComfyNode):
+    """A DC-Gen adapter on a base MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCGenApply",
+            display_name="Apply DC-Gen",
+            category=CATEGORY,
+            description="Moves a base FLUX model onto a deep latent: the adapter's new embedder and head around the "
+            "base's own blocks, and its LoRA on them. The base MODEL stays usable beside it and no weight is copied.",
+            inputs=[
+                io.Model.Input("model", tooltip="The base FLUX model, from any loader, with or without LoRA."),
+                io.Combo.Input(
+                    "adapter_name",
+                    options=folder_paths.get_filename_list("model_patches"),
+                    tooltip="A DC-Gen adapter (.safetensors) from models/model_patches, made for this base.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-2.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="Strength of the adapter's LoRA. 0 = alignment only: the new embedder and head without "
+                    "finetuned blocks. The embedder and head are always applied whole.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, adapter_name: str, strength: float) -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise("model_patches", adapter_name)
+        return io.NodeOutput(apply_adapter(model, load_adapter(path), strength, adapter_name))

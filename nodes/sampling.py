@@ -1,0 +1,120 @@
+"""Schedules and sampling."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from .bridge import sampling
+from .model import CATEGORY
+
+SEED_MAX = 0xFFFFFFFFFFFFFFFF
+
+
+class DCGenScheduler(io.ComfyNode):
+    """Sigmas by the checkpoint's own rule and the latent's real token count."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCGenScheduler",
+            display_name="Scheduler (DC-Gen)",
+            category=CATEGORY,
+            description="Noise levels with the shift the checkpoint was made for, at the number of tokens the latent "
+            "really has. ModelSamplingFlux counts 16-pixel patches and is wrong for deep latents; leave it out.",
+            inputs=[
+                io.Model.Input("model", tooltip="Its checkpoint decides the rule of the shift."),
+                io.Latent.Input("latent", tooltip="Only its size is read: it decides how far the schedule is shifted."),
+                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps."),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1 = from pure noise. Less keeps that much of the latent's picture: the last `steps` of a "
+                    "schedule of steps / denoise. 0 gives no steps at all.",
+                ),
+            ],
+            outputs=[io.Sigmas.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, latent, steps: int, denoise: float) -> io.NodeOutput:
+        return io.NodeOutput(sampling.sigmas_for(model, latent, steps, denoise))
+
+
+class DCGen4KSampler(io.ComfyNode):
+    """MODEL and CONDITIONING to LATENT in one node."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCGen4KSampler",
+            display_name="Sampler 4K (DC-Gen)",
+            category=CATEGORY,
+            description="Guidance, schedule and sampling in one node, for text-to-image and image-to-image up to 4K. "
+            "The same picture, bit for bit, as core's sampler given the same sigmas.",
+            inputs=[
+                io.Model.Input("model", tooltip="A DC-Gen model (or a base FLUX model with its own latent)."),
+                io.Conditioning.Input("positive", tooltip="The prompt."),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="An empty latent for text-to-image, an encoded image for image-to-image or refining. A "
+                    "noise mask on it is respected.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=SEED_MAX,
+                    control_after_generate=True,
+                    tooltip="The noise that the picture starts from.",
+                ),
+                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps; 20 as published."),
+                io.Float.Input(
+                    "guidance",
+                    default=3.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="FLUX's distilled guidance, 3.5 as published. It replaces the conditioning's own. Ignored "
+                    "by models without a guidance embedding (schnell).",
+                ),
+                io.Combo.Input("sampler_name", options=sampling.SAMPLER_NAMES, tooltip="euler as published."),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1 = from pure noise. Less keeps that much of the latent's picture; 0.3 to 0.5 refines. "
+                    "Leave it at 1 for an empty latent.",
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="For true classifier-free guidance: each step then costs two model runs. Ignored when cfg "
+                    "is 1.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Strength of true classifier-free guidance. Ignored without a negative.",
+                ),
+            ],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, latent, seed, steps, guidance, sampler_name, denoise, negative=None, cfg=1.0
+    ) -> io.NodeOutput:
+        sigmas = sampling.sigmas_for(model, latent, steps, denoise)
+        positive = sampling.with_guidance(positive, guidance)
+        if negative is not None:
+            negative = sampling.with_guidance(negative, guidance)
+        return io.NodeOutput(sampling.sample(model, latent, sigmas, seed, sampler_name, positive, negative, cfg))

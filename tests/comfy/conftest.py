@@ -1,0 +1,406 @@
+"""How the tests reach a real ComfyUI: always its own interpreter, in another process; tensors travel as files.
+
+Without a ComfyUI every test here skips and says so. It is looked for in this order: the environment variable
+COMFYUI_PATH, the ComfyUI this pack is installed in, ~/ComfyUI, ~/comfy/ComfyUI.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+PACK = Path(__file__).resolve().parents[2]
+INSIDE = Path(__file__).resolve().parent / "inside"
+PACK_NAME = "ComfyUI-DC-Gen"
+
+
+def _candidates() -> list[Path]:
+    named = os.environ.get("COMFYUI_PATH")
+    places = [Path(named).expanduser()] if named else []
+    return [*places, PACK.parents[1], Path.home() / "ComfyUI", Path.home() / "comfy" / "ComfyUI"]
+
+
+def find_comfy() -> Path | None:
+    """The first folder of the list that holds a ComfyUI, or None."""
+    for place in _candidates():
+        if (place / "main.py").is_file() and (place / "comfy" / "model_patcher.py").is_file():
+            return place.resolve()
+    return None
+
+
+def _interpreter(root: Path) -> str:
+    for name in (".venv", "venv"):
+        for tail in ("bin/python", "Scripts/python.exe"):
+            if (root / name / tail).exists():
+                return str(root / name / tail)
+    return sys.executable
+
+
+def _environment() -> dict[str, str]:
+    drop = {"PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME"}
+    return {**{k: v for k, v in os.environ.items() if k not in drop}, "OMP_NUM_THREADS": "1"}
+
+
+class Comfy:
+    """A ComfyUI on this machine, and how to run a function of tests/comfy/inside/*.py in it."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.python = _interpreter(root)
+
+    def run(
+        self,
+        where: str,
+        tmp_path: Path,
+        tensors: dict[str, torch.Tensor] | None = None,
+        params: dict | None = None,
+        flags: tuple[str, ...] = ("--cpu",),
+        timeout: float = 300,
+    ) -> tuple[dict[str, torch.Tensor], dict]:
+        """Call `where` ("script:function") inside ComfyUI. Returns the tensors and the JSON it gave back.
+
+        The function gets (name of the pack's package, tensors, params) and runs under inference mode.
+        """
+        script, function = where.split(":")
+        work = tmp_path / f"job-{time.monotonic_ns()}"
+        work.mkdir(parents=True)
+        if tensors:
+            save_file({k: v.contiguous().clone() for k, v in tensors.items()}, work / "in.safetensors")
+        job = {
+            "comfy": str(self.root),
+            "pack": str(PACK),
+            "script": str(INSIDE / f"{script}.py"),
+            "function": function,
+            "params": params or {},
+            "work": str(work),
+        }
+        (work / "job.json").write_text(json.dumps(job))
+        base = work / "base"
+        (base / "custom_nodes").mkdir(parents=True)
+        command = [self.python, str(INSIDE / "runner.py"), *flags, "--base-directory", str(base)]
+        env = {**_environment(), "DCGEN_JOB": str(work / "job.json")}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+        if done.returncode:
+            pytest.fail(f"{where} failed inside ComfyUI:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}", pytrace=False)
+        return load_file(work / "out.safetensors"), json.loads((work / "out.json").read_text())
+
+
+class Server:
+    """A running ComfyUI with its own base directory, in which the pack is linked as a user would install it."""
+
+    def __init__(self, comfy: Comfy, base: Path, flags: tuple[str, ...] = ()):
+        self.base = base
+        (base / "custom_nodes").mkdir(parents=True)
+        (base / "custom_nodes" / PACK_NAME).symlink_to(PACK, target_is_directory=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log_path = base / "server.log"
+        command = [
+            *(comfy.python, str(comfy.root / "main.py"), "--cpu", "--port", str(self.port)),
+            *("--base-directory", str(base), "--user-directory", str(base / "user")),
+            *("--database-url", f"sqlite:///{base / 'comfy.db'}", "--disable-api-nodes", "--disable-auto-launch"),
+            *flags,
+        ]
+        with self.log_path.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_environment())
+        self._wait_until_up()
+
+    def _wait_until_up(self, seconds: float = 120) -> None:
+        stop = time.monotonic() + seconds
+        while time.monotonic() < stop:
+            if self.process.poll() is not None:
+                pytest.fail(f"ComfyUI stopped while starting:\n{self.log()[-4000:]}", pytrace=False)
+            try:
+                self.get("/system_stats")
+                break
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.3)
+        failed = [line for line in self.log().splitlines() if "IMPORT FAILED" in line and PACK_NAME in line]
+        assert not failed, f"the pack did not load:\n{self.log()[-6000:]}"
+
+    def log(self) -> str:
+        """Everything the server has printed so far, without colour codes."""
+        return re.sub(r"\x1b\[[0-9;]*m", "", self.log_path.read_text(errors="replace"))
+
+    def raw(self, path: str, body: dict | None = None) -> bytes:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data=data, headers={"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read()
+
+    def get(self, path: str) -> dict:
+        return json.loads(self.raw(path))
+
+    def post(self, path: str, body: dict) -> dict:
+        """POST; an HTTP error comes back as {"http_error": code, ...body}."""
+        try:
+            return json.loads(self.raw(path, body) or b"{}")
+        except urllib.error.HTTPError as error:
+            return {"http_error": error.code, **json.loads(error.read() or b"{}")}
+
+    def queue(self, prompt: dict, seconds: float = 180) -> dict:
+        """Queue an API-format prompt, wait, and return its history entry. Fails on any error, naming the node."""
+        entry = self.try_queue(prompt, seconds)
+        if entry["status"]["status_str"] != "success":
+            pytest.fail(f"the graph failed: {self.error(entry)}", pytrace=False)
+        return entry
+
+    def try_queue(self, prompt: dict, seconds: float = 180) -> dict:
+        """Like queue, but hands an entry back that failed while running. A prompt refused outright fails the test."""
+        answer = self.post("/prompt", {"prompt": prompt, "client_id": "tests"})
+        if "prompt_id" not in answer:
+            pytest.fail(f"ComfyUI refused the graph: {json.dumps(answer)[:3000]}", pytrace=False)
+        return self.wait(answer["prompt_id"], seconds)
+
+    def wait(self, prompt_id: str, seconds: float = 180) -> dict:
+        stop = time.monotonic() + seconds
+        while time.monotonic() < stop:
+            history = self.get(f"/history/{prompt_id}")
+            if prompt_id in history:
+                return history[prompt_id]
+            time.sleep(0.1)
+        pytest.fail(f"no result after {seconds} s; the log ends:\n{self.log()[-2000:]}", pytrace=False)
+
+    @staticmethod
+    def error(entry: dict) -> str:
+        """The message of a failed history entry, "" if it succeeded."""
+        for kind, data in entry["status"]["messages"]:
+            if kind == "execution_error":
+                return f"{data['node_type']}: {data['exception_message']}"
+            if kind == "execution_interrupted":
+                return "interrupted"
+        return ""
+
+    def images(self, entry: dict) -> dict[str, list[np.ndarray]]:
+        """The pictures of a history entry as uint8 (H, W, 3), by node id."""
+        found: dict[str, list[np.ndarray]] = {}
+        for node_id, output in entry["outputs"].items():
+            for image in output.get("images", []):
+                data = self.raw("/view?" + urllib.parse.urlencode(image))
+                found.setdefault(node_id, []).append(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+        return found
+
+    def close(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def comfy() -> Comfy:
+    root = find_comfy()
+    if root is None:
+        pytest.skip("no ComfyUI found: set COMFYUI_PATH, or put one in ~/ComfyUI")
+    return Comfy(root)
+
+
+@pytest.fixture(scope="session")
+def server(comfy: Comfy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for the whole session, with live previews on: the previews are part of what is tested."""
+    running = Server(comfy, tmp_path_factory.mktemp("comfy") / "base", ("--preview-method", "latent2rgb"))
+    yield running
+    running.close()
+
+
+# Tiny release folders with random weights, in the diffusers layout ----------------------------------------------------
+
+FLUX_SIZES = {
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 20,
+    "guidance_embeds": True,
+    "axes_dims_rope": (4, 6, 6),
+}
+T5_TOKENS = 24
+
+
+def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Every parameter random, biases and norms too, so that no term is zero or one by construction."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            noise = torch.randn(value.shape, generator=generator)
+            norm = value.ndim == 1 and name.endswith("weight")
+            value.copy_(1 + 0.1 * noise if norm else noise * (0.5 / max(1, value[0].numel()) ** 0.5))
+    return module.eval()
+
+
+def tiny_transformer(packed_channels: int, seed: int = 0, **changes):
+    import diffusers
+
+    sizes = {**FLUX_SIZES, **changes}
+    return randomize(diffusers.FluxTransformer2DModel(in_channels=packed_channels, **sizes), seed)
+
+
+def tiny_dcae(seed: int = 0, channels: int = 8):
+    """An f32 DC-AE with attention in both halves, with every published kind of block but the widths of a toy."""
+    import diffusers
+
+    ae = diffusers.AutoencoderDC(
+        latent_channels=channels,
+        attention_head_dim=8,
+        encoder_block_types=("ResBlock",) * 4 + ("EfficientViTBlock",) * 2,
+        decoder_block_types=("ResBlock",) * 4 + ("EfficientViTBlock",) * 2,
+        encoder_block_out_channels=(8, 8, 16, 16, 16, 16),
+        decoder_block_out_channels=(8, 8, 16, 16, 16, 16),
+        encoder_layers_per_block=(1, 1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1, 1),
+        encoder_qkv_multiscales=((), (), (), (), (5,), (5,)),
+        decoder_qkv_multiscales=((), (), (), (), (5,), (5,)),
+        scaling_factor=0.37,
+    )
+    return randomize(ae, seed)
+
+
+def tiny_kl_vae(seed: int = 0):
+    import diffusers
+
+    vae = diffusers.AutoencoderKL(
+        latent_channels=16,
+        block_out_channels=(32, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        scaling_factor=0.41,
+        shift_factor=0.07,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    return randomize(vae, seed)
+
+
+def _clip_tokenizer(folder: Path):
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    merges = [("r", "e"), ("re", "d</w>"), ("c", "a"), ("ca", "t</w>")]
+    words = [*letters, *(f"{c}</w>" for c in letters), *("".join(m) for m in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(m) for m in merges)]) + "\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def _t5_tokenizer(folder: Path):
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>")
+    text = ["a red cat on a blue background", "a dog on the red background", "an apple, a pear"]
+    tokenizer.train_from_iterator(text * 20, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": T5_TOKENS}
+    raw = folder.with_name(folder.name + "-raw")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(raw)
+    return transformers.T5TokenizerFast.from_pretrained(raw)
+
+
+def make_release(folder: Path, *, deep: bool, seed: int = 0, shard: str | None = None):
+    """Write a tiny random FLUX release (deep: on an f32 DC-AE, patch 1; else on an f8 VAE, patch 2); its pipeline back.
+
+    shard: largest size of one transformer shard, e.g. "100KB".
+    """
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    clip = _clip_tokenizer(folder.with_name(folder.name + "-clip"))
+    t5 = _t5_tokenizer(folder.with_name(folder.name + "-t5"))
+    sizes = {"hidden_size": FLUX_SIZES["pooled_projection_dim"], "intermediate_size": 48, "num_attention_heads": 2}
+    clip_config = CLIPTextConfig(
+        vocab_size=len(clip),
+        num_hidden_layers=2,
+        bos_token_id=clip.bos_token_id,
+        eos_token_id=clip.eos_token_id,
+        **sizes,
+    )
+    t5_sizes = {"d_model": FLUX_SIZES["joint_attention_dim"], "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 3}
+    t5_config = T5Config(vocab_size=len(t5), feed_forward_proj="gated-gelu", **t5_sizes)
+    pipe = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=None,  # the class cannot hold an AutoencoderDC
+        text_encoder=randomize(CLIPTextModel(clip_config), seed + 2),
+        tokenizer=clip,
+        text_encoder_2=randomize(T5EncoderModel(t5_config), seed + 3),
+        tokenizer_2=t5,
+        transformer=tiny_transformer(8 if deep else 64, seed + 4),
+    )
+    pipe.vae = tiny_dcae(seed + 1) if deep else tiny_kl_vae(seed + 1)
+    for name in ("scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae"):
+        getattr(pipe, name).save_pretrained(folder / name)
+    pipe.transformer.save_pretrained(folder / "transformer", **({"max_shard_size": shard} if shard else {}))
+    (folder / "model_index.json").write_text(
+        json.dumps(
+            {
+                "_class_name": "FluxPipeline",
+                "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+                "text_encoder": ["transformers", "CLIPTextModel"],
+                "text_encoder_2": ["transformers", "T5EncoderModel"],
+                "tokenizer": ["transformers", "CLIPTokenizer"],
+                "tokenizer_2": ["transformers", "T5TokenizerFast"],
+                "transformer": ["diffusers", "FluxTransformer2DModel"],
+                "vae": ["diffusers", "AutoencoderDC" if deep else "AutoencoderKL"],
+            }
+        )
+    )
+    return pipe
+
+
+class Tiny:
+    """The helpers above for tests (test files cannot import each other under importlib mode)."""
+
+    make_release = staticmethod(make_release)
+    transformer = staticmethod(tiny_transformer)
+    randomize = staticmethod(randomize)
+    dcae = staticmethod(tiny_dcae)
+    flux_sizes = FLUX_SIZES
+    t5_tokens = T5_TOKENS
+
+
+@pytest.fixture(scope="session")
+def tiny() -> type[Tiny]:
+    return Tiny
+
+
+@pytest.fixture(scope="session")
+def base_release(tmp_path_factory: pytest.TempPathFactory):
+    """(folder, pipeline) of a tiny random FLUX on an f8 VAE."""
+    folder = tmp_path_factory.mktemp("releases") / "tiny-flux"
+    return folder, make_release(folder, deep=False, seed=10)
+
+
+@pytest.fixture(scope="session")
+def deep_release(tmp_path_factory: pytest.TempPathFactory):
+    """(folder, pipeline) of a tiny random merged DC-Gen FLUX on an f32 DC-AE, its transformer in several shards."""
+    folder = tmp_path_factory.mktemp("releases") / "tiny-dcgen-flux"
+    return folder, make_release(folder, deep=True, seed=20, shard="100KB")
