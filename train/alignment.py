@@ -92,7 +92,8 @@ class NormalEquations:
             power = self.xx.diagonal()[:-1].mean()
             system.diagonal()[:-1].add_(ridge * power)
         # unit diagonal first: the rank decision must not depend on the channels' scales
-        scale = system.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
+        diagonal = system.diagonal()
+        scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
         inverse = torch.linalg.pinv(scale[:, None] * system * scale, rtol=1e-13, hermitian=True)
         theta = scale[:, None] * (inverse @ (scale[:, None] * self.xy))
         return theta[:-1].T.contiguous(), theta[-1].contiguous()

@@ -1,0 +1,128 @@
+"""Run one workflow in a ComfyUI on this machine, over HTTP: found, started, asked, stopped. Never imports comfy."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+PACK = Path(__file__).resolve().parents[1]
+LINK = "ComfyUI-DC-Gen"
+WAIT = 180.0  # seconds for the server to answer
+
+
+def find_comfyui() -> Path | None:
+    """COMFYUI_PATH, the ComfyUI this pack is installed in, ~/ComfyUI or ~/comfy/ComfyUI; None when there is none."""
+    named = os.environ.get("COMFYUI_PATH")
+    places = [Path(named).expanduser()] if named else []
+    for place in [*places, PACK.parents[1], Path.home() / "ComfyUI", Path.home() / "comfy" / "ComfyUI"]:
+        if (place / "main.py").is_file() and (place / "comfy" / "model_patcher.py").is_file():
+            return place.resolve()
+    return None
+
+
+def interpreter(comfyui: Path) -> str:
+    """ComfyUI's own Python."""
+    for name in (".venv/bin/python", "venv/bin/python", ".venv/Scripts/python.exe", "venv/Scripts/python.exe"):
+        if (comfyui / name).exists():
+            return str(comfyui / name)
+    return sys.executable
+
+
+class ComfyServer:
+    """A ComfyUI server with a folder of its own (nothing is left in the user's), in which this pack is linked."""
+
+    def __init__(self, comfyui: Path, *, cpu: bool = True) -> None:
+        self.comfyui = comfyui
+        self.cpu = cpu
+
+    def __enter__(self) -> ComfyServer:
+        self._folder = tempfile.TemporaryDirectory(prefix="dcgen-comfy-")
+        self.folder = Path(self._folder.name)
+        for name in ("custom_nodes", "user", "models/model_patches"):
+            (self.folder / name).mkdir(parents=True)
+        (self.folder / "custom_nodes" / LINK).symlink_to(PACK, target_is_directory=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [interpreter(self.comfyui), str(self.comfyui / "main.py"), "--port", str(port)]
+        command += ["--cpu"] if self.cpu else []
+        command += ["--base-directory", str(self.folder), "--user-directory", str(self.folder / "user")]
+        command += ["--database-url", f"sqlite:///{self.folder / 'comfy.db'}"]
+        command += ["--disable-api-nodes", "--disable-auto-launch"]
+        clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")}
+        self.log = self.folder / "server.log"
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=clean)
+        try:
+            self._wait()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._folder.cleanup()
+
+    def run(self, prompt: dict[str, Any], timeout: float = 300.0) -> dict[str, Any]:
+        """Run an API-format workflow; {"images": [bytes of PNG, ...], "seconds": float}. Errors carry the server's words."""
+        started = time.perf_counter()
+        number = self._post("/prompt", {"prompt": prompt})["prompt_id"]
+        while time.perf_counter() - started < timeout:
+            history = self._get(f"/history/{number}").get(number)
+            if history and history["status"]["completed"]:
+                names = [image for output in history["outputs"].values() for image in output.get("images", [])]
+                images = [self._bytes("/view?" + urllib.parse.urlencode(image)) for image in names]
+                return {"images": images, "seconds": time.perf_counter() - started}
+            if history and history["status"]["status_str"] == "error":
+                raise RuntimeError(f"ComfyUI failed: {json.dumps(history['status']['messages'][-1])[:2000]}")
+            time.sleep(0.2)
+        raise TimeoutError(f"ComfyUI did not finish the workflow within {timeout:.0f} s")
+
+    def _wait(self) -> None:
+        started = time.perf_counter()
+        while time.perf_counter() - started < WAIT:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"ComfyUI ended at once:\n{self._tail()}")
+            try:
+                self._get("/system_stats")
+                return
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.3)
+        raise TimeoutError(f"ComfyUI did not answer within {WAIT:.0f} s:\n{self._tail()}")
+
+    def _tail(self) -> str:
+        return self.log.read_text(errors="replace")[-3000:]
+
+    def _get(self, path: str) -> dict[str, Any]:
+        return json.loads(self._bytes(path))
+
+    def _bytes(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return answer.read()
+
+    def _post(self, path: str, value: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(value).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"ComfyUI refused the workflow: {error.read().decode(errors='replace')[:2000]}") from error

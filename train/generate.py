@@ -1,0 +1,113 @@
+"""Pictures from a release folder, as it is or moved by a DC-Gen adapter: what previews, demo and evaluation share."""
+# B batch, C latent channels, h w latent rows and columns, f spatial factor
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcgen import schedule
+from dcgen.adapter import load_adapter, merge
+from train.autoencoders import Autoencoder, load_autoencoder
+from train.files import read_json
+from train.models import base_backbone, fresh_ends, load_network, replace_ends
+from train.sample import euler, seeded_noise
+from train.text import load_text
+
+
+class Pipeline:
+    """A base model with its autoencoder and text encoders, ready to draw.
+
+    With `adapter` (and the new autoencoder's folder) it is the DC-Gen model; `strength` scales its LoRA, 0 = alignment
+    only. The network is merged once, so a picture costs what the deployed model costs.
+    """
+
+    def __init__(
+        self,
+        base: str | Path,
+        *,
+        adapter: str | Path | None = None,
+        autoencoder: str | Path | None = None,
+        strength: float = 1.0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        text_tokens: int | None = None,
+    ) -> None:
+        base = Path(base)
+        if (adapter is None) != (autoencoder is None):
+            raise ValueError("a moved model needs both adapter= and autoencoder=; the base needs neither")
+        self.backbone, config = base_backbone(base)
+        self.distilled = bool(config.get("guidance_embeds"))
+        self.model = load_network(base, dtype, device)
+        self.autoencoder: Autoencoder = load_autoencoder(autoencoder or base / "vae", device, dtype)
+        self.schedule = base_schedule(base)
+        self.patch_size = base_patch_size(config, self.autoencoder.space.channels)
+        if adapter is not None:
+            self._move(Path(adapter), config, strength)
+        self.model.eval()
+        self.text = load_text(base, device, dtype, text_tokens)
+        self.device = device
+
+    def _move(self, path: Path, config: dict[str, Any], strength: float) -> None:
+        adapter = load_adapter(path)
+        adapter.check_base(self.backbone.fingerprint(config), "the base")
+        adapter.check_latent(self.autoencoder.space, str(self.autoencoder.folder))
+        moved, embedder, head = fresh_ends(self.backbone, config, adapter.latent.channels, adapter.patch_size, 0)
+        replace_ends(self.model, self.backbone, moved, embedder, head)
+        self.model.load_state_dict(merge(self.model.state_dict(), adapter, strength))
+        first = next(self.model.parameters())
+        self.model.to(first.device, first.dtype)
+        self.schedule, self.patch_size = dict(adapter.schedule), adapter.patch_size
+
+    def tokens(self, height: int, width: int) -> int:
+        """Image tokens of a picture of that size in pixels."""
+        return self.backbone.tokens(height, width, self.autoencoder.space.spatial_factor, self.patch_size)
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: dict[str, Tensor], scale: Tensor | None) -> Tensor:
+        """The network's velocity in model space."""
+        return self.backbone.velocity(self.model, x, sigma, cond, scale)
+
+    @torch.no_grad()
+    def latents(
+        self, prompts: Sequence[str], seeds: Sequence[int], height: int, width: int, *, steps: int, guidance: float,
+        cfg_w: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """Model-space latents (B,C,h,w). guidance: g = 1 + w of the embedding; cfg_w > 0: true CFG (Eq. 4) on top."""
+        space = self.autoencoder.space
+        shape = (space.channels, *space.latent_size(height, width))
+        sigmas = schedule.sigmas(steps, tokens=self.tokens(height, width), channels=shape[0], **self.schedule)
+        noise = seeded_noise(seeds, shape).to(self.device)
+        scale = guidance if self.distilled else None
+        empty = self.text([""]) if cfg_w > 0 else None
+        return euler(self.velocity, noise, sigmas, self.text(prompts), scale=scale, empty=empty, w=cfg_w)
+
+    @torch.no_grad()
+    def images(self, prompts: Sequence[str], seeds: Sequence[int], height: int, width: int, **how: Any) -> Tensor:
+        """(B,3,H,W) in -1..1; one prompt and one seed per picture; `how` as for latents()."""
+        latents = self.latents(prompts, seeds, height, width, **how)
+        return self.autoencoder.decode(self.autoencoder.space.denormalize(latents))
+
+
+def base_patch_size(config: dict[str, Any], channels: int) -> int:
+    """Patch size of a base network on its own latent, from the width of its embedder's input."""
+    packed = config["in_channels"] // channels
+    return round(packed**0.5) if packed > 1 else int(config.get("patch_size", 1))
+
+
+def base_schedule(base: Path) -> dict[str, Any]:
+    """The sampling schedule of a release's scheduler config, as dcgen.schedule takes it."""
+    path = base / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found; a release says there how it is sampled")
+    config = read_json(path)
+    if not config.get("use_dynamic_shifting"):
+        return {"rule": "static", "shift": config.get("shift", config.get("flow_shift", 1.0))}
+    expected = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+    other = {key: config[key] for key, value in expected.items() if config.get(key, value) != value}
+    if other:
+        raise ValueError(f"{path}: {other} differ from FLUX.1's {expected}; such a shift rule is not supported")
+    return {"rule": "flux"}
