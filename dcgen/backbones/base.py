@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from ..latent import LatentSpace
 from .keymap import KeyMap, strip_prefix
 
 Config = dict[str, Any]
@@ -90,6 +91,14 @@ class Backbone(ABC):
     @abstractmethod
     def width(self, config: Mapping[str, Any]) -> int:
         """D, the hidden size."""
+
+    @abstractmethod
+    def packed_channels(self, config: Mapping[str, Any]) -> int:
+        """Values per token: C * p * p."""
+
+    @abstractmethod
+    def default_schedule(self, latent: LatentSpace) -> dict[str, Any]:
+        """The schedule (see dcgen.schedule) of the published models on this latent, for files that do not say."""
 
     def bare_keys(self, state_dict: Mapping[str, T]) -> Mapping[str, T]:
         """The state dict without the prefix that some files put before every key."""

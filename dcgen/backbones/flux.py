@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..latent import LatentSpace
 from .base import Backbone, Config, child, depth, model_config, patch_size
 from .keymap import REST, KeyMap, Row, count_blocks
 
@@ -255,6 +256,13 @@ class Flux(Backbone):
 
     def width(self, config: Mapping[str, Any]) -> int:
         return config["num_attention_heads"] * config["attention_head_dim"]
+
+    def packed_channels(self, config: Mapping[str, Any]) -> int:
+        return config["in_channels"]
+
+    def default_schedule(self, latent: LatentSpace) -> dict[str, Any]:
+        """DC-Gen's f32 models follow FLUX.2's rule, its f64 models and FLUX itself FLUX.1's."""
+        return {"rule": "flux2" if latent.spatial_factor == 32 else "flux"}
 
     @staticmethod
     def _depths(keys: Mapping[str, Tensor], native: bool) -> dict[str, int]:

@@ -1,0 +1,275 @@
+"""Model files from one form into another, tensor by tensor: python -m dcgen.convert COMMAND --help.
+
+pack     release folder, transformer folder or .pth -> one .safetensors with all metadata
+unpack   one file -> release folder with diffusers names, sharded
+merge    base + DC-Gen adapter -> one .safetensors
+extract  merged model - base -> DC-Gen adapter
+info     what a file or folder is
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter, load_adapter, merge_tensor, save_adapter
+from .extract import Kept, extract
+from .files import Entry, write_stream
+from .latent import SPACES, LatentSpace
+from .release import TRANSFORMER, Model, model_metadata, open_model
+from .tensors import INDEX_SUFFIX, total_bytes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NAMES = ("native", "diffusers")
+SHARD_BYTES = 5_000_000_000
+WEIGHTS = "diffusion_pytorch_model"
+
+Get = Callable[[str], Tensor]
+
+
+def pack(model: Model, out: str | os.PathLike[str], *, names: str = "native", dtype: torch.dtype | None = None) -> Path:
+    """Write the model as one .safetensors with its config, latent space, previews and schedule in the metadata.
+
+    names: "native" (the original ones, which ComfyUI uses) or "diffusers". dtype: of floating tensors, None = kept.
+    """
+    return _write(model, Path(out), names, dtype, model.get, model_metadata(model, Path(out).stem))
+
+
+def merge_file(
+    base: Model,
+    adapter: Adapter,
+    out: str | os.PathLike[str],
+    *,
+    strength: float = 1.0,
+    names: str = "native",
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write base + adapter as one .safetensors, as pack() does. ValueError when the adapter is for another base."""
+    adapter.check_base(base.backbone.fingerprint(base.config), str(base.tensors.path))
+    config = base.backbone.config_with_latent(base.config, adapter.latent.channels, adapter.patch_size)
+    merged = replace(base, config=config, latent=adapter.latent, schedule=adapter.schedule)
+    shapes = {key: Entry(key, entry.dtype, entry.shape) for key, entry in base.entries.items()}
+    shapes |= {key: Entry(key, shapes[key].dtype, tuple(tensor.shape)) for key, tensor in adapter.tensors.items()}
+
+    def get(key: str) -> Tensor:
+        return merge_tensor(key, base.get(key), adapter, strength)
+
+    return _write(merged, Path(out), names, dtype, get, model_metadata(merged, Path(out).stem), shapes)
+
+
+def unpack(
+    model: Model,
+    out: str | os.PathLike[str],
+    *,
+    parts: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write the model as OUT/transformer in the diffusers layout, sharded; `parts` is a release whose other parts
+    (autoencoder, text encoders, scheduler, model_index.json) are copied beside it. OUT must not exist.
+    """
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"{out} exists; name a folder that does not, or remove it")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        if parts is not None:
+            shutil.copytree(parts, temporary, ignore=lambda folder, _: [TRANSFORMER] if folder == str(parts) else [])
+        folder = temporary / TRANSFORMER
+        folder.mkdir(parents=True)
+        _write_shards(model, folder, dtype, shard_bytes, model_metadata(model, out.name))
+        config = {"_class_name": model.backbone.diffusers_class, **model.config}
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def describe(path: str | os.PathLike[str]) -> str:
+    """What an adapter, a model file or a release folder is, in lines."""
+    path = Path(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        try:
+            return _describe_adapter(load_adapter(path))
+        except ValueError as error:
+            if "dcgen.format" not in str(error):
+                raise
+    model = open_model(path)
+    lines = [
+        f"{model.backbone.name} ({model.backbone.diffusers_class}), {total_bytes(model.entries.values()) / 1e9:.2f} GB",
+        *(f"  {key}: {value}" for key, value in sorted(model.config.items())),
+    ]
+    return "\n".join([*lines, _describe_latent(model.latent), f"schedule: {model.schedule or 'not said'}"])
+
+
+def _write(
+    model: Model,
+    out: Path,
+    names: str,
+    dtype: torch.dtype | None,
+    get: Get,
+    metadata: dict[str, str],
+    shapes: dict[str, Entry] | None = None,
+) -> Path:
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out}: the result is a .safetensors file; give it that ending")
+    if names not in NAMES:
+        raise ValueError(f"names must be one of {', '.join(NAMES)}, got {names!r}")
+    entries = shapes or model.entries
+    if names == "diffusers":
+        wanted = [_cast_entry(entry, dtype) for entry in entries.values()]
+        stream: Iterable[tuple[str, Tensor]] = ((entry.name, get(entry.name)) for entry in wanted)
+    else:
+        made = list(model.native_entries(entries))
+        wanted = [_cast_entry(entry, dtype) for _, entry in made]
+        stream = ((rule.native, rule.join(get)) for rule, _ in made)
+    write_stream(out, wanted, _cast(stream, dtype), metadata)
+    return out
+
+
+def _write_shards(
+    model: Model, folder: Path, dtype: torch.dtype | None, shard_bytes: int, metadata: dict[str, str]
+) -> None:
+    shards: list[list[Entry]] = [[]]
+    for entry in (_cast_entry(entry, dtype) for entry in model.entries.values()):
+        if shards[-1] and total_bytes(shards[-1]) + entry.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(entry)
+    weight_map: dict[str, str] = {}
+    for number, wanted in enumerate(shards, start=1):
+        numbered = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        name = f"{WEIGHTS}{numbered}.safetensors"
+        stream = ((entry.name, model.get(entry.name)) for entry in wanted)
+        write_stream(folder / name, wanted, _cast(stream, dtype), {**metadata, "format": "pt"})
+        weight_map |= {entry.name: name for entry in wanted}
+    if len(shards) > 1:
+        size = sum(total_bytes(shard) for shard in shards)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / f"{WEIGHTS}{INDEX_SUFFIX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _cast_entry(entry: Entry, dtype: torch.dtype | None) -> Entry:
+    return replace(entry, dtype=dtype) if dtype is not None and entry.dtype.is_floating_point else entry
+
+
+def _cast(stream: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in stream:
+        yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _describe_adapter(adapter: Adapter) -> str:
+    ranks = sorted({pair.rank for pair in adapter.lora.values()})
+    return "\n".join(
+        [
+            f"DC-Gen adapter for {adapter.backbone}, patch size {adapter.patch_size}",
+            *(f"  base {key}: {value}" for key, value in sorted(adapter.base.items())),
+            f"  LoRA on {len(adapter.lora)} layers, rank {ranks[0]} to {ranks[-1]}" if ranks else "  no LoRA",
+            _describe_latent(adapter.latent),
+            f"schedule: {adapter.schedule}",
+        ]
+    )
+
+
+def _describe_latent(latent: LatentSpace | None) -> str:
+    if latent is None:
+        return "latent: not said"
+    preview = "with" if latent.rgb_factors else "no"
+    return (
+        f"latent: {latent.name or 'unnamed'}, {latent.channels} channels, f{latent.spatial_factor}, "
+        f"scaling {latent.scaling_factor:g}, shift {latent.shift_factor:g}, {preview} preview factors"
+    )
+
+
+def _report(kept: list[Kept]) -> str:
+    lines = [f"{layer.energy:9.6f}  rank {layer.rank:4d}  {layer.path}" for layer in kept]
+    if not kept:
+        return "no Linear changed: the adapter is an embedder and a head"
+    worst = min(kept, key=lambda layer: layer.energy)
+    return "\n".join([*lines, f"energy kept over {len(kept)} layers: worst {worst.energy:.6f} ({worst.path})"])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dcgen.convert", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, text: str, *arguments: str) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=text, description=text)
+        for argument in arguments:
+            found.add_argument(argument, type=Path)
+        return found
+
+    packing = command("pack", "release folder or .pth -> one .safetensors with metadata", "model", "out")
+    merging = command("merge", "base + DC-Gen adapter -> one .safetensors", "base", "adapter", "out")
+    unpacking = command("unpack", "one file -> folder with diffusers names, sharded", "model", "out")
+    extracting = command("extract", "merged model - base -> DC-Gen adapter", "merged", "base", "out")
+    command("info", "say what a file or folder is", "model")
+    for one in (packing, merging):
+        one.add_argument("--names", choices=NAMES, default=NAMES[0], help="key names (default: %(default)s)")
+    merging.add_argument("--strength", type=float, default=1.0, help="of the LoRA; 0 = alignment only")
+    unpacking.add_argument("--parts", type=Path, help="release folder whose other parts are copied beside")
+    extracting.add_argument("--rank", type=int, default=256, help="largest rank of a layer (default: %(default)s)")
+    extracting.add_argument("--energy", type=float, default=1.0, help="share of each change to keep, in (0,1]")
+    extracting.add_argument("--device", default="cpu", help="where the SVD runs, e.g. cuda")
+    for one in (packing, merging, unpacking, extracting):
+        one.add_argument("--dtype", choices=DTYPES, help="of the result; kept as it is when left out")
+    for one in (packing, unpacking, extracting):
+        one.add_argument("--latent", choices=SPACES, help="autoencoder, when the files do not say")
+    return parser
+
+
+def _open(path: Path, latent: str | None = None) -> Model:
+    model = open_model(path)
+    if latent is None:
+        return model
+    space = SPACES[latent]
+    if model.latent is not None and (differing := space.differences(model.latent)):
+        raise ValueError(f"{path} says otherwise than --latent {latent}: {'; '.join(differing)}. Leave --latent out")
+    return replace(model, latent=space, schedule=model.schedule or model.backbone.default_schedule(space))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 0, or 1 with one line on stderr."""
+    args = _parser().parse_args(arguments)
+    dtype = DTYPES.get(getattr(args, "dtype", None) or "")
+    try:
+        if args.command == "pack":
+            print(pack(_open(args.model, args.latent), args.out, names=args.names, dtype=dtype))
+        elif args.command == "merge":
+            options = {"strength": args.strength, "names": args.names, "dtype": dtype}
+            print(merge_file(_open(args.base), load_adapter(args.adapter), args.out, **options))
+        elif args.command == "unpack":
+            print(unpack(_open(args.model, args.latent), args.out, parts=args.parts, dtype=dtype))
+        elif args.command == "extract":
+            print(_extract(args, dtype))
+        else:
+            print(describe(args.model))
+    except (ValueError, OSError) as error:
+        print(f"dcgen.convert: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _extract(args: argparse.Namespace, dtype: torch.dtype | None) -> str:
+    def progress(step: int, steps: int, key: str) -> None:
+        print(f"\r{step + 1}/{steps} {key:<70.70}", end="", file=sys.stderr, flush=True)
+
+    merged, base = _open(args.merged, args.latent), _open(args.base)
+    options = {"rank": args.rank, "energy": args.energy, "dtype": dtype, "device": args.device}
+    adapter, kept = extract(merged, base, progress=progress, **options)
+    print(file=sys.stderr)
+    save_adapter(args.out, adapter)
+    return f"{_report(kept)}\n{args.out}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+# r rank
+"""An adapter out of a merged model and its base: every changed Linear factored by SVD, embedder and head kept whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter, LoraPair
+from .backbones.base import patch_size
+from .backbones.keymap import describe_keys
+from .latent import LatentSpace
+from .release import Model
+
+Progress = Callable[[int, int, str], None]
+# Directions sought beyond the rank, and passes over the matrix, of the randomised SVD (Halko et al., arXiv:0909.4061).
+OVERSAMPLING, PASSES = 16, 4
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One factored layer: its rank, and the share of ||W' - W||^2 that its stored factors keep."""
+
+    path: str
+    rank: int
+    energy: float
+
+
+def extract(
+    merged: Model,
+    base: Model,
+    *,
+    rank: int = 256,
+    energy: float = 1.0,
+    latent: LatentSpace | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[Adapter, list[Kept]]:
+    """(adapter, what each layer kept) such that base + adapter is the merged model.
+
+    rank: the most a layer may have; energy in (0,1]: each layer stops at the rank that keeps this share, 1 = the rank
+    that stands out of the rounding of the stored weights, which is exact for a merged LoRA. dtype of the factors:
+    None = the merged weights'. latent: needed when the merged model does not tell. ValueError when the two are not one
+    architecture, or when a tensor changed that an adapter cannot carry (a bias, a norm inside a block).
+    """
+    space = latent or merged.latent
+    if space is None:
+        raise ValueError(f"{merged.tensors.path} does not say which autoencoder it belongs to: name it (latent)")
+    if rank < 1 or not 0 < energy <= 1:
+        raise ValueError(f"rank must be at least 1 and energy in (0, 1], got {rank} and {energy}")
+    model, fingerprint = merged.backbone, merged.backbone.fingerprint(merged.config)
+    size = patch_size(model.packed_channels(merged.config), space.channels, str(merged.tensors.path))
+    if base.backbone is not model:
+        raise ValueError(f"{base.tensors.path} is a {base.backbone.name} model, the merged one {model.name}")
+    adapter = Adapter(model.name, {}, {}, space, fingerprint, merged.schedule or model.default_schedule(space), size)
+    adapter.check_base(model.fingerprint(base.config), str(base.tensors.path))
+    ends, extras = model.latent_shapes(fingerprint, space.channels, size), model.extra_shapes(fingerprint)
+    linears, old = model.linears(fingerprint), base.entries
+    kept: list[Kept] = []
+    lost: list[str] = []
+    for step, (key, entry) in enumerate(merged.entries.items()):
+        if progress:
+            progress(step, len(merged.entries), key)
+        weight = merged.get(key)
+        if key in ends:
+            adapter.tensors[key] = weight
+            continue
+        if entry.shape != old[key].shape:
+            raise ValueError(f"{key} is {entry.shape} in the merged model, {old[key].shape} in the base")
+        delta = weight.to(device, torch.float32) - base.get(key).to(device, torch.float32)
+        if not delta.any():
+            continue
+        path = key.removesuffix(".weight")
+        if key in extras:
+            adapter.tensors[key] = weight
+        elif key.endswith(".weight") and path in linears:
+            floor = rounding_floor(weight, (entry.dtype, old[key].dtype))
+            adapter.lora[path], share = factor(delta, rank, energy, dtype or entry.dtype, floor)
+            kept.append(Kept(path, adapter.lora[path].rank, share))
+        else:
+            lost.append(key)
+    if lost:
+        raise ValueError(
+            f"changed tensors that an adapter cannot carry: {describe_keys([], lost)}; keep the merged file"
+        )
+    adapter.metadata = {
+        "dcgen.extracted_from": merged.tensors.path.name,
+        "dcgen.extracted_base": base.tensors.path.name,
+    }
+    return adapter, kept
+
+
+def factor(
+    delta: Tensor, rank: int, energy: float = 1.0, dtype: torch.dtype | None = None, floor: float = 0.0
+) -> tuple[LoraPair, float]:
+    """(pair, share of ||delta||^2 kept) of a change (out,in), not all zero; alpha = rank, so delta ~ B @ A.
+
+    Singular values up to `floor` are left out as noise. The share is measured on the factors as stored, rounding
+    included.
+    """
+    U, S, V = _svd(delta, rank)
+    total = delta.double().square().sum()
+    # numpy's matrix_rank has the same bound for what float arithmetic itself adds.
+    limit = max(floor, float(S[0]) * max(delta.shape) * torch.finfo(delta.dtype).eps)
+    numerical = int((limit < S).sum())
+    wanted = int((S.double().square().cumsum(0) < energy * total).sum()) + 1 if energy < 1 else numerical
+    r = max(1, min(rank, numerical, wanted))
+    root = S[:r].sqrt()
+    pair = LoraPair((root[:, None] * V[:, :r].T).cpu().to(dtype), (U[:, :r] * root).cpu().to(dtype), float(r))
+    rest = (delta.cpu() - pair.delta()).double().square().sum()
+    return pair, float(1 - rest / total.cpu())
+
+
+def rounding_floor(weight: Tensor, stored: Iterable[torch.dtype]) -> float:
+    """Largest singular value that rounding a weight (out,in) to its stored types can be expected to leave in a change.
+
+    Rounding moves an entry by up to half an ulp, evenly: rms u/sqrt(3) of its size, u the unit roundoff. Independent
+    entries of such rms b have singular values up to the largest row norm plus the largest column norm of b (Bandeira
+    and van Handel, arXiv:1408.6185).
+    """
+    roundoff = max(torch.finfo(dtype).eps for dtype in stored) / 2
+    squares = weight.float().square()
+    norms = squares.sum(dim=0).max().sqrt() + squares.sum(dim=1).max().sqrt()
+    return roundoff / math.sqrt(3) * float(norms)
+
+
+def _svd(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, V of a matrix: in full where that is cheap, else the first rank + OVERSAMPLING directions."""
+    width = min(delta.shape)
+    if rank + OVERSAMPLING >= width // 4:
+        U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+        return U, S, Vh.T
+    with torch.random.fork_rng(devices=[delta.device] if delta.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return torch.svd_lowrank(delta, q=rank + OVERSAMPLING, niter=PASSES)

@@ -1,0 +1,189 @@
+"""Models on disk: a diffusers release folder, its transformer folder, or a single file in either naming."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .backbones import Backbone, Config, detect_backbone
+from .backbones.base import patch_size
+from .backbones.keymap import Rule
+from .dcae import DCAEConfig
+from .files import Entry
+from .latent import METADATA_KEY, SPACES, LatentSpace
+from .tensors import Tensors
+
+TRANSFORMER = "transformer"
+CONFIG_KEY, SCHEDULE_KEY, BACKBONE_KEY, PATCH_KEY = (
+    "dcgen.config",
+    "dcgen.schedule",
+    "dcgen.backbone",
+    "dcgen.patch_size",
+)
+
+
+@dataclass
+class Model:
+    """A denoising network on disk, whatever its layout, seen under its diffusers names; nothing is read until asked.
+
+    latent is None when nothing at hand says which autoencoder it belongs to.
+    """
+
+    tensors: Tensors
+    backbone: Backbone
+    config: Config
+    latent: LatentSpace | None
+    schedule: dict[str, Any] | None
+
+    @cached_property
+    def _bare(self) -> dict[str, Entry]:
+        """What the file holds, by its names without prefix."""
+        return dict(self.backbone.bare_keys(self.tensors.entries))
+
+    @cached_property
+    def _prefix(self) -> str:
+        """What stands before every key in the file."""
+        bare = next(iter(self._bare))
+        return self._bare[bare].name[: -len(bare)]
+
+    @cached_property
+    def _sources(self) -> dict[str, tuple[Entry, Rule | None, int, int | None]]:
+        """Diffusers name -> (entry under that name, rule to undo, rows in the file's tensor)."""
+        bare = self._bare
+        depths, width = self.backbone.depths(self.config), self.backbone.width(self.config)
+        if not self.backbone.is_native(bare):
+            self.backbone.keys.native_plan(bare, depths)  # refuses what is not a whole model
+            return {key: (replace(entry, name=key), None, 0, None) for key, entry in bare.items()}
+        found: dict[str, tuple[Entry, Rule | None, int, int | None]] = {}
+        for rule in self.backbone.keys.diffusers_plan(bare, depths):
+            whole = bare[rule.native_key(bare)]
+            for key, start, stop in rule.rows(whole.shape[0], width):
+                found[key] = (Entry(key, whole.dtype, (stop - start, *whole.shape[1:])), rule, start, stop)
+        return found
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """All tensors by diffusers name; ValueError lists keys that are missing or unknown."""
+        return {key: entry for key, (entry, *_) in self._sources.items()}
+
+    def get(self, key: str) -> Tensor:
+        """One tensor by diffusers name, read now."""
+        _, rule, start, stop = self._sources[key]
+        if rule is None:
+            return self.tensors.get(self._prefix + key)
+        name = self._prefix + rule.native_key(self._bare)
+        if len(rule.parts) > 1:
+            return self.tensors.get(name, start, stop)
+        return next(iter(rule.split(self.tensors.get(name), self.backbone.width(self.config))))[1]
+
+    def native_entries(self, entries: Mapping[str, Entry]) -> Iterator[tuple[Rule, Entry]]:
+        """(rule, what it makes out of `entries`) for every tensor under its original name."""
+        for rule in self.backbone.keys.native_plan(entries, self.backbone.depths(self.config)):
+            parts = [entries[key] for key in rule.parts]
+            if len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
+                raise ValueError(f"{self.tensors.path}: {rule.native} would join tensors of different types: {parts}")
+            rows = sum(part.shape[0] for part in parts)
+            yield rule, Entry(rule.native, parts[0].dtype, (rows, *parts[0].shape[1:]))
+
+
+def open_model(path: str | os.PathLike[str]) -> Model:
+    """Open a release folder, a transformer folder, a .safetensors or a .pth; errors name the file and what to do."""
+    path = Path(path)
+    weights = path / TRANSFORMER if (path / TRANSFORMER).is_dir() else path
+    tensors = Tensors.open(weights)
+    try:
+        backbone, config = detect_backbone(tensors.meta())
+        config = {**config, **_stored_config(tensors, weights, backbone)}
+        latent, schedule = _latent(tensors.metadata, path), _schedule(tensors.metadata, path)
+    except ValueError as error:
+        raise ValueError(f"{weights}: {error}") from error
+    model = Model(tensors, backbone, config, latent, schedule)
+    if latent is not None and schedule is None:
+        model.schedule = backbone.default_schedule(latent)
+    return model
+
+
+def model_metadata(model: Model, title: str) -> dict[str, str]:
+    """Safetensors metadata that lets a single file say what a release folder says."""
+    metadata = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": model.backbone.modelspec,
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": title,
+        **{key: value for key, value in model.tensors.metadata.items() if key != "format"},
+        BACKBONE_KEY: model.backbone.name,
+        CONFIG_KEY: json.dumps(model.config, sort_keys=True),
+    }
+    if model.schedule is not None:
+        metadata[SCHEDULE_KEY] = json.dumps(model.schedule, sort_keys=True)
+    if model.latent is not None:
+        packed = model.backbone.packed_channels(model.config)
+        metadata[PATCH_KEY] = str(patch_size(packed, model.latent.channels, "this model"))
+        metadata |= model.latent.to_metadata()
+    return metadata
+
+
+def latent_of_vae(config: Mapping[str, Any]) -> LatentSpace:
+    """Latent space of a diffusers vae/config.json: the config's numbers, under the published name that has them."""
+    if config.get("_class_name") == "AutoencoderKL":
+        factor = 2 ** (len(config["block_out_channels"]) - 1)
+        shift = config.get("shift_factor") or 0.0
+        space = LatentSpace("", config["latent_channels"], factor, config["scaling_factor"], shift)
+    else:
+        dcae = DCAEConfig.from_diffusers(config)
+        if dcae.scaling_factor is None:
+            raise ValueError("vae/config.json has no scaling_factor")
+        name = dcae.name.rstrip("/").rsplit("/", 1)[-1].removesuffix("-diffusers")
+        space = LatentSpace(name, dcae.latent_channels, dcae.spatial_factor, dcae.scaling_factor)
+    if space.name in SPACES:
+        return space
+    fits = [name for name, known in SPACES.items() if not known.differences(replace(space, name=""))]
+    return replace(space, name=fits[0]) if fits else space
+
+
+def _latent(metadata: Mapping[str, str], path: Path) -> LatentSpace | None:
+    if METADATA_KEY in metadata:
+        return LatentSpace.from_metadata(metadata)
+    for part in (path / "vae", path.parent / "vae"):
+        config = part / "config.json"
+        if path.is_dir() and config.is_file():
+            space = latent_of_vae(json.loads(config.read_text(encoding="utf-8")))
+            return _with_preview(space, part)
+    return None
+
+
+def _with_preview(space: LatentSpace, folder: Path) -> LatentSpace:
+    """The space with the preview factors that the autoencoder's own file may carry."""
+    metadata = Tensors.open(folder).metadata if any(folder.glob("*.safetensors")) else {}
+    stored = LatentSpace.from_metadata(metadata) if METADATA_KEY in metadata else None
+    if stored is None or stored.channels != space.channels:
+        return space
+    return replace(space, rgb_factors=stored.rgb_factors, rgb_bias=stored.rgb_bias)
+
+
+def _stored_config(tensors: Tensors, folder: Path, backbone: Backbone) -> Config:
+    if CONFIG_KEY in tensors.metadata:
+        return json.loads(tensors.metadata[CONFIG_KEY])
+    file = folder / "config.json"
+    if not folder.is_dir() or not file.is_file():
+        return {}
+    config = json.loads(file.read_text(encoding="utf-8"))
+    found = config.get("_class_name", backbone.diffusers_class)
+    if found != backbone.diffusers_class:
+        raise ValueError(f"config.json says {found}, the tensors are a {backbone.diffusers_class}: not from one model")
+    return {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
+
+
+def _schedule(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
+    if SCHEDULE_KEY in metadata:
+        return json.loads(metadata[SCHEDULE_KEY])
+    file = path / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if path.is_dir() and file.is_file() else {}
+    return {"rule": "static", "shift": float(config["flow_shift"])} if config.get("use_flow_sigmas") else None
