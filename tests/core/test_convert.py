@@ -213,11 +213,11 @@ def test_command_line_says_what_is_wrong(release, tmp_path, capsys):
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 _PEAK = """
-import resource, sys, torch
+import sys, torch
 torch.set_num_threads(1)
 from dcgen.convert import pack, unpack, open_model
-import dcgen.extract
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # of this process alone: ru_maxrss begins with the parent's
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()
 source, out, back = sys.argv[1:]
 pack(open_model(source), out)
@@ -227,6 +227,7 @@ print(before, packed, peak())
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_is_far_below_the_weights(tmp_path):
     """A synthetic release of several shards, 340 MB: the bound asked for is 1.2x the weights; streaming needs 0.25x."""
     config = {"num_layers": 3, "num_single_layers": 8, "num_attention_heads": 6, "attention_head_dim": 128}
@@ -257,6 +258,7 @@ def test_peak_memory_is_far_below_the_weights(tmp_path):
     assert weights > 300e6
     assert packed - before < 0.25 * weights
     assert unpacked - before < 0.25 * weights
+    assert packed - before > 5e6  # the gauge works: the largest tensor alone is 14 MB
     found = load_file(out)
     for i, key in enumerate(keys):
         if key == "single_transformer_blocks.5.proj_mlp.weight":
