@@ -1,0 +1,193 @@
+"""`python -m train.demo`: DC-Gen on the toy from end to end, and a picture of what it does. Minutes on a CPU.
+
+Runs the recipe toy-flux (cache, align, head, finetune, export), draws prompts with the base, with DC-Gen after
+alignment only and after fine-tuning, and writes grid.png and demo.json. Where a ComfyUI is found, the shipped toy
+workflow runs in it with the adapter just made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from train.comfy_client import ComfyServer, find_comfyui
+from train.config import Recipe, load_recipe
+from train.files import read_json, write_atomically, write_json
+from train.generate import Pipeline
+from train.run import run_recipe
+from train.toy.pictures import ToyPictures
+
+WORKFLOW = Path("workflows/api/dcgen_toy.json")
+PIXELS = 128
+STEPS = 20
+SEED = 11
+SCALE = 2  # the grid shows each picture this many times as large
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; 0 when the grid is there."""
+    options = _parser().parse_args(arguments)
+    begin = time.perf_counter()
+    recipe = load_recipe("toy-flux", [f"output={options.output}/train", *options.overrides])
+    print("1/3 training: cache, align, head, finetune, export", flush=True)
+    numbers = run_recipe(recipe)
+    print("2/3 drawing", flush=True)
+    prompts = options.prompt or demo_prompts(recipe)
+    columns = [draw(name, pipeline, prompts, options.guidance) for name, pipeline in pipelines(recipe)]
+    report: dict[str, Any] = {
+        "prompts": list(prompts),
+        "pixels": PIXELS,
+        "steps": STEPS,
+        "guidance": options.guidance,
+        "seed": SEED,
+        "columns": [{key: value for key, value in column.items() if key != "images"} for column in columns],
+        "stages": {name: _stage_record(recipe, name, numbers[name]) for name in recipe.stages},
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__},
+    }
+    print("3/3 ComfyUI", flush=True)
+    report["comfyui"] = in_comfyui(recipe, options.output, prompts[0], options.comfyui)
+    report["seconds"] = round(time.perf_counter() - begin, 1)
+    save_grid(options.output / "grid.png", prompts, columns)
+    write_json(options.output / "demo.json", report)
+    print(f"{options.output}/grid.png and demo.json are there after {report['seconds']:.0f} s")
+    return 0
+
+
+def demo_prompts(recipe: Recipe) -> list[str]:
+    """Six captions: four that training saw and two whose pair of subject and colour it never did."""
+    toy = ToyPictures(recipe.stages["cache"].data.path)
+    seen, unseen = toy.pairs("train"), toy.pairs("held_out")
+    chosen = [seen[len(seen) * k // 4 + 5 * k] for k in range(4)] + [unseen[len(unseen) // 3], unseen[-3]]
+    return [toy.caption(pair) for pair in chosen]
+
+
+def pipelines(recipe: Recipe) -> list[tuple[str, Pipeline]]:
+    """What the columns of the grid are drawn with."""
+    base = recipe.stages["cache"].base
+    student = recipe.stages["cache"].autoencoder
+    adapters = {"DC-Gen, aligned only": "head", "DC-Gen, finetuned": "finetune"}
+    moved = [
+        (name, Pipeline(base, adapter=recipe.folder / stage / "adapter.safetensors", autoencoder=student))
+        for name, stage in adapters.items()
+    ]
+    return [("base", Pipeline(base)), *moved]
+
+
+def draw(name: str, pipeline: Pipeline, prompts: Sequence[str], guidance: float) -> dict[str, Any]:
+    """A column: pictures, tokens, and seconds a picture (network and autoencoder; one picture at a time, best of 3)."""
+    seeds = [SEED + number for number in range(len(prompts))]
+    how = {"steps": STEPS, "guidance": guidance}
+    images = pipeline.images(prompts, seeds, PIXELS, PIXELS, **how)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        pipeline.images(prompts[:1], seeds[:1], PIXELS, PIXELS, **how)
+        seconds.append(time.perf_counter() - start)
+    space = pipeline.autoencoder.space
+    layout = f"f{space.spatial_factor}p{pipeline.patch_size}"
+    return {
+        "name": name,
+        "layout": layout,
+        "tokens": pipeline.tokens(PIXELS, PIXELS),
+        "seconds_per_picture": round(min(seconds), 4),
+        "images": images,
+    }
+
+
+def in_comfyui(recipe: Recipe, output: Path, prompt: str, wanted: bool) -> dict[str, Any]:
+    """Run the shipped workflow with the adapter just trained; {"ran": bool, ...} says what became of it."""
+    comfyui = find_comfyui() if wanted else None
+    if not wanted or comfyui is None:
+        return {"ran": False, "why": "no ComfyUI found (set COMFYUI_PATH)" if wanted else "switched off"}
+    if not WORKFLOW.is_file():
+        return {"ran": False, "why": f"{WORKFLOW} is missing"}
+    exported = next((recipe.folder / "export").glob("*.safetensors"))
+    graph = with_prompt(read_json(WORKFLOW), prompt, exported.name)
+    try:
+        with ComfyServer(comfyui) as server:
+            target = server.folder / "models" / "model_patches" / exported.name
+            target.write_bytes(exported.read_bytes())
+            result = server.run(graph)
+    except (RuntimeError, TimeoutError, OSError) as error:
+        print(f"ComfyUI did not run the workflow: {error}", file=sys.stderr)
+        return {"ran": False, "why": str(error)[:500]}
+    picture = result["images"][0]
+    write_atomically(output / "comfyui.png", lambda temporary: temporary.write_bytes(picture))
+    return {"ran": True, "image": "comfyui.png", "prompt": prompt, "seconds": round(result["seconds"], 2)}
+
+
+def with_prompt(graph: dict[str, Any], prompt: str, adapter: str) -> dict[str, Any]:
+    """The workflow with another prompt in its first text encoder, and this adapter; an unfit graph is an error."""
+    graph = json.loads(json.dumps(graph))
+    texts = [node for node in graph.values() if node["class_type"] == "CLIPTextEncode" and node["inputs"].get("text")]
+    patches = [node for node in graph.values() if node["class_type"] == "DCGenApply"]
+    if not texts or not patches:
+        raise RuntimeError(f"{WORKFLOW} has no CLIPTextEncode with a text, or no DCGenApply")
+    texts[0]["inputs"]["text"] = prompt
+    for node in patches:
+        node["inputs"]["adapter_name"] = adapter
+    return graph
+
+
+def save_grid(path: Path, prompts: Sequence[str], columns: Sequence[dict[str, Any]]) -> Path:
+    """Rows of prompts, columns of models, with captions, tokens and seconds."""
+    side, gap, left, top = PIXELS * SCALE, 10, 230, 54
+    font, small = ImageFont.load_default(17), ImageFont.load_default(15)
+    sheet = Image.new("RGB", (left + len(columns) * (side + gap), top + len(prompts) * (side + gap)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, column in enumerate(columns):
+        x = left + number * (side + gap)
+        pen.text((x, 6), column["name"], "black", font)
+        line = f"{column['layout']}, {column['tokens']} tokens, {column['seconds_per_picture']:.2f} s"
+        pen.text((x, 29), line, "dimgray", small)
+        for row, image in enumerate(column["images"]):
+            sheet.paste(_picture(image, side), (x, top + row * (side + gap)))
+    for row, prompt in enumerate(prompts):
+        pen.multiline_text((8, top + row * (side + gap) + side // 2 - 20), _wrap(prompt, 26), "black", small)
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG", optimize=True)
+    return write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+
+
+def _picture(image: Tensor, side: int) -> Image.Image:
+    array = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(array).resize((side, side), Image.Resampling.NEAREST)
+
+
+def _wrap(text: str, width: int) -> str:
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) + 1 > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+def _stage_record(recipe: Recipe, name: str, numbers: dict[str, Any]) -> dict[str, Any]:
+    return {"seconds": read_json(recipe.folder / name / "done.json")["seconds"], **numbers}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m train.demo", description=__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="passed to the recipe toy-flux")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--prompt", action="append", help="draw this instead of the six defaults (may be repeated)")
+    parser.add_argument("--guidance", type=float, default=3.5, help="g = 1 + w of the guidance embedding")
+    parser.add_argument("--no-comfyui", dest="comfyui", action="store_false", help="do not look for a ComfyUI")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
