@@ -60,7 +60,9 @@ class ComfyServer:
         command += ["--base-directory", str(self.folder), "--user-directory", str(self.folder / "user")]
         command += ["--database-url", f"sqlite:///{self.folder / 'comfy.db'}"]
         command += ["--disable-api-nodes", "--disable-auto-launch"]
-        clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")}
+        clean = {
+            key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")
+        }
         self.log = self.folder / "server.log"
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=clean)
@@ -81,7 +83,7 @@ class ComfyServer:
         self._folder.cleanup()
 
     def run(self, prompt: dict[str, Any], timeout: float = 300.0) -> dict[str, Any]:
-        """Run an API-format workflow; {"images": [bytes of PNG, ...], "seconds": float}. Errors carry the server's words."""
+        """Run an API-format workflow: {"images": [bytes of PNG, ...], "seconds": float}. Errors quote the server."""
         started = time.perf_counter()
         number = self._post("/prompt", {"prompt": prompt})["prompt_id"]
         while time.perf_counter() - started < timeout:
@@ -125,4 +127,6 @@ class ComfyServer:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
-            raise RuntimeError(f"ComfyUI refused the workflow: {error.read().decode(errors='replace')[:2000]}") from error
+            raise RuntimeError(
+                f"ComfyUI refused the workflow: {error.read().decode(errors='replace')[:2000]}"
+            ) from error

@@ -162,7 +162,7 @@ def test_timesteps_have_the_distribution_they_name():
 
 
 def test_eq7_is_under_determined_without_dropout():
-    """A wrong empty branch compensated by the conditional one has Eq. 7's loss of the truth: only loss_uncond sees it."""
+    """A wrong empty branch made good by the conditional one has the truth's loss in Eq. 7: only loss_uncond sees it."""
     w = 2.5
 
     def field(error: float):

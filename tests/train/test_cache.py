@@ -1,0 +1,135 @@
+"""The cache: what is stored is what the autoencoders and text encoders give; what is damaged is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import diffusers
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from train.cache import Cache, CacheError
+from train.data import FolderData, open_source
+
+
+@pytest.fixture
+def copy(debug_run, tmp_path):
+    """A copy of the cache to damage, and the path of one of its shards."""
+    folder = tmp_path / "cache"
+    shutil.copytree(debug_run / "cache", folder)
+    return folder, sorted((folder / "shards").glob("latent-*.safetensors"))[0]
+
+
+def test_latents_are_the_autoencoders_own(debug_run):
+    cache = Cache(debug_run / "cache")
+    config = FolderData(type="folder", path="", pixels=64, multiple=16)
+    source = open_source(config, debug_run / "tiny" / "pictures")
+    kl = diffusers.AutoencoderKL.from_pretrained(debug_run / "tiny" / "release" / "vae")
+    dc = diffusers.AutoencoderDC.from_pretrained(debug_run / "tiny" / "dc-ae")
+    picked = [0, 7, 3]
+    images = torch.stack([source.image(i) for i in picked])
+    with torch.no_grad():
+        teacher = (kl.encode(images).latent_dist.mean - kl.config.shift_factor) * kl.config.scaling_factor
+        student = dc.encode(images).latent * dc.config.scaling_factor
+    numbers = [next(n for n, s in enumerate(cache.samples) if s["name"] == source.name(i)) for i in picked]
+    torch.testing.assert_close(cache.latents(numbers, "teacher"), teacher, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cache.latents(numbers, "student"), student, rtol=1e-4, atol=1e-5)
+
+
+def test_text_is_what_the_diffusers_pipeline_makes(debug_run):
+    cache = Cache(debug_run / "cache")
+    release = debug_run / "tiny" / "release"
+    pipeline = diffusers.FluxPipeline(
+        scheduler=None,
+        vae=None,
+        transformer=None,
+        text_encoder=transformers.CLIPTextModel.from_pretrained(release / "text_encoder"),
+        tokenizer=transformers.PreTrainedTokenizerFast.from_pretrained(release / "tokenizer"),
+        text_encoder_2=transformers.T5EncoderModel.from_pretrained(release / "text_encoder_2"),
+        tokenizer_2=transformers.PreTrainedTokenizerFast.from_pretrained(release / "tokenizer_2"),
+    )
+    pipeline.tokenizer_max_length = 16
+    numbers = [0, 3, 5]
+    captions = [cache.captions[n] for n in numbers]
+    assert captions[0] == ""
+    embeds, pooled, _ = pipeline.encode_prompt(captions, None, device="cpu", max_sequence_length=16)
+    found = cache.text(numbers)
+    torch.testing.assert_close(found["prompt_embeds"], embeds, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["pooled"], pooled, rtol=1e-4, atol=1e-5)
+
+
+def test_every_sample_has_its_own_caption(debug_run):
+    cache = Cache(debug_run / "cache")
+    for number, sample in enumerate(cache.samples):
+        text = (debug_run / "tiny" / "pictures" / sample["name"]).with_suffix(".txt").read_text()
+        assert cache.captions[cache.caption_numbers([number])[0]] == text
+
+
+def test_a_truncated_shard_is_refused_on_opening(copy):
+    folder, shard = copy
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(CacheError, match=f"{shard.name} has .* bytes, expected"):
+        Cache(folder)
+
+
+def test_a_missing_shard_is_refused_on_opening(copy):
+    folder, shard = copy
+    shard.unlink()
+    with pytest.raises(CacheError, match=f"{shard.name} is missing"):
+        Cache(folder)
+
+
+def test_one_flipped_bit_is_refused_on_first_use(copy):
+    folder, shard = copy
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    cache = Cache(folder)
+    with pytest.raises(CacheError, match="sha256 is"):
+        cache.latents([0], "student")
+
+
+def test_a_shard_of_another_cache_is_refused(copy):
+    folder, shard = copy
+    save_file(load_file(shard), shard, metadata={"fingerprint": "f" * 64})
+    index = json.loads((folder / "index.json").read_text())
+    from train.files import sha256
+
+    record = next(r for r in index["shards"] if r["file"].endswith(shard.name))
+    record |= {"sha256": sha256(shard), "bytes": shard.stat().st_size}
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(CacheError, match="belongs to another cache"):
+        Cache(folder).latents([0], "teacher")
+
+
+def test_an_unfinished_cache_is_refused(copy):
+    folder, _ = copy
+    (folder / "index.json").unlink()
+    with pytest.raises(CacheError, match="has not finished"):
+        Cache(folder)
+
+
+def test_whole_shards_are_kept_and_damaged_ones_made_anew(debug_run, tmp_path, monkeypatch):
+    from train.config import load_recipe
+    from train.run import run_recipe
+    from train.stages.cache import CacheStage
+
+    shutil.copytree(debug_run, tmp_path / "run")
+    shards = sorted((tmp_path / "run" / "cache" / "shards").glob("latent-*.safetensors"))
+    before = [path.read_bytes() for path in shards]
+    shards[1].write_bytes(before[1][:-1])
+    (tmp_path / "run" / "cache" / "done.json").unlink()
+    made = []
+    encode = CacheStage._encode_pictures
+
+    def counting(self, numbers, captions, encoders):
+        made.append(len(numbers))
+        return encode(self, numbers, captions, encoders)
+
+    monkeypatch.setattr(CacheStage, "_encode_pictures", counting)
+    run_recipe(load_recipe("debug", [f"output={tmp_path / 'run'}"]), only="cache")
+    assert len(made) == 1
+    assert [path.read_bytes() for path in shards] == before
