@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from train import distributed
+from train.cache import CacheError
 from train.checkpoint import CheckpointError, differences
 from train.config import Recipe, RecipeError, find_recipe, list_recipes, load_recipe, nearest
 from train.distributed import Ranks
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         print(f"\n{stopped}", file=sys.stderr)
         return 143
-    except (RecipeError, CheckpointError, NonFinite, OSError, ValueError) as error:
+    except (RecipeError, CheckpointError, CacheError, NonFinite, OSError, ValueError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     finally:
@@ -77,7 +78,9 @@ def make_stage(recipe: Recipe, name: str, ranks: Ranks) -> Stage:
 
 def run_stage(recipe: Recipe, stage: Stage, ranks: Ranks) -> dict[str, Any]:
     """Check, set up, train if it trains, finish, and note it as done."""
-    problems = stage.check()
+    name = stage.context.name
+    missing = [other for other in inputs(recipe, name) if stage.context.pending(other)]
+    problems = [f"stage {other} comes first and is not done (--stage {other})" for other in missing] or stage.check()
     if problems:
         raise RecipeError(f"stage {stage.context.name} cannot run:\n  " + "\n  ".join(problems))
     begin = time.perf_counter()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,45 +16,47 @@ import pytest
 from safetensors.torch import load_file
 
 REPO = Path(__file__).resolve().parents[2]
-STEPS = ["finetune.steps=40", "finetune.checkpoint_every=10", "finetune.preview_every=0", "finetune.log_every=5"]
+STEPS = ["finetune.steps=12", "finetune.checkpoint_every=3", "finetune.preview_every=0", "finetune.rank=2"]
 
 
-def command(debug_run: Path, out: Path, ranks: int) -> list[str]:
-    python = [sys.executable, "-m", "train.run"]
-    if ranks > 1:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        python = [sys.executable, *launch, "-m", "train.run"]
+def start(debug_run: Path, out: Path, ranks: int) -> list[subprocess.Popen]:
+    """The run's processes, launched as torchrun launches them (without its agent, which costs another import)."""
     inputs = [f"finetune.cache={debug_run}/cache", f"finetune.start={debug_run}/head"]
     inputs += [f"finetune.base={debug_run}/tiny/release", f"output={out}"]
-    return [*python, "debug", "--stage", "finetune", *inputs, *STEPS]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "train.run", "debug", "--stage", "finetune", *inputs, *STEPS]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = []
+    for rank in range(ranks):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if ranks > 1:
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes.append(subprocess.Popen(command, cwd=REPO, env=env, stderr=subprocess.PIPE, text=True))
+    return processes
 
 
 def run(debug_run: Path, out: Path, ranks: int = 1) -> dict:
-    done = subprocess.run(
-        command(debug_run, out, ranks), cwd=REPO, env=environment(), capture_output=True, text=True, timeout=180
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    """The adapter of a run that is left to finish."""
+    for process in start(debug_run, out, ranks):
+        error = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, error[-3000:]
     return load_file(out / "finetune" / "adapter.safetensors")
 
 
-def stop_midway(debug_run: Path, out: Path, number: int, ranks: int = 1) -> subprocess.CompletedProcess:
-    """Start a run, wait for its second checkpoint, send the signal to every process of it."""
-    process = subprocess.Popen(
-        command(debug_run, out, ranks), cwd=REPO, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True, start_new_session=True,
-    )  # fmt: skip
-    until = time.monotonic() + 120
-    while not (out / "finetune" / "checkpoints" / "step-00000020").exists():
-        assert process.poll() is None, process.stderr.read()[-3000:]
-        assert time.monotonic() < until, "no checkpoint within two minutes"
-        time.sleep(0.005)
-    os.killpg(process.pid, number)
-    out_text, error_text = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(process.args, process.returncode, out_text, error_text)
+def stop_midway(debug_run: Path, out: Path, number: int, ranks: int = 1) -> tuple[int, str]:
+    """Send a signal to all processes of a run after its second checkpoint; (exit code, stderr) of the first."""
+    processes = start(debug_run, out, ranks)
+    until = time.monotonic() + 200
+    while not (out / "finetune" / "checkpoints" / "step-00000006").exists():
+        assert processes[0].poll() is None, processes[0].stderr.read()[-3000:]
+        assert time.monotonic() < until, "no checkpoint in time"
+        time.sleep(0.002)
+    for process in processes:
+        process.send_signal(number)
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    return processes[0].returncode, errors[0]
 
 
 @pytest.fixture(scope="module")
@@ -66,25 +70,24 @@ def equal(a: dict, b: dict) -> bool:
 
 
 def test_kill_9_and_the_same_command_give_the_same_bits(debug_run, whole, tmp_path):
-    killed = stop_midway(debug_run, tmp_path, signal.SIGKILL)
-    assert killed.returncode == -signal.SIGKILL
+    code, _ = stop_midway(debug_run, tmp_path, signal.SIGKILL)
+    assert code == -signal.SIGKILL
     assert not (tmp_path / "finetune" / "done.json").exists()
     assert equal(run(debug_run, tmp_path), whole)
 
 
-def test_sigterm_says_what_it_did_and_resumes(debug_run, whole, tmp_path):
-    stopped = stop_midway(debug_run, tmp_path, signal.SIGTERM)
-    assert stopped.returncode == 143
-    assert re.search(r"stopped by a signal after step \d+; checkpoint in", stopped.stderr)
-    assert equal(run(debug_run, tmp_path), whole)
+def test_sigterm_says_what_it_did(debug_run, tmp_path):
+    code, error = stop_midway(debug_run, tmp_path, signal.SIGTERM)
+    assert code == 143
+    assert re.search(r"stopped by a signal after step \d+; checkpoint in", error)
 
 
-def test_two_ranks_killed_and_resumed_equal_two_ranks_and_nearly_one(debug_run, whole, tmp_path):
+def test_two_ranks_killed_equal_two_ranks_and_nearly_one(debug_run, whole, tmp_path):
     both = run(debug_run, tmp_path / "both", ranks=2)
     stop_midway(debug_run, tmp_path / "cut", signal.SIGKILL, ranks=2)
+    shutil.copytree(tmp_path / "cut", tmp_path / "fewer")
     assert equal(run(debug_run, tmp_path / "cut", ranks=2), both)
     assert largest_difference(both, whole) < 1e-4
-    stop_midway(debug_run, tmp_path / "fewer", signal.SIGKILL, ranks=2)
     assert largest_difference(run(debug_run, tmp_path / "fewer", ranks=1), whole) < 1e-4
 
 
