@@ -6,13 +6,17 @@ COMFYUI_PATH, the ComfyUI this pack is installed in, ~/ComfyUI, ~/comfy/ComfyUI.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import io
 import json
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -102,12 +106,49 @@ class Comfy:
         return load_file(work / "out.safetensors"), json.loads((work / "out.json").read_text())
 
 
+class Listener:
+    """A websocket to a server, read in a thread: the previews and progress that a browser would get."""
+
+    def __init__(self, port: int, client_id: str):
+        self.previews: list[np.ndarray] = []
+        self.messages: list[dict] = []
+        self.socket = socket.create_connection(("127.0.0.1", port))
+        key = base64.b64encode(os.urandom(16)).decode()
+        self.socket.sendall(
+            f"GET /ws?clientId={client_id} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\n"
+            f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+        )
+        self.stream = self.socket.makefile("rb")
+        while self.stream.readline().strip():
+            pass
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError, ValueError, struct.error):
+            while True:
+                head, size = struct.unpack(">BB", self.stream.read(2))
+                if size > 125:
+                    size = struct.unpack(">H" if size == 126 else ">Q", self.stream.read(2 if size == 126 else 8))[0]
+                data = self.stream.read(size)
+                if head & 15 == 1:
+                    self.messages.append(json.loads(data))
+                elif head & 15 == 2 and (start := data.find(b"\xff\xd8")) >= 0:  # a JPEG after the event's header
+                    self.previews.append(np.asarray(Image.open(io.BytesIO(data[start:])).convert("RGB")))
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.thread.join(5)
+
+
 class Server:
     """A running ComfyUI with its own base directory, in which the pack is linked as a user would install it."""
 
     def __init__(self, comfy: Comfy, base: Path, flags: tuple[str, ...] = ()):
         self.base = base
-        (base / "custom_nodes").mkdir(parents=True)
+        for name in ("custom_nodes", "user"):
+            (base / name).mkdir(parents=True)
         (base / "custom_nodes" / PACK_NAME).symlink_to(PACK, target_is_directory=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -189,6 +230,15 @@ class Server:
             if kind == "execution_interrupted":
                 return "interrupted"
         return ""
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Listener]:
+        """What the server sends to the client that `queue` queues for."""
+        listener = Listener(self.port, "tests")
+        try:
+            yield listener
+        finally:
+            listener.close()
 
     def images(self, entry: dict) -> dict[str, list[np.ndarray]]:
         """The pictures of a history entry as uint8 (H, W, 3), by node id."""
@@ -376,6 +426,28 @@ def make_release(folder: Path, *, deep: bool, seed: int = 0, shard: str | None =
     return pipe
 
 
+def diffusers_velocity(transformer, case, patch):
+    """FluxTransformer2DModel called as FluxPipeline does, with the packing written out."""
+    batch, channels, height, width = case["x"].shape
+    rows, columns = height // patch, width // patch
+    cut = case["x"].reshape(batch, channels, rows, patch, columns, patch)
+    tokens = cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch**2)
+    ids = [[0.0, float(row), float(column)] for row in range(rows) for column in range(columns)]
+    with torch.no_grad():
+        out = transformer(
+            hidden_states=tokens,
+            timestep=case["sigma"],
+            guidance=case["guidance"],
+            pooled_projections=case["pooled"],
+            encoder_hidden_states=case["context"],
+            txt_ids=torch.zeros(case["context"].shape[1], 3),
+            img_ids=torch.tensor(ids),
+            return_dict=False,
+        )[0]
+    cut = out.reshape(batch, rows, columns, channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
+    return cut.reshape(batch, channels, height, width)
+
+
 class Tiny:
     """The helpers above for tests (test files cannot import each other under importlib mode)."""
 
@@ -383,6 +455,7 @@ class Tiny:
     transformer = staticmethod(tiny_transformer)
     randomize = staticmethod(randomize)
     dcae = staticmethod(tiny_dcae)
+    velocity = staticmethod(diffusers_velocity)
     flux_sizes = FLUX_SIZES
     t5_tokens = T5_TOKENS
 

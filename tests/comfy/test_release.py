@@ -12,10 +12,8 @@ def relative(found, wanted):
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
-def velocity_cases(pipe, channels, patch):
+def velocity_cases(tiny, pipe, channels, patch):
     """Random inputs, and the velocity diffusers' transformer gives for them."""
-    from dcgen.backbones import BACKBONES
-
     generator = torch.Generator().manual_seed(3)
     inputs, wanted = {}, {}
     for rows, columns, batch in SIZES:
@@ -27,11 +25,7 @@ def velocity_cases(pipe, channels, patch):
             "pooled": torch.randn((batch, 20), generator=generator),
             "guidance": torch.rand(batch, generator=generator) * 5 + 1,
         }
-        cond = {"prompt_embeds": case["context"], "pooled": case["pooled"]}
-        with torch.no_grad():
-            wanted[name] = BACKBONES["flux"].velocity(
-                pipe.transformer, case["x"], case["sigma"], cond, case["guidance"]
-            )
+        wanted[name] = tiny.velocity(pipe.transformer, case, patch)
         inputs |= {f"{name}/{key}": value for key, value in case.items()}
     return inputs, wanted
 
@@ -49,9 +43,9 @@ def test_text_equals_the_pipeline(comfy, tmp_path, request, kind, tiny):
 
 
 @pytest.mark.parametrize(("kind", "channels", "patch"), [("base_release", 16, 2), ("deep_release", 8, 1)])
-def test_velocity_of_a_release(comfy, tmp_path, request, kind, channels, patch):
+def test_velocity_of_a_release(comfy, tmp_path, request, kind, channels, patch, tiny):
     folder, pipe = request.getfixturevalue(kind)
-    inputs, wanted = velocity_cases(pipe, channels, patch)
+    inputs, wanted = velocity_cases(tiny, pipe, channels, patch)
     found, facts = comfy.run("flux:release_velocity", tmp_path, inputs, {"release": str(folder)})
     for name, velocity in wanted.items():
         assert relative(found[name], velocity) < 1e-4, name

@@ -36,6 +36,7 @@ def module_from(name, path, package=False):
 
 # Under a name made from a path, as ComfyUI itself does, so that an absolute import inside the pack would fail here too.
 pack = module_from("custom_nodes_ComfyUI-DC-Gen".replace("-", "_"), Path(job["pack"]) / "__init__.py", package=True)
+sys.path.append(str(Path(job["script"]).parent))
 script = module_from("dcgen_inside_script", Path(job["script"]))
 work = Path(job["work"])
 tensors_in = load_file(work / "in.safetensors") if (work / "in.safetensors").exists() else {}

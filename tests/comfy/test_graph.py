@@ -1,0 +1,136 @@
+"""Whole graphs, queued through /prompt as the frontend does, against a plain diffusers loop."""
+
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+
+PROMPT = "a red cat on a blue background"
+STEPS, GUIDANCE, SEED = 4, 2.5, 11
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+def text_to_image(release, width, height, batch=1, **changes):
+    """Release -> text -> empty latent -> SamplerCustomAdvanced with DCGenScheduler -> VAEDecode -> SaveImage."""
+    graph = {
+        "load": node("DCGenReleaseLoader", release=release),
+        "text": node("CLIPTextEncode", clip=["load", 1], text=PROMPT),
+        "guide": node("FluxGuidance", conditioning=["text", 0], guidance=GUIDANCE),
+        "latent": node("DCGenEmptyLatent", model=["load", 0], width=width, height=height, batch_size=batch),
+        "sigmas": node("DCGenScheduler", model=["load", 0], latent=["latent", 0], steps=STEPS, denoise=1.0),
+        "guider": node("BasicGuider", model=["load", 0], conditioning=["guide", 0]),
+        "noise": node("RandomNoise", noise_seed=SEED),
+        "euler": node("KSamplerSelect", sampler_name="euler"),
+        "sample": node(
+            "SamplerCustomAdvanced",
+            noise=["noise", 0],
+            guider=["guider", 0],
+            sampler=["euler", 0],
+            sigmas=["sigmas", 0],
+            latent_image=["latent", 0],
+        ),
+        "decode": node("VAEDecode", samples=["sample", 0], vae=["load", 2]),
+        "save": node("SaveImage", images=["decode", 0], filename_prefix="test"),
+    }
+    return {**graph, **changes}
+
+
+def diffusers_loop(pipe, tiny, width, height, batch=1):
+    """The published pipeline's arithmetic, written out: encode, Euler over the shifted grid, AutoencoderDC decode."""
+    factor = 32
+    rows, columns = height // factor, width // factor
+    noise = torch.randn((batch, 8, rows, columns), generator=torch.manual_seed(SEED))
+    ratio = math.sqrt(rows * columns * 8 / 4096)
+    grid = [1 - i / STEPS for i in range(STEPS + 1)]
+    sigmas = [ratio * s / (1 + (ratio - 1) * s) for s in grid]
+    with torch.no_grad():
+        context, pooled, _ = pipe.encode_prompt(PROMPT, PROMPT, max_sequence_length=tiny.t5_tokens)
+        x = noise
+        for now, then in zip(sigmas, sigmas[1:], strict=False):
+            case = {
+                "x": x,
+                "sigma": torch.full((batch,), now),
+                "context": context.expand(batch, -1, -1),
+                "pooled": pooled.expand(batch, -1),
+                "guidance": torch.full((batch,), GUIDANCE),
+            }
+            x = x + (then - now) * tiny.velocity(pipe.transformer, case, 1)
+        pixels = pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample
+    return ((pixels.movedim(1, -1) + 1) / 2).clamp(0, 1).numpy()
+
+
+@pytest.fixture(scope="module")
+def deep_name(server, deep_release):
+    """The tiny DC-Gen release in the server's models/diffusers."""
+    target = server.base / "models" / "diffusers" / "tiny-dcgen"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.symlink_to(deep_release[0], target_is_directory=True)
+    return target.name
+
+
+@pytest.mark.parametrize(("width", "height", "batch"), [(64, 64, 1), (96, 64, 2), (32, 160, 1)])
+def test_pixels_equal_a_plain_diffusers_loop(server, deep_name, deep_release, tiny, width, height, batch):
+    entry = server.queue(text_to_image(deep_name, width, height, batch))
+    found = np.stack(server.images(entry)["save"]).astype(np.float32) / 255
+    wanted = diffusers_loop(deep_release[1], tiny, width, height, batch)
+    assert found.shape == wanted.shape == (batch, height, width, 3)
+    # SaveImage cuts to 8 bits, so what can be seen here is one level of 255; the floats are compared below.
+    assert np.abs(found - np.floor(wanted * 255) / 255).max() <= 1.01 / 255
+    assert wanted.std() > 0.02, "a flat picture would prove nothing"
+
+
+def test_one_node_sampler_is_the_same_bit_for_bit(server, deep_name):
+    """DCGen4KSampler, SamplerCustomAdvanced and core's KSampler-style path with the same sigmas: the same files."""
+    one = node(
+        "DCGen4KSampler",
+        model=["load", 0],
+        positive=["text", 0],
+        latent=["latent", 0],
+        seed=SEED,
+        steps=STEPS,
+        guidance=GUIDANCE,
+        sampler_name="euler",
+        denoise=1.0,
+    )
+    core = node(
+        "SamplerCustom",
+        model=["load", 0],
+        add_noise=True,
+        noise_seed=SEED,
+        cfg=1.0,
+        positive=["guide", 0],
+        negative=["guide", 0],
+        sampler=["euler", 0],
+        sigmas=["sigmas", 0],
+        latent_image=["latent", 0],
+    )
+    pictures = []
+    for changes in ({}, {"sample": one}, {"sample": core}):
+        pictures.append(server.images(server.queue(text_to_image(deep_name, 96, 64, **changes)))["save"][0])
+    assert (pictures[0] == pictures[1]).all()
+    assert (pictures[0] == pictures[2]).all()
+
+
+def test_wrong_sizes_and_latents_are_refused(server, deep_name):
+    entry = server.try_queue(text_to_image(deep_name, 80, 64))
+    assert "multiples of 32" in server.error(entry)
+    f8 = node("EmptySD3LatentImage", width=64, height=64, batch_size=1)
+    entry = server.try_queue(text_to_image(deep_name, 64, 64, latent=f8))
+    assert "8 channels at f32" in server.error(entry)
+
+
+def test_cancel_leaves_comfyui_usable(server, deep_name):
+    graph = text_to_image(deep_name, 512, 512)
+    graph["sigmas"]["inputs"]["steps"] = 1000
+    prompt_id = server.post("/prompt", {"prompt": graph, "client_id": "tests"})["prompt_id"]
+    time.sleep(1.5)
+    server.raw("/interrupt", {})
+    entry = server.wait(prompt_id, 60)
+    assert server.error(entry) == "interrupted", json.dumps(entry["status"])[:500]
+    server.queue(text_to_image(deep_name, 64, 64))
