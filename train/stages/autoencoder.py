@@ -28,7 +28,7 @@ class AutoencoderConfig(StageConfig):
     architecture: Literal["AutoencoderKL", "AutoencoderDC"] = Field(description="diffusers class")
     model: dict[str, Any] = Field(description="arguments of that class; scaling and shift are measured, not given")
     kl: float = Field(2e-4, ge=0, description="AutoencoderKL: weight of the KL term, mean over latent elements")
-    noise: float = Field(0.1, ge=0, description="AutoencoderDC: noise on the latent while training, unit: its RMS")
+    noise: float = Field(0.1, ge=0, description="AutoencoderDC: noise on the latent while training, unit: its spread")
     edges: float = Field(1.0, ge=0, description="weight of the L1 of neighbour differences")
     autocast: bool = Field(True, description="bfloat16 convolutions; weights, norms and loss stay float32")
 
@@ -49,6 +49,11 @@ class AutoencoderStage(Stage):
         if self.config.architecture == "AutoencoderKL":
             # Start with little noise on the latent: log-variances of -4 instead of 0.
             nn.init.constant_(self.model.encoder.conv_out.bias[self.config.model["latent_channels"] :], -4.0)
+        else:
+            # A residual branch ends in its norm, so it starts at RMS 1 however small its weights: calm it.
+            for name, parameter in self.model.named_parameters():
+                if name.endswith((".norm.weight", ".norm_out.weight")) and "_blocks." in name:
+                    nn.init.constant_(parameter, 0.1)
         return self.model.to(self.device)
 
     def buckets(self) -> list[range]:
@@ -61,7 +66,8 @@ class AutoencoderStage(Stage):
             noise = batch.normal("latent", z.shape[1:])
             if posterior is None:
                 kl = z.new_zeros(())
-                z = z + self.config.noise * z.detach().square().mean().sqrt() * noise
+                spread = z.detach().var(dim=(0, 2, 3)).mean().sqrt()  # around each channel's mean, which carries nothing
+                z = z + self.config.noise * spread * noise
             else:
                 logvar = posterior.logvar.float()
                 kl = 0.5 * (z.square() + logvar.exp() - 1 - logvar).mean()

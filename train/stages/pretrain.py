@@ -1,0 +1,138 @@
+"""Stage `pretrain`: the toy's base, a whole FLUX trained by flow matching on its own f8 latents (Eq. 2)."""
+# B batch, C latent channels, h w latent rows and columns
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dcgen import schedule
+from train.autoencoders import load_autoencoder
+from train.batches import Batch
+from train.cache import Cache
+from train.config import StageConfig
+from train.files import write_folder
+from train.generate import base_patch_size
+from train.models import base_backbone, load_network
+from train.objective import Objective, objective_loss
+from train.sample import euler, grid, seeded_noise
+from train.stages.base import Stage, complaints
+from train.text import load_text
+
+
+class BaseConfig(StageConfig):
+    """Shared by pretrain and distill: a base network trained whole."""
+
+    base: str = Field(description="release folder to start from")
+    cache: str = Field("cache", description="cache stage or folder; its `teacher` latents are the base's own")
+    objective: Objective = Objective(loss="flow")
+    autocast: bool = Field(True, description="bfloat16 matrix products; weights and loss stay float32")
+    preview_prompts: tuple[str, ...] = ()
+    preview_guidance: float = Field(3.5, ge=1, description="g of preview pictures")
+    preview_steps: int = Field(20, ge=1)
+    preview_seed: int = 0
+
+
+class BaseStage(Stage):
+    """Loads a release, trains its transformer, writes FOLDER/release with the new transformer."""
+
+    Config = BaseConfig
+    config: BaseConfig
+    preview_by_embedding = True  # guidance through the embedding; False = true CFG, two passes a step
+
+    def check(self) -> list[str]:
+        if self.context.pending(self.config.base):
+            return []
+        return complaints(base_backbone, self.context.resolve(self.config.base))
+
+    def setup(self) -> nn.Module:
+        self.base = self.context.resolve(self.config.base)
+        self.cache = Cache(self.context.resolve(self.config.cache))
+        self.space = self.cache.spaces["teacher"]
+        self.backbone, config = base_backbone(self.base)
+        self.patch = base_patch_size(config, self.space.channels)
+        self.model = load_network(self.base, torch.float32, self.device).requires_grad_(True)
+        self.empty = {name: value.to(self.device) for name, value in self.cache.text([0]).items()}
+        return self.model
+
+    def shard_units(self) -> Sequence[nn.Module]:
+        return self.backbone.blocks(self.model)
+
+    def buckets(self) -> Sequence[Sequence[int]]:
+        return self.cache.buckets()
+
+    def describe_samples(self, indices: Sequence[int]) -> list[str]:
+        return self.cache.describe(indices)
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: dict[str, Tensor], scale: Tensor | None) -> Tensor:
+        """Velocity (B,C,h,w) of the network in training."""
+        return self.velocity_of(self.model, x, sigma, cond, scale)
+
+    def velocity_of(
+        self, model: nn.Module, x: Tensor, sigma: Tensor, cond: dict[str, Tensor], scale: Tensor | None
+    ) -> Tensor:
+        """Velocity (B,C,h,w) of a network, float32."""
+        with torch.autocast(self.device.type, torch.bfloat16) if self.config.autocast else contextlib.nullcontext():
+            return self.backbone.velocity(model, x, sigma, cond, scale).float()
+
+    def samples(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents (B,C,h,w) of a batch and their text."""
+        latents = self.cache.latents(batch.indices, "teacher").to(self.device)
+        text = self.cache.text(self.cache.caption_numbers(batch.indices))
+        return latents, {name: value.to(self.device) for name, value in text.items()}
+
+    def tokens(self, latents: Tensor) -> int:
+        """Image tokens of latents (B,C,h,w)."""
+        return latents.shape[2] * latents.shape[3] // self.patch**2
+
+    def preview(self, step: int) -> dict[str, Tensor]:
+        c = self.config
+        if not c.preview_prompts:
+            return {}
+        if not hasattr(self, "decoder"):
+            self.decoder = load_autoencoder(self.base / "vae", self.device)
+            self.preview_text = load_text(self.base, self.device, torch.float32)(c.preview_prompts)
+        like = self.cache.latents([self.cache.buckets()[0][0]], "teacher")
+        seeds = range(c.preview_seed, c.preview_seed + len(c.preview_prompts))
+        noise = seeded_noise(seeds, like.shape[1:]).to(self.device)
+        sigmas = schedule.sigmas(c.preview_steps, tokens=self.tokens(like), channels=self.space.channels, rule="flux")
+        how: dict[str, Any] = {"scale": c.preview_guidance}
+        if not self.preview_by_embedding:
+            how = {"scale": 1.0, "empty": self.empty, "w": c.preview_guidance - 1}
+        latents = euler(self.velocity, noise, sigmas, self.preview_text, **how)
+        return {"samples": grid(self.decoder.decode(self.space.denormalize(latents)), 8)}
+
+    @torch.no_grad()
+    def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
+        self.model.load_state_dict({**self.model.state_dict(), **weights})
+        if self.context.rank == 0:
+            write_folder(self.folder / "release", self._write_release)
+        return {"parameters": sum(t.numel() for t in weights.values())}
+
+    def _write_release(self, folder: Path) -> None:
+        shutil.copytree(self.base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer"))
+        self.model.save_pretrained(folder / "transformer")
+
+
+class PretrainStage(BaseStage):
+    """Flow matching with caption dropout; the guidance embedding gets g = 1 throughout."""
+
+    class Config(BaseConfig):
+        kind: Literal["pretrain"] = "pretrain"
+
+    config: Config
+    preview_by_embedding = False
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float | Tensor]]:
+        latents, text = self.samples(batch)
+        return objective_loss(
+            self.config.objective, self.velocity, batch, latents, text, self.empty,
+            tokens=self.tokens(latents), distilled=True,
+        )  # fmt: skip

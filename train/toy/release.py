@@ -1,0 +1,55 @@
+"""Put the trained toy together: `python -m train.toy.release` copies the runs' results into toy/, in bfloat16."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from train.files import read_json, write_folder, write_json
+
+DCAE_NAME = "toy-dc-ae-f32"
+
+
+def assemble(base: Path, dcae: Path, out: Path) -> None:
+    """Write out/flux-base and out/dc-ae-f32, each whole or not at all."""
+    write_folder(out / "flux-base", lambda folder: _copy(base, folder))
+    write_folder(out / "dc-ae-f32", lambda folder: _copy_dcae(dcae, folder))
+
+
+def _copy(source: Path, target: Path) -> None:
+    """The same tree with floating-point tensors in bfloat16."""
+    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            tensors = {name: _half(tensor) for name, tensor in load_file(path).items()}
+            save_file(tensors, place, metadata={"format": "pt"})
+        else:
+            shutil.copyfile(path, place)
+
+
+def _copy_dcae(source: Path, target: Path) -> None:
+    _copy(source, target)
+    config = read_json(target / "config.json")
+    write_json(target / "config.json", {**config, "_name_or_path": DCAE_NAME})
+
+
+def _half(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", type=Path, default=Path("runs/toy-base/distill/release"), help="FLUX release folder")
+    parser.add_argument("--dcae", type=Path, default=Path("runs/toy-dcae/dcae/model"), help="DC-AE folder")
+    parser.add_argument("--out", type=Path, default=Path("toy"))
+    options = parser.parse_args()
+    assemble(options.base, options.dcae, options.out)
+
+
+if __name__ == "__main__":
+    main()
