@@ -30,7 +30,10 @@ _LORA_PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".alpha": "alpha"}
 
 @dataclass
 class LoraPair:
-    """A low-rank change of one Linear: delta W = (alpha/r) * B @ A, with A (r,in) and B (out,r)."""
+    """A low-rank change of one layer: delta W = (alpha/r) * B @ A, with A (r,in) and B (out,r).
+
+    Of a 1x1 convolution, as peft has it: A (r,in,1,1) and B (out,r,1,1).
+    """
 
     A: Tensor
     B: Tensor
@@ -45,8 +48,16 @@ class LoraPair:
         return self.alpha / self.rank
 
     def delta(self, strength: float = 1.0) -> Tensor:
-        """strength * (alpha/r) * B @ A, (out,in) float32 on A's device."""
-        return (strength * self.scale) * (self.B.float() @ self.A.float())
+        """strength * (alpha/r) * B @ A in the shape of the layer's weight, float32 on A's device."""
+        change = (strength * self.scale) * (self.B.flatten(1).float() @ self.A.flatten(1).float())
+        return change.reshape(len(self.B), *self.A.shape[1:])
+
+    def shaped(self, weight: tuple[int, ...]) -> LoraPair:
+        """The same pair for a layer whose weight has this shape: (out,in) or (out,in,1,1)."""
+        ones = (1,) * (len(weight) - 2)
+        return LoraPair(
+            self.A.reshape(self.rank, weight[1], *ones), self.B.reshape(weight[0], self.rank, *ones), self.alpha
+        )
 
 
 @dataclass
@@ -118,8 +129,9 @@ class Adapter:
             _check_tensor(key, tensor, allowed[key])
         for path, pair in self.lora.items():
             rank = pair.A.shape[0] if pair.A.ndim else 0
-            _check_tensor(f"{path} lora_A", pair.A, (rank, linears[path][1]))
-            _check_tensor(f"{path} lora_B", pair.B, (linears[path][0], rank))
+            outputs, inputs, *ones = linears[path]
+            _check_tensor(f"{path} lora_A", pair.A, (rank, inputs, *ones))
+            _check_tensor(f"{path} lora_B", pair.B, (outputs, rank, *ones))
             if rank < 1 or not math.isfinite(pair.alpha):
                 raise ValueError(f"LoRA of {path}: rank {rank} and alpha {pair.alpha} are no LoRA")
 

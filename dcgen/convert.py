@@ -234,7 +234,7 @@ def _open(path: Path, latent: str | None = None) -> Model:
     space = SPACES[latent]
     if model.latent is not None and (differing := space.differences(model.latent)):
         raise ValueError(f"{path} says otherwise than --latent {latent}: {'; '.join(differing)}. Leave --latent out")
-    return replace(model, latent=space, schedule=model.schedule or model.backbone.default_schedule(space))
+    return replace(model, latent=space, schedule=model.schedule or model.backbone.default_schedule(space, model.config))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -57,7 +57,9 @@ def extract(
     size = patch_size(model.packed_channels(merged.config), space.channels, str(merged.tensors.path))
     if base.backbone is not model:
         raise ValueError(f"{base.tensors.path} is a {base.backbone.name} model, the merged one {model.name}")
-    adapter = Adapter(model.name, {}, {}, space, fingerprint, merged.schedule or model.default_schedule(space), size)
+    adapter = Adapter(
+        model.name, {}, {}, space, fingerprint, merged.schedule or model.default_schedule(space, merged.config), size
+    )
     adapter.check_base(model.fingerprint(base.config), str(base.tensors.path))
     ends, extras = model.latent_shapes(fingerprint, space.channels, size), model.extra_shapes(fingerprint)
     linears, old = model.linears(fingerprint), base.entries
@@ -79,9 +81,10 @@ def extract(
         if key in extras:
             adapter.tensors[key] = weight
         elif key.endswith(".weight") and path in linears:
-            floor = rounding_floor(weight, (entry.dtype, old[key].dtype))
-            adapter.lora[path], share = factor(delta, rank, energy, dtype or entry.dtype, floor)
-            kept.append(Kept(path, adapter.lora[path].rank, share))
+            floor = rounding_floor(weight.flatten(1), (entry.dtype, old[key].dtype))
+            pair, share = factor(delta.flatten(1), rank, energy, dtype or entry.dtype, floor)
+            adapter.lora[path] = pair.shaped(entry.shape)
+            kept.append(Kept(path, pair.rank, share))
         else:
             lost.append(key)
     if lost:

@@ -59,10 +59,10 @@ class Model:
         bare = self._bare
         depths, width = self.backbone.depths(self.config), self.backbone.width(self.config)
         if not self.backbone.is_native(bare):
-            self.backbone.keys.native_plan(bare, depths)  # refuses what is not a whole model
+            self.backbone.key_map(self.config).native_plan(bare, depths)  # refuses what is not a whole model
             return {key: (replace(entry, name=key), None, 0, None) for key, entry in bare.items()}
         found: dict[str, tuple[Entry, Rule | None, int, int | None]] = {}
-        for rule in self.backbone.keys.diffusers_plan(bare, depths):
+        for rule in self.backbone.key_map(self.config).diffusers_plan(bare, depths):
             whole = bare[rule.native_key(bare)]
             for key, start, stop in rule.rows(whole.shape[0], width):
                 found[key] = (Entry(key, whole.dtype, (stop - start, *whole.shape[1:])), rule, start, stop)
@@ -85,7 +85,7 @@ class Model:
 
     def native_entries(self, entries: Mapping[str, Entry]) -> Iterator[tuple[Rule, Entry]]:
         """(rule, what it makes out of `entries`) for every tensor under its original name."""
-        for rule in self.backbone.keys.native_plan(entries, self.backbone.depths(self.config)):
+        for rule in self.backbone.key_map(self.config).native_plan(entries, self.backbone.depths(self.config)):
             parts = [entries[key] for key in rule.parts]
             if len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
                 raise ValueError(f"{self.tensors.path}: {rule.native} would join tensors of different types: {parts}")
@@ -106,7 +106,7 @@ def open_model(path: str | os.PathLike[str]) -> Model:
         raise ValueError(f"{weights}: {error}") from error
     model = Model(tensors, backbone, config, latent, schedule)
     if latent is not None and schedule is None:
-        model.schedule = backbone.default_schedule(latent)
+        model.schedule = backbone.default_schedule(latent, config)
     return model
 
 

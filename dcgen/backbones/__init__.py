@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .base import Backbone, Config
 from .flux import Flux
+from .sana import Sana
 
-BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in (Flux(),)}
+BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in (Flux(), Sana())}
 
 
 def detect_backbone(state_dict: Mapping[str, Tensor]) -> tuple[Backbone, Config]:

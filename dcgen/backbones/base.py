@@ -73,8 +73,11 @@ class Backbone(ABC):
         """Tensors beside the head that an adapter may replace whole: the norm or modulation before it."""
 
     @abstractmethod
-    def linears(self, base: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-        """(out, in) of every Linear that a LoRA may sit on, by module path, for a base with this fingerprint."""
+    def linears(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Weight shape of every layer that a LoRA may sit on, by module path, for a base with this fingerprint.
+
+        (out, in) of a Linear, (out, in, 1, 1) of a 1x1 convolution.
+        """
 
     @abstractmethod
     def matches(self, state_dict: Mapping[str, Tensor]) -> bool:
@@ -97,8 +100,12 @@ class Backbone(ABC):
         """Values per token: C * p * p."""
 
     @abstractmethod
-    def default_schedule(self, latent: LatentSpace) -> dict[str, Any]:
+    def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> dict[str, Any]:
         """The schedule (see dcgen.schedule) of the published models on this latent, for files that do not say."""
+
+    def key_map(self, config: Mapping[str, Any]) -> KeyMap:
+        """The key map of the variant that the config describes."""
+        return self.keys
 
     def bare_keys(self, state_dict: Mapping[str, T]) -> Mapping[str, T]:
         """The state dict without the prefix that some files put before every key."""
@@ -116,7 +123,8 @@ class Backbone(ABC):
         config is read off the tensors when it is not given. ValueError lists missing and unknown keys.
         """
         keys = self.bare_keys(state_dict)
-        return self.keys.to_native(keys, self.depths(config or self.detect(keys)), partial=partial)
+        config = config or self.detect(keys)
+        return self.key_map(config).to_native(keys, self.depths(config), partial=partial)
 
     def to_diffusers(
         self, state_dict: Mapping[str, Tensor], config: Config | None = None, *, partial: bool = False
@@ -124,7 +132,7 @@ class Backbone(ABC):
         """Original names -> diffusers names, bit-exact; tensors are views. Arguments and errors as in to_native."""
         keys = self.bare_keys(state_dict)
         config = config or self.detect(keys)
-        return self.keys.to_diffusers(keys, self.depths(config), self.width(config), partial=partial)
+        return self.key_map(config).to_diffusers(keys, self.depths(config), self.width(config), partial=partial)
 
     def is_lora_target(self, path: str) -> bool:
         """Whether the module at this path (no prefix) gets a LoRA: lora_targets match whole paths."""

@@ -187,7 +187,7 @@ class Flux(Backbone):
         width = base["width"]
         return {"norm_out.linear.weight": (2 * width, width), "norm_out.linear.bias": (2 * width,)}
 
-    def linears(self, base: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    def linears(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         D = base["width"]
         top = {
             "context_embedder": (D, base["joint_attention_dim"]),
@@ -260,7 +260,7 @@ class Flux(Backbone):
     def packed_channels(self, config: Mapping[str, Any]) -> int:
         return config["in_channels"]
 
-    def default_schedule(self, latent: LatentSpace) -> dict[str, Any]:
+    def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> dict[str, Any]:
         """DC-Gen's f32 models follow FLUX.2's rule, its f64 models and FLUX itself FLUX.1's."""
         return {"rule": "flux2" if latent.spatial_factor == 32 else "flux"}
 

@@ -1,0 +1,210 @@
+# B batch, C latent channels, h w latent rows and columns, p patch size, T text tokens, D width
+"""SANA (0.6B, 1.6B, SANA-1.5, Sprint): diffusers SanaTransformer2DModel, the original .pth names, and the network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...latent import LatentSpace
+from ..base import Backbone, Config, child, depth, model_config
+from ..keymap import KeyMap, count_blocks
+from .keys import KEYS, SPRINT_KEYS
+from .network import QK_NORM, SanaConfig, SanaNet
+
+TIMESTEPS = 1000
+# No tensor holds the number of cross-attention heads; these are the published networks', by width.
+CROSS_HEADS = {1152: 16, 2240: 20}
+HEAD_DIM = 32
+
+# What detect() reads, as (diffusers tensor, original tensor, dim).
+_PROBES: dict[str, tuple[str, str, int]] = {
+    "width": ("patch_embed.proj.weight", "x_embedder.proj.weight", 0),
+    "in_channels": ("patch_embed.proj.weight", "x_embedder.proj.weight", 1),
+    "patch_size": ("patch_embed.proj.weight", "x_embedder.proj.weight", 2),
+    "out_channels": ("proj_out.weight", "final_layer.linear.weight", 0),
+    "caption_channels": ("caption_projection.linear_1.weight", "y_embedder.y_proj.fc1.weight", 1),
+    "hidden": ("transformer_blocks.0.ff.conv_point.weight", "blocks.0.mlp.point_conv.conv.weight", 1),
+}
+
+
+class Sana(Backbone):
+    """SANA. cond: prompt_embeds (B,T,Dc) and mask (B,T), 1 for a token; guidance only for Sprint, in plain units."""
+
+    name = "sana"
+    diffusers_class = "SanaTransformer2DModel"
+    modelspec = "sana"
+    embedder = "patch_embed.proj"
+    head = "proj_out"
+    native_embedder = "x_embedder.proj"
+    native_head = "final_layer.linear"
+    keys = KEYS
+    # Attention and the 1x1 convolutions of the feed-forward, which hold 98% of a block's weights.
+    lora_targets = (
+        r"transformer_blocks\.\d+\.attn[12]\.(to_[qkv]|to_out\.0)",
+        r"transformer_blocks\.\d+\.ff\.conv_(inverted|point)",
+    )
+
+    def key_map(self, config: Mapping[str, Any]) -> KeyMap:
+        return SPRINT_KEYS if config.get("guidance_embeds") else KEYS
+
+    def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:
+        """sample_size, which positions refer to, stays: the new grid spans what the old one spanned."""
+        old = config.get("patch_size", 1)
+        size = config.get("sample_size", 32) // old * patch_size
+        return {
+            **config,
+            "in_channels": channels,
+            "out_channels": channels,
+            "patch_size": patch_size,
+            "sample_size": size,
+        }
+
+    def embed(self, model: nn.Module, latents: Tensor, config: Config) -> Tensor:
+        """Without positions, which are the same function of the place before and after."""
+        return child(model, self.embedder)(latents).permute(0, 2, 3, 1)
+
+    def velocity(
+        self,
+        model: nn.Module,
+        latents: Tensor,
+        sigma: Tensor,
+        cond: Mapping[str, Tensor],
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """As SanaPipeline calls it: whole time steps floor(1000 sigma), as in SANA's training; Sprint takes sigma."""
+        config = model_config(model)
+        guided = config.get("guidance_embeds", False)
+        if guided and guidance is None:
+            raise ValueError("this SANA (Sprint) has a guidance embedding: pass guidance (B,)")
+        self._check_latent(config, latents)
+        return model(
+            hidden_states=latents,
+            encoder_hidden_states=cond["prompt_embeds"],
+            encoder_attention_mask=cond.get("mask"),
+            timestep=sigma if guided else network_timestep(sigma, config.get("timestep_scale", 1.0)),
+            guidance=guidance * config["guidance_embeds_scale"] if guided and guidance is not None else None,
+            return_dict=False,
+        )[0]
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return list(child(model, "transformer_blocks"))
+
+    def fingerprint(self, config: Config) -> dict[str, Any]:
+        full = SanaConfig.from_diffusers(config)
+        fields = ("num_layers", "num_attention_heads", "num_cross_attention_heads", "caption_channels", "mlp_ratio")
+        found = {field: getattr(full, field) for field in (*fields, "qk_norm", "guidance_embeds")}
+        return {"width": full.width, **found}
+
+    def latent_shapes(self, base: Mapping[str, Any], channels: int, patch_size: int) -> dict[str, tuple[int, ...]]:
+        width, packed = base["width"], channels * patch_size * patch_size
+        return {
+            "patch_embed.proj.weight": (width, channels, patch_size, patch_size),
+            "patch_embed.proj.bias": (width,),
+            "proj_out.weight": (packed, width),
+            "proj_out.bias": (packed,),
+        }
+
+    def extra_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {"scale_shift_table": (2, base["width"])}
+
+    def linears(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        D = base["width"]
+        hidden = int(base["mlp_ratio"] * D)
+        guided = base["guidance_embeds"]
+        time = [f"{name}_embedder" for name in (("timestep", "guidance") if guided else ("emb.timestep",))]
+        block = {
+            **{f"attn{n}.{name}": (D, D) for n in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")},
+            "ff.conv_inverted": (2 * hidden, D, 1, 1),
+            "ff.conv_point": (D, hidden, 1, 1),
+        }
+        return {
+            "caption_projection.linear_1": (D, base["caption_channels"]),
+            "caption_projection.linear_2": (D, D),
+            "time_embed.linear": (6 * D, D),
+            **{f"time_embed.{name}.linear_1": (D, 256) for name in time},
+            **{f"time_embed.{name}.linear_2": (D, D) for name in time},
+            **{f"transformer_blocks.{i}.{n}": shape for i in depth(base, "num_layers") for n, shape in block.items()},
+        }
+
+    def matches(self, state_dict: Mapping[str, Tensor]) -> bool:
+        keys = self.bare_keys(state_dict)
+        return any(
+            all(key in keys for key in names)
+            for names in (
+                ("patch_embed.proj.weight", "caption_norm.weight"),
+                ("x_embedder.proj.weight", "attention_y_norm.weight"),
+            )
+        )
+
+    def detect(self, state_dict: Mapping[str, Tensor]) -> Config:
+        """Positions (interpolation_scale, sample_size) and, beyond the published widths, cross-attention heads are in
+        no tensor: a model with other than SANA-1K's (no positions) and one head per 32 needs its config.json.
+        """
+        keys = self.bare_keys(state_dict)
+        native = self.is_native(keys)
+        found: dict[str, Any] = {}
+        for field, (diffusers_key, native_key, dim) in _PROBES.items():
+            key = native_key if native else diffusers_key
+            if key not in keys:
+                raise ValueError(f"this is not a SANA state dict: it has no {key}")
+            found[field] = keys[key].shape[dim]
+        width, hidden = found.pop("width"), found.pop("hidden")
+        if width % HEAD_DIM:
+            raise ValueError(f"SANA width {width} is not a multiple of its head dimension {HEAD_DIM}")
+        found["out_channels"] //= found["patch_size"] ** 2
+        cross = CROSS_HEADS.get(width, width // HEAD_DIM)
+        normed = ("blocks.0.attn.q_norm.weight" if native else "transformer_blocks.0.attn1.norm_q.weight") in keys
+        guided = ("cfg_embedder.mlp.0.weight" if native else "time_embed.guidance_embedder.linear_1.weight") in keys
+        return {
+            **found,
+            "num_attention_heads": width // HEAD_DIM,
+            "attention_head_dim": HEAD_DIM,
+            "num_layers": count_blocks(keys, "blocks." if native else "transformer_blocks."),
+            "num_cross_attention_heads": cross,
+            "cross_attention_head_dim": width // cross,
+            "cross_attention_dim": width,
+            "mlp_ratio": hidden / width,
+            "sample_size": 32,
+            "interpolation_scale": None,
+            "qk_norm": QK_NORM if normed else None,
+            "guidance_embeds": guided,
+        }
+
+    def depths(self, config: Mapping[str, Any]) -> dict[str, int]:
+        return {"block": config["num_layers"]}
+
+    def width(self, config: Mapping[str, Any]) -> int:
+        return SanaConfig.from_diffusers(config).width
+
+    def packed_channels(self, config: Mapping[str, Any]) -> int:
+        return config["in_channels"] * config.get("patch_size", 1) ** 2
+
+    def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Shift 3; the 4K model (positions at half steps) was trained at 6."""
+        return {"rule": "static", "shift": 6.0 if config.get("interpolation_scale") == 2.0 else 3.0}
+
+    def network(self, config: Mapping[str, Any], **kwargs: Any) -> SanaNet:
+        """The network of a diffusers config; kwargs operations, dtype, device as in SanaNet."""
+        return SanaNet(SanaConfig.from_diffusers(config), **kwargs)
+
+    @staticmethod
+    def _check_latent(config: Config, latents: Tensor) -> None:
+        if latents.shape[1] != config["in_channels"]:
+            raise ValueError(
+                f"This SANA takes latents of {config['in_channels']} channels, got {latents.shape[1]}: the latent "
+                "belongs to another autoencoder than the model."
+            )
+        p = config.get("patch_size", 1)
+        if latents.shape[2] % p or latents.shape[3] % p:
+            raise ValueError(f"latent of {tuple(latents.shape[2:])} does not divide into {p}x{p} patches")
+
+
+def network_timestep(sigma: Tensor, scale: float = 1.0) -> Tensor:
+    """sigma (B,) in 0..1 -> what the network takes for it: whole steps of 1/1000, times the config's timestep_scale."""
+    return (sigma * TIMESTEPS).floor() * scale
+
+
+__all__ = ["KEYS", "SPRINT_KEYS", "Sana", "SanaConfig", "SanaNet", "network_timestep"]

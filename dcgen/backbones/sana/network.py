@@ -1,0 +1,313 @@
+# B batch, C latent channels, h w latent rows and columns, p patch size, N image tokens, T text tokens, D width, H heads
+"""SANA's denoising network (arXiv:2410.10629, 2501.18427, 2503.09641), with diffusers' names for its tensors.
+
+ComfyUI has no SANA, so this is the one network that lives here. It is equal to diffusers' SanaTransformer2DModel in
+float32; `operations` supplies the layers (torch.nn, or ComfyUI's comfy.ops classes with their dtype and device).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+QK_NORM = "rms_norm_across_heads"
+SINUSOID = 256
+FLOAT16_MAX = 65504.0
+# What a masked text token gets added to its attention score.
+MASKED = -10000.0
+
+
+@dataclass(frozen=True)
+class SanaConfig:
+    """The fields of diffusers' SanaTransformer2DModel config that shape the network; its defaults are SANA-1.6B's."""
+
+    in_channels: int = 32
+    out_channels: int = 32
+    num_attention_heads: int = 70
+    attention_head_dim: int = 32
+    num_layers: int = 20
+    num_cross_attention_heads: int = 20
+    cross_attention_head_dim: int = 112
+    caption_channels: int = 2304
+    mlp_ratio: float = 2.5
+    attention_bias: bool = False
+    sample_size: int = 32
+    patch_size: int = 1
+    norm_eps: float = 1e-6
+    interpolation_scale: float | None = None
+    guidance_embeds: bool = False
+    guidance_embeds_scale: float = 0.1
+    qk_norm: str | None = None
+    timestep_scale: float = 1.0
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> SanaConfig:
+        """Read a config.json; ValueError for a field value that no published SANA has."""
+        known = {field.name for field in fields(cls)}
+        found = cls(**{key: value for key, value in config.items() if key in known and value is not None})
+        width = found.width
+        expected = {
+            "cross_attention_dim": (width, None),
+            "norm_elementwise_affine": (False,),
+            "qk_norm": (None, QK_NORM),
+        }
+        strange = {key: config[key] for key, good in expected.items() if key in config and config[key] not in good}
+        if found.num_cross_attention_heads * found.cross_attention_head_dim != width:
+            strange["num_cross_attention_heads"] = found.num_cross_attention_heads
+        if strange:
+            raise ValueError(f"SANA of width {width}: unsupported config {strange}")
+        return found
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+class SanaNet(nn.Module):
+    """SANA. See forward for shapes."""
+
+    def __init__(
+        self,
+        config: SanaConfig,
+        *,
+        operations: Any = nn,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        D, p = config.width, config.patch_size
+        place: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.patch_embed: Any = nn.Module()
+        self.patch_embed.proj = operations.Conv2d(config.in_channels, D, p, stride=p, **place)
+        self.time_embed = TimeEmbed(D, config.guidance_embeds, operations, place)
+        self.caption_projection = MLP(config.caption_channels, D, operations, place)
+        self.caption_norm = operations.RMSNorm(D, eps=1e-5, **place)
+        self.transformer_blocks = nn.ModuleList(Block(config, operations, place) for _ in range(config.num_layers))
+        self.scale_shift_table = nn.Parameter(torch.empty(2, D, **place))
+        self.norm_out = operations.LayerNorm(D, elementwise_affine=False, eps=1e-6, **place)
+        self.proj_out = operations.Linear(D, p * p * config.out_channels, **place)
+        self._positions: tuple[Any, Tensor] | None = None
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        caption: Tensor,
+        caption_mask: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (B,C,h,w) at latents (B,C,h,w).
+
+        timestep (B,): 1000*sigma for SANA, 0..1 for Sprint. caption (B,T,Dc): text features; caption_mask (B,T): 1 for
+        a token, 0 for padding. guidance (B,): what Sprint's guidance embedding takes (scale times 0.1), else None.
+        """
+        config = self.config
+        if (guidance is None) == config.guidance_embeds:
+            needs = "needs" if config.guidance_embeds else "has no embedding for"
+            raise ValueError(f"this SANA {needs} guidance")
+        rows, columns = (side // config.patch_size for side in latents.shape[2:])
+        x = self.patch_embed.proj(latents).flatten(2).transpose(1, 2)
+        if config.interpolation_scale is not None:
+            x = self._add_positions(x, rows, columns)
+        modulation, time = self.time_embed(timestep, guidance, x.dtype)
+        text = self.caption_norm(self.caption_projection(caption))
+        bias = None if caption_mask is None else ((1 - caption_mask.to(x.dtype)) * MASKED)[:, None, None]
+        for block in self.transformer_blocks:
+            x = block(x, text, bias, modulation, rows, columns)
+        shift, scale = (_table(self.scale_shift_table, x) + time[:, None]).chunk(2, dim=1)
+        tokens = self.proj_out(modulate(self.norm_out(x), shift, scale))
+        return unpatchify(tokens, rows, columns, config.patch_size)
+
+    def _add_positions(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """Sine-cosine positions: the first half of the width tells the column, the second half the row."""
+        key = (rows, columns, x.device)
+        if self._positions is None or self._positions[0] != key:
+            table = position_table(rows, columns, self.config)
+            self._positions = (key, table.to(x.device))
+        placed = x.unflatten(1, (rows, columns)) + self._positions[1]
+        return placed.flatten(1, 2).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Linear self-attention, cross-attention to the text, convolutional GLU; modulated by the time step."""
+
+    def __init__(self, config: SanaConfig, operations: Any, place: dict[str, Any]) -> None:
+        super().__init__()
+        D = config.width
+        norm = {"elementwise_affine": False, "eps": config.norm_eps, **place}
+        self.norm1 = operations.LayerNorm(D, **norm)
+        self.attn1 = LinearAttention(D, config.num_attention_heads, config.attention_bias, config, operations, place)
+        self.attn2 = CrossAttention(D, config.num_cross_attention_heads, True, config, operations, place)
+        self.norm2 = operations.LayerNorm(D, **norm)
+        self.ff = GLUMBConv(D, int(config.mlp_ratio * D), operations, place)
+        self.scale_shift_table = nn.Parameter(torch.empty(6, D, **place))
+
+    def forward(
+        self, x: Tensor, text: Tensor, bias: Tensor | None, modulation: Tensor, rows: int, columns: int
+    ) -> Tensor:
+        """x (B,N,D), text (B,T,D), bias (B,1,1,T), modulation (B,6D) -> (B,N,D)."""
+        table = _table(self.scale_shift_table, x) + modulation.unflatten(1, (6, -1))
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = table.chunk(6, dim=1)
+        x = finite(x + gate * self.attn1(modulate(self.norm1(x), shift, scale)))
+        x = finite(x + self.attn2(x, text, bias))
+        return finite(x + gate_ff * self.ff(modulate(self.norm2(x), shift_ff, scale_ff), rows, columns))
+
+
+class _Attention(nn.Module):
+    """The layers that both kinds of attention have."""
+
+    def __init__(
+        self, D: int, heads: int, bias: bool, config: SanaConfig, operations: Any, place: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (operations.Linear(D, D, bias=bias, **place) for _ in range(3))
+        self.to_out = nn.ModuleList([operations.Linear(D, D, **place)])
+        normed = config.qk_norm is not None
+        self.norm_q = operations.RMSNorm(D, eps=1e-5, **place) if normed else None
+        self.norm_k = operations.RMSNorm(D, eps=1e-5, **place) if normed else None
+
+    def qkv(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (B,H,N,d), key and value (B,H,T,d)."""
+        query, key, value = self.to_q(x), self.to_k(context), self.to_v(context)
+        if self.norm_q is not None and self.norm_k is not None:
+            query, key = self.norm_q(query), self.norm_k(key)
+        # Cross-attention's query is a projection of the un-normalised residual stream, which float16 may not hold.
+        query, key, value = (
+            finite(part).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)
+        )
+        return query, key, value
+
+
+class LinearAttention(_Attention):
+    """softmax-free attention with ReLU features, O(N): relu(Q) (relu(K)^T V) / relu(Q) sum relu(K)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,N,D) -> (B,N,D); the sums over tokens are float32 whatever x is."""
+        query, key, value = self.qkv(x, x)
+        query, key, value = F.relu(query).float(), F.relu(key).float(), value.float()
+        sums = torch.cat((key.transpose(2, 3) @ value, key.sum(dim=2)[..., None]), dim=3)  # (B,H,d,d+1)
+        mixed = query @ sums
+        mixed = mixed[..., :-1] / (mixed[..., -1:] + 1e-15)
+        return finite(self.to_out[0](mixed.transpose(1, 2).flatten(2).to(x.dtype)))
+
+
+class CrossAttention(_Attention):
+    """Softmax attention of image tokens to text tokens."""
+
+    def forward(self, x: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
+        """x (B,N,D), text (B,T,D), bias (B,1,1,T) added to the scores -> (B,N,D)."""
+        query, key, value = self.qkv(x, text)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return finite(self.to_out[0](mixed.transpose(1, 2).flatten(2)))
+
+
+class GLUMBConv(nn.Module):
+    """1x1 -> SiLU -> depthwise 3x3 -> value * SiLU(gate) -> 1x1; the 3x3 is what tells SANA where a token is."""
+
+    def __init__(self, D: int, hidden: int, operations: Any, place: dict[str, Any]) -> None:
+        super().__init__()
+        self.conv_inverted = operations.Conv2d(D, 2 * hidden, 1, **place)
+        self.conv_depth = operations.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, **place)
+        self.conv_point = operations.Conv2d(hidden, D, 1, bias=False, **place)
+
+    def forward(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """(B, rows*columns, D) -> the same shape."""
+        x = finite(self.conv_inverted(x.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)))
+        value, gate = finite(self.conv_depth(silu(x))).chunk(2, dim=1)
+        return finite(self.conv_point(finite(value * silu(gate)))).flatten(2).transpose(1, 2)
+
+
+class TimeEmbed(nn.Module):
+    """AdaLN-single: the time step (and Sprint's guidance) as one vector, and all blocks' modulation from it."""
+
+    def __init__(self, D: int, guided: bool, operations: Any, place: dict[str, Any]) -> None:
+        super().__init__()
+        if guided:
+            self.timestep_embedder = MLP(SINUSOID, D, operations, place, silu)
+            self.guidance_embedder = MLP(SINUSOID, D, operations, place, silu)
+        else:
+            self.emb: Any = nn.Module()
+            self.emb.timestep_embedder = MLP(SINUSOID, D, operations, place, silu)
+        self.linear = operations.Linear(D, 6 * D, **place)
+
+    def forward(self, timestep: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """timestep (B,), guidance (B,) or None -> modulation (B,6D), time (B,D)."""
+        if guidance is None:
+            time = self.emb.timestep_embedder(sinusoid(timestep).to(dtype))
+        else:
+            time = self.timestep_embedder(sinusoid(timestep).to(dtype))
+            time = time + self.guidance_embedder(sinusoid(guidance).to(dtype))
+        return self.linear(F.silu(time)), time
+
+
+class MLP(nn.Module):
+    """Linear, activation (GELU tanh unless given), Linear."""
+
+    def __init__(self, inputs: int, D: int, operations: Any, place: dict[str, Any], activation: Any = None) -> None:
+        super().__init__()
+        self.linear_1 = operations.Linear(inputs, D, **place)
+        self.linear_2 = operations.Linear(D, D, **place)
+        self._activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.linear_1(x)
+        hidden = F.gelu(hidden, approximate="tanh") if self._activation is None else self._activation(hidden)
+        return self.linear_2(hidden)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B,N,D) * (1 + scale) + shift, both (B,1,D)."""
+    return finite(x * (1 + scale) + shift)
+
+
+def unpatchify(tokens: Tensor, rows: int, columns: int, p: int) -> Tensor:
+    """(B, rows*columns, p*p*C), channels last within a patch -> (B, C, rows*p, columns*p)."""
+    tokens = tokens.reshape(tokens.shape[0], rows, columns, p, p, -1)
+    return tokens.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], -1, rows * p, columns * p)
+
+
+def sinusoid(value: Tensor) -> Tensor:
+    """(B,) -> (B,256) float32: cosines, then sines, of 128 frequencies from 1 to 1/10000."""
+    half = SINUSOID // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=value.device, dtype=torch.float32) / half)
+    angles = value.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def position_table(rows: int, columns: int, config: SanaConfig) -> Tensor:
+    """(rows, columns, D) float32. Any grid spans sample_size/patch_size/interpolation_scale steps, as in training."""
+    base = config.sample_size // config.patch_size
+    scale = float(config.interpolation_scale or 1.0)
+    quarter = config.width // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+
+    def along(count: int) -> Tensor:
+        place = torch.arange(count, dtype=torch.float32) / (count / base) / scale
+        angles = place.double()[:, None] * frequencies
+        return torch.cat((angles.sin(), angles.cos()), dim=-1).float()
+
+    column, row = along(columns), along(rows)
+    return torch.cat((column[None].expand(rows, -1, -1), row[:, None].expand(-1, columns, -1)), dim=-1)
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU, in place where no gradient is kept."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def finite(x: Tensor) -> Tensor:
+    """float16 kept from running into infinity, where diffusers does it behind the linear attention only."""
+    return x.clamp(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype == torch.float16 else x
+
+
+def _table(table: Tensor, x: Tensor) -> Tensor:
+    """A modulation table (k,D) beside x, wherever an offloading runtime left it."""
+    return table.to(device=x.device, dtype=x.dtype)[None]
