@@ -10,6 +10,7 @@ while the chunks arrive and applied in a second pass, so only its narrow input i
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from ..latent import LatentSpace
 from .config import DCAEConfig, DCAEError
+from .plan import Meter, OnStrip, budget, choose_strip, free_memory, local_part, run, run_panels, whole_budget
 from .stream import Chunks, Collector, Window, in_rows
 
 FP16_MAX = 65504.0
@@ -96,7 +98,17 @@ def conv3x3(operations: Any, c_in: int, c_out: int, **kwargs: Any) -> nn.Module:
 
 
 class Layer:
-    """One step of the stream. `stream` maps chunks of an input of `height` rows to chunks of the output."""
+    """One step of the stream. `stream` maps chunks of an input of `height` rows to chunks of the output.
+
+    For planning: `live` elements are alive per input pixel of a chunk while the layer works on it, `held` per input
+    pixel of the whole picture; `scale` is output size / input size; `work` multiply-adds per input pixel.
+    """
+
+    live: int
+    work: int
+    held: int = 0
+    scale: float = 1.0
+    reach: int = 1  # input pixels on either side that one output pixel depends on, local layers
 
     def stream(self, chunks: Chunks, height: int) -> Chunks:
         step = self.stepper()
@@ -106,9 +118,13 @@ class Layer:
             if box[0] is not None:
                 yield box.pop()
 
-    def height(self, rows: int) -> int:
-        """Output rows for `rows` input rows of the whole picture."""
-        return rows
+    def size(self, pixels: int) -> int:
+        """Output rows (or columns) of a picture with this many input rows (or columns)."""
+        return int(pixels * self.scale)
+
+    def halo(self, pixels: int) -> int:
+        """Input pixels beyond an edge that the output within `pixels` of that edge depends on."""
+        return math.ceil(pixels / self.scale) + self.reach
 
     def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
         """A function with fresh row memory: (chunk, is it the last) -> output rows or None if none is complete."""
@@ -120,6 +136,8 @@ class Conv(Layer):
 
     def __init__(self, conv: nn.Module, shortcut: bool = False) -> None:
         self.conv, self.shortcut = conv, shortcut
+        self.live = 3 * conv.in_channels + 3 * conv.out_channels
+        self.work = conv.weight.numel()
 
     def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
         window = Window(3, 1, 1, 1)
@@ -153,6 +171,7 @@ class ResBlock(nn.Module, Layer):
         self.conv1 = conv3x3(operations, channels, channels, **kwargs)
         self.conv2 = conv3x3(operations, channels, channels, bias=False, **kwargs)
         self.norm = make_norm(norm, channels, dtype, device)
+        self.live, self.work, self.reach = 6 * channels, 2 * self.conv1.weight.numel(), 2
 
     def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
         first, second = Window(3, 1, 1, 1), Window(3, 1, 1, 1)
@@ -199,9 +218,11 @@ class Attention(nn.Module, Layer):
         )
         self.to_out = operations.Linear(inner * (1 + len(scales)), channels, bias=False, **kwargs)
         self.norm_out = make_norm(norm, channels, dtype, device)
+        self.live, self.held = (10 + 16 * len(scales)) * channels, channels
+        self.work = sum(weight.numel() for weight in self.parameters())
 
     @property
-    def reach(self) -> int:
+    def margin(self) -> int:
         """Rows on either side that the widest scale looks at."""
         return max((scale.size // 2 for scale in self.to_qkv_multiscale), default=0)
 
@@ -212,18 +233,18 @@ class Attention(nn.Module, Layer):
         rows = window(finite(qkv), last)
         if rows is None:
             return None
-        pieces = [rows[:, :, self.reach : rows.shape[2] - self.reach]]
+        pieces = [rows[:, :, self.margin : rows.shape[2] - self.margin]]
         for scale in self.to_qkv_multiscale:
-            skip = self.reach - scale.size // 2
+            skip = self.margin - scale.size // 2
             pieces.append(finite(scale(rows[:, :, skip : rows.shape[2] - skip])))
         joined = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
         return joined.float().reshape(x.shape[0], -1, 3 * self.head_dim, joined.shape[2] * x.shape[3])
 
     def stream(self, chunks: Chunks, height: int) -> Chunks:
         source, sums, query = Collector(height), None, None
-        window, rows = self.window(), height
+        window, rows = self.window(), 0
         for chunk, last in in_rows(chunks, height):
-            rows = min(rows, chunk.shape[2])
+            rows = max(rows, chunk.shape[2])
             source.add(chunk)
             qkv = self.qkv(window, chunk, last)
             del chunk
@@ -256,7 +277,7 @@ class Attention(nn.Module, Layer):
             yield box.pop()
 
     def window(self) -> Window:
-        return Window(2 * self.reach + 1, 1, self.reach, self.reach)
+        return Window(2 * self.margin + 1, 1, self.margin, self.margin)
 
     def summed(self, qkv: Tensor) -> Tensor:
         """[v; 1] k^T: numerator and normaliser of linear attention as one (B, heads, head_dim + 1, head_dim)."""
@@ -300,6 +321,7 @@ class GLUMBConv(nn.Module, Layer):
         self.conv_depth = conv3x3(operations, 2 * hidden, 2 * hidden, groups=2 * hidden, **kwargs)
         self.conv_point = operations.Conv2d(hidden, channels, 1, bias=False, **kwargs)
         self.norm = RMSNorm(channels, **kwargs)
+        self.live, self.work = 28 * channels, sum(weight.numel() for weight in self.parameters())
 
     def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
         window, narrow = Window(3, 1, 1, 1), Window(3, 1, 1, 1)
@@ -348,9 +370,8 @@ class Down(nn.Module, Layer):
         self.unshuffle, self.shortcut, self.c_out = unshuffle, shortcut, c_out
         width, stride = (c_out // 4, 1) if unshuffle else (c_out, 2)
         self.conv = conv3x3(operations, c_in, width, stride=stride, dtype=dtype, device=device)
-
-    def height(self, rows: int) -> int:
-        return rows // 2
+        self.scale, self.live = 0.5, 5 * c_in + 2 * c_out
+        self.work = self.conv.weight.numel() // stride**2
 
     def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
         window = Window(4, 2, 1, 1) if self.unshuffle else Window(3, 2, 1, 0)
@@ -377,9 +398,8 @@ class Up(nn.Module, Layer):
         super().__init__()
         self.interpolate, self.shortcut, self.c_out = interpolate, shortcut, c_out
         self.conv = conv3x3(operations, c_in, c_out if interpolate else 4 * c_out, dtype=dtype, device=device)
-
-    def height(self, rows: int) -> int:
-        return rows * 2
+        self.scale, self.live = 2.0, 2 * c_in + 12 * c_out + (8 * c_in if interpolate else 4 * c_out)
+        self.work = self.conv.weight.numel() * (4 if interpolate else 1)
 
     def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
         window = Window(3, 1, 1, 1)
@@ -407,6 +427,7 @@ class Head(Layer):
 
     def __init__(self, norm: RMSNorm, act: str) -> None:
         self.norm, self.act = norm, act
+        self.live, self.work, self.reach = 3 * norm.weight.numel(), norm.weight.numel(), 0
 
     def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
         return lambda x, last: activate(self.act, self.norm(x))
@@ -519,31 +540,80 @@ class DCAE(nn.Module):
 
         return save_dcae(self, path, format=format)
 
-    def encode(self, image: Tensor, strip: int | None = None) -> Tensor:
-        """Image (B,3,H,W) in -1..1, H and W multiples of f -> raw (unscaled) latent (B,C,H/f,W/f)."""
-        f = self.config.spatial_factor
-        check_image(image, self.config)
-        return self._run(self.encoder.layers(), image, image.shape[2] // f)
+    def encode(
+        self,
+        image: Tensor,
+        strip: int | str | None = None,
+        *,
+        columns: int | None = None,
+        on_strip: OnStrip | None = None,
+    ) -> Tensor:
+        """Image (B,3,H,W) in -1..1, H and W multiples of f -> raw (unscaled) latent (B,C,H/f,W/f).
 
-    def decode(self, latent: Tensor, strip: int | None = None) -> Tensor:
-        """Raw (unscaled) latent (B,C,h,w) -> image (B,3,h*f,w*f), about -1..1, not clamped."""
+        strip: latent rows computed at a time, which bounds memory and changes nothing else; None = whole batch at
+        once, "auto" = as many as free memory allows. columns: latent columns at a time, for pictures whose single
+        strip is too wide. on_strip(done, total, rows) is called as work proceeds and may raise to cancel.
+        """
+        check_image(image, self.config)
+        return self._run("encode", image, strip, columns, on_strip)
+
+    def decode(
+        self,
+        latent: Tensor,
+        strip: int | str | None = None,
+        *,
+        columns: int | None = None,
+        on_strip: OnStrip | None = None,
+    ) -> Tensor:
+        """Raw (unscaled) latent (B,C,h,w) -> image (B,3,h*f,w*f), about -1..1, not clamped.
+
+        Options as for encode; on_strip gets finished image rows (1,3,n,W), top to bottom, unless columns is set.
+        """
         check_latent(latent, self.config)
-        return self._run(self.decoder.layers(), latent, latent.shape[2] * self.config.spatial_factor)
+        return self._run("decode", latent, strip, columns, on_strip)
 
     def forward(self, image: Tensor) -> Tensor:
         """Reconstruct: decode(encode(image))."""
         return self.decode(self.encode(image))
 
-    def _run(self, layers: list[Layer], x: Tensor, height_out: int) -> Tensor:
-        chunks: Chunks = iter([x.to(self.dtype).contiguous(memory_format=torch.channels_last)])
-        height = x.shape[2]
-        for layer in layers:
-            chunks = layer.stream(chunks, height)
-            height = layer.height(height)
-        out = Collector(height_out)
-        for chunk in chunks:
-            out.add(chunk)
-        return out.take()
+    def layers(self, direction: str) -> list[Layer]:
+        """The chain of layers of "encode" or "decode", in order."""
+        return self.encoder.layers() if direction == "encode" else self.decoder.layers()
+
+    def _run(
+        self, direction: str, x: Tensor, strip: int | str | None, columns: int | None, on_strip: OnStrip | None
+    ) -> Tensor:
+        layers = self.layers(direction)
+        h, w = (side // (self.config.spatial_factor if direction == "encode" else 1) for side in x.shape[2:])
+        if strip == "auto":
+            strip, columns = choose_strip(self.config, h, w, self.dtype, free_memory(x.device), direction)
+        check_strip(strip, columns)
+        if strip is not None and self.training and any(isinstance(m, nn.BatchNorm2d) for m in self.modules()):
+            raise DCAEError("strips need fixed normalisation: call eval() on this DC-AE, or train it with strip=None")
+        width = x.shape[3] if columns is None else min(x.shape[3], columns * (x.shape[3] // w))
+        limit = budget(layers, width, strip) if strip else whole_budget(layers, x.shape)
+        meter = Meter(layers, x.shape, 1 if strip is None else x.shape[0], on_strip)
+        pictures = [x] if strip is None else x.split(1)
+        if len(pictures) == 1:
+            return self._picture(layers, pictures[0], limit, columns, meter, direction)
+        done = [self._picture(layers, picture, limit, columns, meter, direction) for picture in pictures]
+        return torch.cat(done)
+
+    def _picture(
+        self, layers: list[Layer], x: Tensor, limit: int, columns: int | None, meter: Meter, direction: str
+    ) -> Tensor:
+        if columns is None:
+            return run(layers, x, self.dtype, limit, meter)
+        factor = self.config.spatial_factor
+        cut = local_part(layers, x.shape[3], direction, factor)
+        if direction == "decode":
+            middle = run(layers[:cut], x, self.dtype, limit, meter) if cut else x
+            return run_panels(layers[cut:], middle, self.dtype, limit, columns * middle.shape[3] // x.shape[3], meter)
+        sizes = x.shape[3]
+        for layer in layers[:cut]:
+            sizes = layer.size(sizes)
+        middle = run_panels(layers[:cut], x, self.dtype, limit, columns * factor, meter)
+        return run(layers[cut:], middle, self.dtype, limit, meter) if layers[cut:] else middle
 
 
 def check_image(image: Tensor, config: DCAEConfig) -> None:
@@ -555,6 +625,14 @@ def check_image(image: Tensor, config: DCAEConfig) -> None:
             f"DC-AE {config.name!r} encodes sizes that are multiples of {f}; the image is {image.shape[3]}x"
             f"{image.shape[2]}. Crop or resize it to {image.shape[3] // f * f}x{image.shape[2] // f * f}"
         )
+
+
+def check_strip(strip: int | str | None, columns: int | None) -> None:
+    for name, value in (("strip", strip), ("columns", columns)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise DCAEError(f"DC-AE {name} is {value!r}, expected a whole number of latent pixels from 1 up, or None")
+    if columns is not None and strip is None:
+        raise DCAEError("DC-AE columns= needs strip=: give the latent rows at a time, too")
 
 
 def check_latent(latent: Tensor, config: DCAEConfig) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -58,31 +59,31 @@ def in_rows(chunks: Iterable[Tensor], height: int) -> Iterator[tuple[Tensor, boo
 
 
 def regroup(chunks: Chunks, rows: int) -> Chunks:
-    """Cut or join chunks so that all but the last have exactly `rows` rows."""
+    """Cut chunks of more than `rows` rows evenly, join those of less than half; hold nothing back otherwise."""
     held: list[Tensor] = []
     count = 0
     for chunk in chunks:
         held.append(chunk)
         count += chunk.shape[2]
         del chunk
-        if count < rows:
-            continue
-        joined = held[0] if len(held) == 1 else torch.cat(held, 2)
-        held, start = [], 0
-        while count - start > rows:
-            yield joined[:, :, start : start + rows]
-            start += rows
-        box = [joined[:, :, start:]]
-        count -= start
-        del joined
-        if count == rows:
+        if count * 2 >= rows:
+            yield from _cut(held, rows)
             count = 0
-            yield box.pop()
-        else:
-            # a view would keep the whole chunk alive
-            held.append(box.pop().clone())
     if held:
-        yield torch.cat(held, 2)
+        yield from _cut(held, rows)
+
+
+def _cut(held: list[Tensor], rows: int) -> Chunks:
+    """The rows of `held` (emptied) in equal parts of at most `rows`."""
+    joined = held[0] if len(held) == 1 else torch.cat(held, 2)
+    held.clear()
+    count = joined.shape[2]
+    part = math.ceil(count / math.ceil(count / rows))
+    for start in range(0, count - part, part):
+        yield joined[:, :, start : start + part]
+    box = [joined[:, :, (math.ceil(count / part) - 1) * part :]]
+    del joined
+    yield box.pop()
 
 
 class Collector:
@@ -116,3 +117,9 @@ class Collector:
         self.parts, self.whole = [], None
         assert whole is not None
         return whole
+
+
+def source_rows(x: Tensor, dtype: torch.dtype, rows: int) -> Chunks:
+    """x (B,C,H,W) in chunks of rows, in the dtype and memory layout that the layers want."""
+    for piece in x.split(rows, 2):
+        yield piece.to(dtype).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,187 @@
+"""How much of a picture each DC-AE layer works on at a time, what that costs, and the loop that does it."""
+
+# B batch, C channels, H W rows and columns at a layer's input, h w latent rows and columns, f spatial factor
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import DCAEConfig
+from .stream import Chunks, Collector, regroup, source_rows
+
+if TYPE_CHECKING:
+    from .model import Layer
+
+OnStrip = Callable[[int, int, "Tensor | None"], None]  # (work done, work in all, finished rows)
+
+INDEX_LIMIT = 2**31 - 1  # many kernels count elements in int32
+PROGRESS_TOTAL = 1000
+MIN_STEP_ROWS = 2  # a downsampling layer needs two rows for one
+
+
+class Strip(NamedTuple):
+    """Latent rows at a time (None = whole picture) and latent columns at a time (None = all)."""
+
+    rows: int | None
+    columns: int | None = None
+
+
+def budget(layers: Sequence[Layer], width: int, strip: int) -> int:
+    """Elements that the most expensive layer keeps alive for `strip` latent rows of a picture `width` wide at its input.
+
+    Cheaper layers (all low-resolution ones) get as many rows as fit the same amount.
+    """
+    costs = [layer.live * w * rows for layer, w, rows in _sizes(layers, width)]
+    return max(int(cost * strip) for cost in costs)
+
+
+def whole_budget(layers: Sequence[Layer], shape: torch.Size) -> int:
+    """No limit, unless a tensor of the whole batch would pass the index limit of common kernels."""
+    batch, _, height, width = shape
+    largest, h = 0, float(height)
+    for layer in layers:
+        largest = max(largest, int(layer.live * h * (h * width / height)))
+        h *= layer.scale
+    return largest if batch * largest < INDEX_LIMIT else INDEX_LIMIT // (2 * batch)
+
+
+def _sizes(layers: Sequence[Layer], width: int) -> list[tuple[Layer, int, float]]:
+    """(layer, columns at its input, rows at its input per latent row) for a picture `width` wide at the first."""
+    growth = [1.0]
+    for layer in layers:
+        growth.append(growth[-1] * layer.scale)
+    latent = growth[-1] if growth[-1] < 1 else 1.0  # an encoder ends at the latent, a decoder begins there
+    return [(layer, int(width * size), size / latent) for layer, size in zip(layers, growth, strict=False)]
+
+
+class Meter:
+    """Turns finished work of all layers into calls of on_strip(done, total, rows)."""
+
+    def __init__(self, layers: Sequence[Layer], shape: torch.Size, pictures: int, on_strip: OnStrip | None) -> None:
+        self.on_strip, self.done = on_strip, 0.0
+        self.total = 0.0
+        size = float(shape[2] * shape[3])
+        for layer in layers:
+            self.total += layer.work * size * pictures
+            size *= layer.scale**2
+
+    def layer_rows(self, layer: Layer, chunks: Chunks) -> Chunks:
+        """Pass chunks of a layer's input through and count the work on each once the layer asks for the next."""
+        for chunk in chunks:
+            work = layer.work * chunk.shape[2] * chunk.shape[3]
+            box = [chunk]
+            del chunk
+            yield box.pop()
+            self.done += work
+            self.tell(None)
+
+    def tell(self, rows: Tensor | None) -> None:
+        if self.on_strip is not None:
+            share = min(1.0, self.done / self.total)
+            self.on_strip(int(share * PROGRESS_TOTAL), PROGRESS_TOTAL, rows)
+
+
+def run(layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, limit: int, meter: Meter) -> Tensor:
+    """The layers on x (B,C,H,W), each keeping at most about `limit` elements alive; x may be on another dtype."""
+    out = Collector(_through(layers, x.shape[2]))
+    for chunk in stream(layers, x, dtype, limit, meter):
+        out.add(chunk)
+        meter.tell(chunk)
+    return out.take()
+
+
+def stream(layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, limit: int, meter: Meter) -> Chunks:
+    """Chunks of rows of the result of the layers on x."""
+    height, width = x.shape[2:]
+    chunks = source_rows(x, dtype, _rows(layers[0], height, width, limit))
+    for layer in layers:
+        chunks = regroup(chunks, _rows(layer, height, width, limit))
+        chunks = layer.stream(meter.layer_rows(layer, chunks), height)
+        height, width = layer.size(height), layer.size(width)
+    return chunks
+
+
+def run_panels(
+    layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, limit: int, columns: int, meter: Meter
+) -> Tensor:
+    """Local layers on x, `columns` input columns at a time plus the columns around that they depend on."""
+    height, width = x.shape[2:]
+    halo, scale = 0, 1.0
+    for layer in reversed(layers):
+        halo = layer.halo(halo)
+        scale *= layer.scale
+    step = max(1, round(1 / scale))  # panels begin at a whole output column
+    columns, halo = -(-columns // step) * step, -(-halo // step) * step
+    out: Tensor | None = None
+    for left in range(0, width, columns):
+        right = min(width, left + columns)
+        start, stop = max(0, left - halo), min(width, right + halo)
+        row = 0
+        for chunk in stream(layers, x[:, :, :, start:stop], dtype, limit, meter):
+            rows = chunk[:, :, :, round((left - start) * scale) : round((right - start) * scale)]
+            if out is None:
+                shape = (x.shape[0], rows.shape[1], _through(layers, height), _through(layers, width))
+                out = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+            out[:, :, row : row + rows.shape[2], round(left * scale) : round(right * scale)] = rows
+            row += rows.shape[2]
+            del chunk, rows
+            meter.tell(None)
+    assert out is not None
+    return out
+
+
+def local_part(layers: Sequence[Layer], width: int, direction: str, factor: int) -> int:
+    """Where the part begins (decode) or ends (encode) that runs in column panels.
+
+    Panels compute the columns around them again, so they are worth it only where no layer attends globally and
+    resolution is high: within 1/8 of the image size.
+    """
+    image = width * (factor if direction == "decode" else 1)
+    deep = [
+        index for index, (layer, w, _) in enumerate(_sizes(layers, width)) if layer.held or image > 8 * w
+    ]
+    if direction == "decode":
+        return deep[-1] + 1 if deep else 0
+    return deep[0] if deep else len(layers)
+
+
+def _rows(layer: Layer, height: int, width: int, limit: int) -> int:
+    return max(MIN_STEP_ROWS, min(height, limit // (layer.live * width)))
+
+
+def _through(layers: Sequence[Layer], pixels: int) -> int:
+    for layer in layers:
+        pixels = layer.size(pixels)
+    return pixels
+
+
+@functools.lru_cache(maxsize=32)
+def _layers_of(config: DCAEConfig, direction: str) -> tuple[Layer, ...]:
+    from .model import DCAE
+
+    return tuple(DCAE(config, device="meta").layers(direction))
+
+
+def peak_bytes(
+    config: DCAEConfig, h: int, w: int, dtype: torch.dtype, strip: Strip, direction: str, batch: int = 1
+) -> int:
+    return 0
+
+
+def choose_strip(config: DCAEConfig, h: int, w: int, dtype: torch.dtype, free_bytes: int, direction: str) -> Strip:
+    return Strip(1)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on `device` now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 4 << 30
