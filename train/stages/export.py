@@ -1,37 +1,117 @@
-"""Stage `export`: the adapter file that the nodes read."""
+"""Stage `export`: the adapter, the merged model as one ComfyUI file, and the merged model as a release folder."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
 from pydantic import Field
 from torch import Tensor
 
-from dcgen.adapter import load_adapter, save_adapter
+from dcgen.adapter import Adapter, load_adapter, save_adapter
+from dcgen.convert import merge_file, unpack
+from dcgen.release import open_model
 from train.config import StageConfig
+from train.files import read_json, write_folder, write_json
 from train.stages.base import Stage
+
+Form = Literal["adapter", "single", "release"]
 
 
 class ExportStage(Stage):
-    """Writes NAME.safetensors with the metadata that a reader wants to see."""
+    """Writes NAME.safetensors (adapter), NAME-merged.safetensors (single) and release/ (diffusers layout).
+
+    `release/` is also how training goes on: as the base of the next resolution or of the next autoencoder.
+    """
 
     class Config(StageConfig):
         adapter: str = Field("finetune", description="stage whose adapter is exported")
+        base: str = Field("", description="release folder the adapter is for; needed by single and release")
+        autoencoder: str = Field("", description="folder of the new autoencoder, release/vae; needed by release")
+        forms: tuple[Form, ...] = Field(("adapter",), min_length=1)
         name: str = Field("", description="file name without ending; default the recipe's name")
+        store: Literal["float32", "bfloat16", "float16", "as base"] = Field(
+            "as base", description="dtype of merged weights"
+        )
         metadata: dict[str, str] = Field({}, description="e.g. modelspec.author, modelspec.license")
 
     config: Config
 
     def check(self) -> list[str]:
-        path = self.context.resolve(self.config.adapter)
-        if self.config.adapter in self.context.recipe.stages or (path / "adapter.safetensors").is_file():
-            return []
-        return [f"{path}/adapter.safetensors not found; `adapter` names a stage of this recipe or a stage folder"]
+        c = self.config
+        problems = []
+        if {"single", "release"} & set(c.forms) and not c.base:
+            problems.append("forms single and release need `base`")
+        if "release" in c.forms and not c.autoencoder:
+            problems.append("form release needs `autoencoder`")
+        path = self.context.resolve(c.adapter) / "adapter.safetensors"
+        if not self.context.pending(c.adapter) and not path.is_file():
+            problems.append(f"{path} not found; `adapter` names a stage of this recipe or a stage folder")
+        return problems
+
+    def describe_plan(self) -> list[str]:
+        return [f"writes {', '.join(self.config.forms)}"]
 
     def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
         source = self.context.resolve(self.config.adapter) / "adapter.safetensors"
         adapter = load_adapter(source)
         adapter.metadata = {**adapter.metadata, "modelspec.title": self.context.recipe.name, **self.config.metadata}
-        path = self.folder / f"{self.config.name or self.context.recipe.name}.safetensors"
         if self.context.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_adapter(path, adapter)
+            self._write(adapter)
         return {"megabytes": round(source.stat().st_size / 1e6, 3), "lora_layers": len(adapter.lora)}
+
+    def _write(self, adapter: Adapter) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = self.config.name or self.context.recipe.name
+        if "adapter" in self.config.forms:
+            save_adapter(self.folder / f"{name}.safetensors", adapter)
+        if self.config.forms == ("adapter",):
+            return
+        dtype = None if self.config.store == "as base" else getattr(torch, self.config.store)
+        base = self.context.resolve(self.config.base)
+        merged = merge_file(open_model(base), adapter, self.folder / f"{name}-merged.safetensors", dtype=dtype)
+        if "release" in self.config.forms:
+            vae = self.context.resolve(self.config.autoencoder)
+            write_release(self.folder / "release", merged, base, vae, adapter)
+        if "single" not in self.config.forms:
+            merged.unlink()
+
+
+def write_release(out: Path, merged: Path, base: Path, autoencoder: Path, adapter: Adapter) -> Path:
+    """A release folder of the merged model: the base's text side, the new autoencoder, the adapter's schedule."""
+
+    def parts(folder: Path) -> None:
+        for item in base.iterdir():
+            if item.name not in ("transformer", "vae") and not item.name.startswith("."):
+                (shutil.copytree if item.is_dir() else shutil.copy2)(item, folder / item.name)
+        shutil.copytree(autoencoder, folder / "vae")
+        config = read_json(autoencoder / "config.json")
+        # the folder is called vae from now on, so the name must be in the file
+        write_json(folder / "vae" / "config.json", {**config, "_name_or_path": adapter.latent.name})
+        index = read_json(folder / "model_index.json")
+        index["vae"] = ["diffusers", config["_class_name"]]
+        write_json(folder / "model_index.json", index)
+        _write_scheduler(folder / "scheduler" / "scheduler_config.json", adapter)
+
+    if out.exists():
+        shutil.rmtree(out)
+    temporary = out.with_name(".parts")
+    write_folder(temporary, parts)
+    try:
+        return unpack(open_model(merged), out, parts=temporary)
+    finally:
+        shutil.rmtree(temporary)
+
+
+def _write_scheduler(path: Path, adapter: Adapter) -> None:
+    """A static shift replaces the base's; "flux" means FLUX.1's own rule, which its config already says."""
+    config = read_json(path)
+    shift = adapter.schedule.get("shift")
+    if adapter.schedule["rule"] == "static" and shift is not None:
+        field = "flow_shift" if "flow_shift" in config else "shift"
+        config |= {field: shift, "use_dynamic_shifting": False}
+    elif adapter.schedule["rule"] == "flux":
+        config["use_dynamic_shifting"] = True
+    write_json(path, config)

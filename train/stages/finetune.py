@@ -28,10 +28,9 @@ class FinetuneStage(MovedStage):
         return [f"trains LoRA r={self.config.rank} alpha={self.config.alpha:g}, embedder and head (Eq. 7 or Eq. 2)"]
 
     def prepare(self) -> None:
-        if self.config.start:
-            self.load_alignment(self.config.start)
+        # first: peft freezes everything but its own matrices
         inject_lora(self.model, self.backbone, self.config.rank, self.config.alpha, self.context.recipe.seed)
-        self.train_ends()
+        super().prepare()
 
     def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
         self.write_adapter(weights, self.config.alpha)

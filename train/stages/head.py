@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dcgen import schedule
 from dcgen.adapter import Adapter, load_adapter, save_adapter
-from train.autoencoders import load_autoencoder
+from train.autoencoders import latent_space, load_autoencoder
 from train.batches import Batch
 from train.cache import Cache
 from train.config import Optimizer, StageConfig
@@ -25,6 +25,8 @@ from train.sample import euler, grid, seeded_noise
 from train.stages.base import Stage, complaints
 from train.text import TextEncoder, load_text
 
+KEEP = "base"  # value of `start`: the base already works on this latent
+
 
 class MovedConfig(StageConfig):
     """Shared by head and finetune."""
@@ -33,6 +35,7 @@ class MovedConfig(StageConfig):
     autoencoder: str = Field("", description="folder of the new autoencoder; needed for previews")
     cache: str = Field("cache", description="cache stage or folder")
     objective: Objective = Objective()
+    start: str = Field("", description=f"stage to go on from; empty = random ends; {KEEP} = the base's own ends")
     patch_size: int = Field(1, ge=1)
     schedule: dict[str, Any] = Field(
         {"rule": "flux"}, description="sampling schedule written into the adapter and used for previews"
@@ -65,9 +68,14 @@ class MovedStage(Stage):
         self.distilled = bool(base_config.get("guidance_embeds"))
         self.frozen_dtype = getattr(torch, c.dtype)
         seed = self.context.recipe.seed
-        moved, embedder, head = fresh_ends(self.backbone, base_config, self.space.channels, c.patch_size, seed)
         self.model = load_network(self.base, self.frozen_dtype, "cpu")
-        replace_ends(self.model, self.backbone, moved, embedder, head)
+        if c.start == KEEP:
+            self._check_own_latent()
+            for path in (self.backbone.embedder, self.backbone.head):
+                self.model.get_submodule(path).float()
+        else:
+            moved, embedder, head = fresh_ends(self.backbone, base_config, self.space.channels, c.patch_size, seed)
+            replace_ends(self.model, self.backbone, moved, embedder, head)
         self.prepare()
         if c.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
@@ -79,8 +87,20 @@ class MovedStage(Stage):
         return self.model
 
     def prepare(self) -> None:
-        """Load what earlier stages made and switch on the gradients of what trains."""
-        raise NotImplementedError
+        """Load what earlier stages made, then switch on the gradients of what trains: embedder and head, whole."""
+        if self.config.start and self.config.start != KEEP:
+            self.load_alignment(self.config.start)
+        for path in (self.backbone.embedder, self.backbone.head):
+            self.model.get_submodule(path).requires_grad_(True)
+
+    def _check_own_latent(self) -> None:
+        own = latent_space(self.base / "vae")
+        differing = own.differences(self.space)
+        if differing:
+            raise ValueError(
+                f"start: {KEEP} keeps the base's embedder and head, so the cache must hold its own latents; "
+                f"{self.base}/vae differs: {'; '.join(differing)}"
+            )
 
     def shard_units(self) -> Sequence[nn.Module]:
         return self.backbone.blocks(self.model)
@@ -168,11 +188,6 @@ class MovedStage(Stage):
                 f"{folder} holds neither adapter.safetensors nor embedder.safetensors: run that stage first"
             )
 
-    def train_ends(self) -> None:
-        """Gradients on for embedder and head, whole."""
-        for path in (self.backbone.embedder, self.backbone.head):
-            self.model.get_submodule(path).requires_grad_(True)
-
     def _text(self, captions: Sequence[int]) -> dict[str, Tensor]:
         if self.text_online is None:
             return self.cache.text(captions)
@@ -207,11 +222,9 @@ class HeadStage(MovedStage):
         return ["trains embedder and head, backbone frozen (Eq. 7 or Eq. 2)"]
 
     def prepare(self) -> None:
-        if self.config.start:
-            self.load_alignment(self.config.start)
         if self.config.head_init == "zero":
             nn.init.zeros_(self.model.get_submodule(self.backbone.head).weight)
-        self.train_ends()
+        super().prepare()
 
     def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
         self.write_adapter(weights)

@@ -1,0 +1,137 @@
+"""What export writes loads elsewhere and gives the velocities that training had."""
+
+from __future__ import annotations
+
+import json
+
+import diffusers
+import pytest
+import torch
+
+from dcgen.adapter import load_adapter
+from dcgen.backbones import BACKBONES
+from dcgen.release import open_model
+from train.batches import BatchPlan
+from train.config import load_recipe
+from train.distributed import Ranks
+from train.generate import Pipeline
+from train.run import make_stage, run_recipe
+
+CPU = Ranks(0, 1, torch.device("cpu"))
+FLUX = BACKBONES["flux"]
+
+
+@pytest.fixture(scope="module")
+def trained(debug_run):
+    """The fine-tuning stage's model with its trained weights in place, a noised latent and its conditioning."""
+    stage = make_stage(load_recipe("debug", [f"output={debug_run}"]), "finetune", CPU)
+    model = stage.setup().eval()
+    adapter = load_adapter(debug_run / "finetune" / "adapter.safetensors")
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in adapter.tensors.items():
+            parameters[name].copy_(tensor)
+        for path, pair in adapter.lora.items():
+            parameters[f"{path}.lora_A.default.weight"].copy_(pair.A)
+            parameters[f"{path}.lora_B.default.weight"].copy_(pair.B)
+    assert max(pair.B.abs().max() for pair in adapter.lora.values()) > 0
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, 4, 6, generator=g)
+    cond = stage.cache.text([1, 2])
+    call = (x, torch.tensor([0.3, 0.9]), cond, torch.tensor([1.0, 3.5]))
+    with torch.no_grad():
+        return stage.velocity(*call), call
+
+
+def test_the_adapter_on_the_base_has_the_velocity_of_training(debug_run, trained):
+    expected, call = trained
+    tiny = debug_run / "tiny"
+    adapter = debug_run / "export" / "debug.safetensors"
+    pipeline = Pipeline(tiny / "release", adapter=adapter, autoencoder=tiny / "dc-ae")
+    torch.testing.assert_close(pipeline.velocity(*call), expected, rtol=1e-4, atol=1e-5)
+    aligned = Pipeline(tiny / "release", adapter=adapter, autoencoder=tiny / "dc-ae", strength=0.0)
+    assert (aligned.velocity(*call) - expected).abs().max() > 1e-4
+
+
+def test_the_single_file_has_the_velocity_of_training(debug_run, trained):
+    expected, call = trained
+    model = open_model(debug_run / "export" / "debug-merged.safetensors")
+    network = diffusers.FluxTransformer2DModel.from_config(model.config)
+    network.load_state_dict({key: model.get(key) for key in model.entries})
+    with torch.no_grad():
+        found = FLUX.velocity(network.eval(), *call)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert model.latent.spatial_factor == 16
+    assert model.schedule == {"rule": "flux"}
+
+
+def test_the_release_loads_in_diffusers_and_has_the_velocity_of_training(debug_run, trained):
+    expected, call = trained
+    folder = debug_run / "export" / "release"
+    network = diffusers.FluxTransformer2DModel.from_pretrained(folder / "transformer")
+    with torch.no_grad():
+        found = FLUX.velocity(network, *call)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert isinstance(diffusers.AutoencoderDC.from_pretrained(folder / "vae"), diffusers.AutoencoderDC)
+    assert json.loads((folder / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderDC"]
+
+
+def test_training_goes_on_from_a_merged_release(debug_run, trained, tmp_path):
+    """The next resolution: the merged model as base, its own ends kept, a fresh LoRA."""
+    overrides = [f"output={tmp_path}", f"defaults.base={debug_run}/export/release", "finetune.start=base"]
+    overrides += [f"finetune.cache={debug_run}/cache", "finetune.preview_every=0", "finetune.steps=1"]
+    overrides += [f"defaults.autoencoder={debug_run}/tiny/dc-ae"]
+    stage = make_stage(load_recipe("debug", overrides), "finetune", CPU)
+    stage.setup()
+    expected, call = trained
+    with torch.no_grad():
+        torch.testing.assert_close(stage.velocity(*call), expected, rtol=1e-4, atol=1e-5)
+    names = {name.split(".lora_")[0] for name, p in stage.model.named_parameters() if p.requires_grad}
+    assert {"x_embedder.weight", "x_embedder.bias", "proj_out.weight", "proj_out.bias"} < names
+    assert run_recipe(load_recipe("debug", overrides), only="finetune")["finetune"]["parameters"] > 0
+
+
+def test_dc_gen_again_to_a_deeper_autoencoder(debug_run, tmp_path):
+    """f16 -> f32 with the merged model as base and its DC-AE as teacher."""
+    release = debug_run / "export" / "release"
+    overrides = [f"output={tmp_path}", f"defaults.base={release}", f"cache.teacher={release}/vae"]
+    overrides += [f"cache.data.path={debug_run}/tiny/pictures", "finetune.preview_every=0", "align.patch_size=2"]
+    overrides += ["head.patch_size=2", "finetune.patch_size=2", f"defaults.autoencoder={debug_run}/tiny/dc-ae"]
+    recipe = load_recipe("debug", overrides)
+    recipe.stages.pop("tiny")
+    numbers = run_recipe(recipe)
+    assert 0 < numbers["align"]["loss"] < numbers["align"]["variance"]
+    adapter = load_adapter(tmp_path / "export" / "debug.safetensors")
+    assert adapter.patch_size == 2
+    assert adapter.tensors["x_embedder.weight"].shape[1] == 8 * 4
+
+
+def test_own_ends_are_refused_on_a_foreign_latent(debug_run, tmp_path):
+    overrides = [f"output={tmp_path}", f"defaults.base={debug_run}/tiny/release", "finetune.start=base"]
+    overrides += [f"finetune.cache={debug_run}/cache"]
+    stage = make_stage(load_recipe("debug", overrides), "finetune", CPU)
+    with pytest.raises(ValueError, match="so the cache must hold its own latents"):
+        stage.setup()
+
+
+def test_strength_zero_of_a_head_stage_changes_nothing(debug_run):
+    tiny = debug_run / "tiny"
+    head = debug_run / "head" / "adapter.safetensors"
+    assert load_adapter(head).lora == {}
+    pictures = [
+        Pipeline(tiny / "release", adapter=head, autoencoder=tiny / "dc-ae", strength=s).images(
+            ["a red square"], [1], 64, 64, steps=2, guidance=3.5
+        )
+        for s in (0.0, 1.0)
+    ]
+    assert torch.equal(*pictures)
+
+
+def test_batches_of_training_are_those_of_the_plan(debug_run):
+    stage = make_stage(load_recipe("debug", [f"output={debug_run}"]), "finetune", CPU)
+    stage.setup()
+    (batch,) = BatchPlan(stage.buckets(), 4, 0).micro_batches(2, rank=0, world=1, accumulate=1, device=CPU.device)
+    loss, metrics = stage.loss(batch)
+    again, _ = stage.loss(batch)
+    assert loss.item() == again.item()
+    assert set(metrics) == {"loss_cond", "loss_uncond"}
