@@ -15,6 +15,7 @@ STAGES: dict[str, str] = {
     "tiny": "train.stages.tiny:TinyStage",
     "export": "train.stages.export:ExportStage",
     "autoencoder": "train.stages.autoencoder:AutoencoderStage",
+    "evaluator": "train.stages.evaluator:EvaluatorStage",
     "text": "train.stages.text:TextStage",
     "pretrain": "train.stages.pretrain:PretrainStage",
     "distill": "train.stages.distill:DistillStage",

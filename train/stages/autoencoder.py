@@ -66,7 +66,9 @@ class AutoencoderStage(Stage):
             noise = batch.normal("latent", z.shape[1:])
             if posterior is None:
                 kl = z.new_zeros(())
-                spread = z.detach().var(dim=(0, 2, 3)).mean().sqrt()  # around each channel's mean, which carries nothing
+                spread = (
+                    z.detach().var(dim=(0, 2, 3)).mean().sqrt()
+                )  # around each channel's mean, which carries nothing
                 z = z + self.config.noise * spread * noise
             else:
                 logvar = posterior.logvar.float()

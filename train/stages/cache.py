@@ -121,13 +121,15 @@ class CacheStage(Stage):
     ) -> dict[str, Tensor]:
         if "teacher" not in encoders:
             encoders["teacher"] = load_autoencoder(self.teacher, self.device, self.dtype)
-            encoders["student"] = load_autoencoder(self.student, self.device, self.dtype)
-        latents: dict[str, list[Tensor]] = {"teacher": [], "student": []}
+            if self.student != self.teacher:  # the toy's base is trained on one latent only
+                encoders["student"] = load_autoencoder(self.student, self.device, self.dtype)
+        latents: dict[str, list[Tensor]] = {side: [] for side in ("teacher", "student") if side in encoders}
         for part in _split(numbers, self.config.batch):
             images = torch.stack([self.source.image(index) for index in part])
             for side, rows in latents.items():
                 rows.append(encoders[side].encode(images).to("cpu", getattr(torch, self.config.store)))
-        return {side: self._finite(torch.cat(rows), numbers) for side, rows in latents.items()}
+        found = {side: self._finite(torch.cat(rows), numbers) for side, rows in latents.items()}
+        return {"student": found["teacher"].clone(), **found}
 
     def _encode_captions(
         self, numbers: Sequence[int], captions: Sequence[str], encoders: dict[str, Any]

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from train.autoencoders import autoencoder_config
 from train.batches import Batch
 from train.config import StageConfig
 from train.files import write_folder, write_json
 from train.stages.base import Context, Stage, complaints
-from train.autoencoders import autoencoder_config
 from train.toy.pictures import ToyPictures
 from train.toy.tokenizers import CLIP_TOKENS, T5_TOKENS, save_clip_tokenizer, save_t5_tokenizer
 

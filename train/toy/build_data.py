@@ -23,7 +23,40 @@ TEMPLATE = "{subject} on a {color} background"
 PIXELS = 128  # stored side; the pack has 256, the toy draws at most 108
 
 # Thirty-two pictures that a person tells apart at a glance; the names are emojibase's English labels.
-SUBJECTS = ["strawberry", "watermelon", "lemon", "carrot", "mushroom", "hamburger", "pizza", "doughnut", "dog face", "cat face", "panda", "frog", "pig face", "koala", "penguin", "butterfly", "lady beetle", "octopus", "whale", "turtle", "automobile", "bus", "rocket", "house", "star", "balloon", "soccer ball", "sunflower", "cactus", "ghost", "robot", "crown"]
+SUBJECTS = [
+    "strawberry",
+    "watermelon",
+    "lemon",
+    "carrot",
+    "mushroom",
+    "hamburger",
+    "pizza",
+    "doughnut",
+    "dog face",
+    "cat face",
+    "panda",
+    "frog",
+    "pig face",
+    "koala",
+    "penguin",
+    "butterfly",
+    "lady beetle",
+    "octopus",
+    "whale",
+    "turtle",
+    "automobile",
+    "bus",
+    "rocket",
+    "house",
+    "star",
+    "balloon",
+    "soccer ball",
+    "sunflower",
+    "cactus",
+    "ghost",
+    "robot",
+    "crown",
+]
 COLORS = {
     "white": (240, 240, 240),
     "black": (40, 40, 46),
