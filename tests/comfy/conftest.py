@@ -62,6 +62,33 @@ def _environment() -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if k not in drop}, "OMP_NUM_THREADS": "1"}
 
 
+# A node for the tests only: SaveImage cuts to 8 bits, this keeps the floats.
+DUMP_NODE = """
+import os
+import folder_paths
+from safetensors.torch import save_file
+
+
+class Dump:
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "dump"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"images": ("IMAGE",), "name": ("STRING", {})}}
+
+    def dump(self, images, name):
+        path = os.path.join(folder_paths.get_output_directory(), name + ".safetensors")
+        save_file({"images": images.float().cpu().contiguous()}, path)
+        return {}
+
+
+NODE_CLASS_MAPPINGS = {"TestDump": Dump}
+"""
+
+
 class Comfy:
     """A ComfyUI on this machine, and how to run a function of tests/comfy/inside/*.py in it."""
 
@@ -147,9 +174,11 @@ class Server:
 
     def __init__(self, comfy: Comfy, base: Path, flags: tuple[str, ...] = ()):
         self.base = base
-        for name in ("custom_nodes", "user"):
+        for name in ("custom_nodes", "user", "output"):
             (base / name).mkdir(parents=True)
         (base / "custom_nodes" / PACK_NAME).symlink_to(PACK, target_is_directory=True)
+        (base / "custom_nodes" / "test_dump").mkdir()
+        (base / "custom_nodes" / "test_dump" / "__init__.py").write_text(DUMP_NODE)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -248,6 +277,10 @@ class Server:
                 data = self.raw("/view?" + urllib.parse.urlencode(image))
                 found.setdefault(node_id, []).append(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
         return found
+
+    def dumped(self, name: str) -> np.ndarray:
+        """The float images (B,H,W,3) that a TestDump node of that name wrote."""
+        return load_file(self.base / "output" / f"{name}.safetensors")["images"].numpy()
 
     def close(self) -> None:
         self.process.terminate()
