@@ -17,6 +17,8 @@ FLUX_SHIFTS = (0.5, 1.15)
 FLUX2_ELEMENTS = 4096
 # DPMSolverMultistep's flow grid starts at 1 - 1/1000 (num_train_timesteps), FLUX's at 1.
 STATIC_SIGMA_MAX = 0.999
+# SANA-Sprint's angle between its two steps.
+SPRINT_MIDDLE = 1.3
 
 
 def flux_mu(tokens: int) -> float:
@@ -82,3 +84,18 @@ def sigmas(
         raise ValueError(f"sigma_max must be above 0 and at most 1, got {top}")
     grid = top * torch.arange(steps, -1, -1, dtype=torch.float64) / steps
     return shifted(grid, ratio).float()
+
+
+def sprint_sigmas(steps: int) -> Tensor:
+    """SANA-Sprint's noise levels (steps+1,) float32: sigma = sin t / (sin t + cos t) at t = pi/2 ... 0.
+
+    t is 1.3 in the middle for the published 2 steps, else even.
+    """
+    if steps < 1:
+        raise ValueError(f"a schedule needs at least 1 step, got {steps}")
+    angles = torch.linspace(math.pi / 2, 0, steps + 1, dtype=torch.float64)
+    if steps == 2:
+        angles[1] = SPRINT_MIDDLE
+    found = angles.sin() / (angles.sin() + angles.cos())
+    found[-1] = 0
+    return found.float()
