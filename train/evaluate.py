@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Evaluator(nn.Module):
         super().__init__()
         widths = (3, 24, 32, 48, features)
         layers: list[nn.Module] = []
-        for inside, outside in zip(widths[:-1], widths[1:], strict=True):
+        for inside, outside in pairwise(widths):
             layers += [nn.Conv2d(inside, outside, 3, stride=2, padding=1), nn.GroupNorm(8, outside), nn.SiLU()]
         self.body = nn.Sequential(*layers)
         self.place = nn.Conv2d(features, features, 3, padding=1)

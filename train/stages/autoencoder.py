@@ -26,7 +26,8 @@ class AutoencoderConfig(StageConfig):
     kind: Literal["autoencoder"] = "autoencoder"
     data: str = Field("toy/data", description="folder of captions.json")
     architecture: Literal["AutoencoderKL", "AutoencoderDC"] = Field(description="diffusers class")
-    model: dict[str, Any] = Field(description="arguments of that class; scaling and shift are measured, not given")
+    model: dict[str, Any] = Field({}, description="arguments of that class; scaling and shift are measured, not given")
+    start: str = Field("", description="autoencoder folder to go on from (STAGE/model); empty = random weights")
     kl: float = Field(2e-4, ge=0, description="AutoencoderKL: weight of the KL term, mean over latent elements")
     noise: float = Field(0.1, ge=0, description="AutoencoderDC: noise on the latent while training, unit: its spread")
     edges: float = Field(1.0, ge=0, description="weight of the L1 of neighbour differences")
@@ -45,7 +46,11 @@ class AutoencoderStage(Stage):
         self.pictures = ToyPictures(self.config.data)
         self.pairs = self.pictures.pairs("all")
         torch.manual_seed(self.context.recipe.seed)
-        self.model = getattr(diffusers, self.config.architecture)(**self.config.model)
+        architecture = getattr(diffusers, self.config.architecture)
+        if self.config.start:
+            self.model = architecture.from_pretrained(self.context.resolve(self.config.start))
+            return self.model.train().to(self.device)
+        self.model = architecture(**self.config.model)
         if self.config.architecture == "AutoencoderKL":
             # Start with little noise on the latent: log-variances of -4 instead of 0.
             nn.init.constant_(self.model.encoder.conv_out.bias[self.config.model["latent_channels"] :], -4.0)

@@ -111,14 +111,15 @@ class BaseStage(Stage):
 
     @torch.no_grad()
     def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
-        self.model.load_state_dict({**self.model.state_dict(), **weights})
+        trained = load_network(self.base, torch.float32, "cpu")  # anew: the one in training may be sharded
+        trained.load_state_dict(weights)
         if self.context.rank == 0:
-            write_folder(self.folder / "release", self._write_release)
+            write_folder(self.folder / "release", lambda folder: self._write_release(folder, trained))
         return {"parameters": sum(t.numel() for t in weights.values())}
 
-    def _write_release(self, folder: Path) -> None:
+    def _write_release(self, folder: Path, network: Any) -> None:
         shutil.copytree(self.base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer"))
-        self.model.save_pretrained(folder / "transformer")
+        network.save_pretrained(folder / "transformer")
 
 
 class PretrainStage(BaseStage):

@@ -45,7 +45,7 @@ def _half(tensor: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, default=Path("runs/toy-base/distill/release"), help="FLUX release folder")
-    parser.add_argument("--dcae", type=Path, default=Path("runs/toy-dcae/dcae/model"), help="DC-AE folder")
+    parser.add_argument("--dcae", type=Path, default=Path("runs/toy-dcae/refine/model"), help="DC-AE folder")
     parser.add_argument("--out", type=Path, default=Path("toy"))
     options = parser.parse_args()
     assemble(options.base, options.dcae, options.out)

@@ -1,0 +1,56 @@
+"""The toy's tokenizers: every caption word is one token, nothing is unknown, both load again from disk."""
+
+import pytest
+from train.toy.tokenizers import CLIP_TOKENS, T5_TOKENS, bpe_merges, save_clip_tokenizer, save_t5_tokenizer
+
+CAPTIONS = ["robot on a blue background", "dog face on a red background", "boat on a green background"]
+
+
+def test_merges_make_each_word_one_symbol_most_frequent_pair_first():
+    merges = bpe_merges(["aab", "aab", "cb"])
+    assert merges[0] == ("a", "a")  # twice, like (aa, b</w>) later; the tie is alphabetical
+    symbols = {"".join(pair) for pair in merges}
+    assert {"aab</w>", "cb</w>"} <= symbols
+
+
+def test_clip_tokenizer_survives_the_disk(tmp_path):
+    from transformers import CLIPTokenizer
+
+    made = save_clip_tokenizer(CAPTIONS, tmp_path)
+    loaded = CLIPTokenizer.from_pretrained(tmp_path)
+    for caption in CAPTIONS:
+        ids = loaded(caption).input_ids
+        assert ids == made(caption).input_ids
+        assert len(ids) == len(caption.split()) + 2
+        assert loaded.decode(ids[1:-1]).strip() == caption
+    assert loaded("").input_ids == [loaded.bos_token_id, loaded.eos_token_id]
+    assert loaded.eos_token_id == len(loaded) - 1  # the pooled token is found by its id, the highest
+    assert loaded.model_max_length == CLIP_TOKENS
+    unseen = loaded("Zebra 7!").input_ids[1:-1]
+    assert loaded.eos_token_id not in unseen  # which is also CLIP's unknown token
+    assert loaded.decode(unseen).replace(" ", "") == "zebra7!"
+
+
+def test_t5_tokenizer_survives_the_disk(tmp_path):
+    from transformers import T5TokenizerFast
+
+    made = save_t5_tokenizer(CAPTIONS, tmp_path)
+    loaded = T5TokenizerFast.from_pretrained(tmp_path)
+    for caption in CAPTIONS:
+        ids = loaded(caption).input_ids
+        assert ids == made(caption).input_ids
+        assert len(ids) == len(caption.split()) + 1
+        assert ids[-1] == 1
+    padded = loaded(CAPTIONS[0], padding="max_length", max_length=loaded.model_max_length).input_ids
+    assert len(padded) == T5_TOKENS
+    assert padded[-1] == 0
+    assert 2 not in loaded("Zebra 7!").input_ids
+    assert loaded("").input_ids == [1]
+
+
+@pytest.mark.parametrize("save", [save_clip_tokenizer, save_t5_tokenizer])
+def test_the_same_captions_make_the_same_files(save, tmp_path):
+    for name in ("one", "two"):
+        save(CAPTIONS, tmp_path / name)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
