@@ -79,7 +79,7 @@ class Model:
         if rule is None:
             return self.tensors.get(self._prefix + key)
         name = self._prefix + rule.native_key(self._bare)
-        if len(rule.parts) > 1:
+        if len(rule.parts) > 1:  # never swapped: the rows can be read alone
             return self.tensors.get(name, start, stop)
         return next(iter(rule.split(self.tensors.get(name), self.backbone.width(self.config))))[1]
 
@@ -89,7 +89,7 @@ class Model:
             parts = [entries[key] for key in rule.parts]
             if len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
                 raise ValueError(f"{self.tensors.path}: {rule.native} would join tensors of different types: {parts}")
-            rows = sum(part.shape[0] for part in parts)
+            rows = parts[0].shape[0] if rule.copied else sum(part.shape[0] for part in parts)
             yield rule, Entry(rule.native, parts[0].dtype, (rows, *parts[0].shape[1:]))
 
 

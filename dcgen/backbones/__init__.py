@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .base import Backbone, Config
+from .dit import DiT
 from .flux import Flux
 from .sana import Sana
 
-BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in (Flux(), Sana())}
+BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in (Flux(), Sana(), DiT())}
 
 
 def detect_backbone(state_dict: Mapping[str, Tensor]) -> tuple[Backbone, Config]:

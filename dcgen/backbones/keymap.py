@@ -25,7 +25,8 @@ class Row:
     native: native module (or, with suffixes ("",), tensor) name; parts: diffusers names that make it, in order;
     sizes: rows of each part in units of the model width, REST for what remains; empty = equal parts;
     swap: the two halves along dim 0 change places; alias: another native spelling that files use;
-    optional: name of a group of rows that a model has all of or none of; "" = every model has this row.
+    optional: name of a group of rows that a model has all of or none of; "" = every model has this row;
+    copied: one native tensor that diffusers repeats in every block (the parts are these equal copies).
     """
 
     native: str
@@ -35,6 +36,7 @@ class Row:
     suffixes: tuple[str, ...] = SUFFIXES
     alias: str | None = None
     optional: str = ""
+    copied: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Rule:
     swap: bool
     alias: str | None
     optional: str
+    copied: bool
 
     def native_key(self, keys: Mapping[str, Any]) -> str:
         """The spelling of the native key that `keys` has (the usual one when it has neither)."""
@@ -54,6 +57,8 @@ class Rule:
 
     def join(self, get: Callable[[str], Tensor]) -> Tensor:
         """Native tensor from its diffusers parts."""
+        if self.copied:
+            return self._one_of_equals(get)
         tensors = [get(key) for key in self.parts]
         joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=0)
         return _swap_halves(joined, self.parts[0]) if self.swap else joined
@@ -62,16 +67,28 @@ class Rule:
         """(diffusers key, tensor) for each part of a native tensor; the tensors are views."""
         if self.swap:
             tensor = _swap_halves(tensor, self.native)
-        if len(self.parts) == 1:
-            yield self.parts[0], tensor
+        if len(self.parts) == 1 or self.copied:
+            yield from ((part, tensor) for part in self.parts)
             return
         yield from zip(self.parts, torch.split(tensor, self._rows(tensor.shape[0], width)), strict=True)
 
     def rows(self, total: int, width: int) -> list[tuple[str, int, int]]:
         """(diffusers key, first row, last row + 1) of each part in a native tensor of `total` rows; not for swap."""
+        if self.copied:
+            return [(key, 0, total) for key in self.parts]
         counts = [total] if len(self.parts) == 1 else self._rows(total, width)
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]
         return [(key, end - count, end) for key, count, end in zip(self.parts, counts, ends, strict=True)]
+
+    def _one_of_equals(self, get: Callable[[str], Tensor]) -> Tensor:
+        first = get(self.parts[0])
+        if first.device.type != "meta":
+            differing = [key for key in self.parts[1:] if not torch.equal(get(key), first)]
+            if differing:
+                raise ValueError(
+                    f"{self.native} is one tensor in the original format, but {differing[0]} is not {self.parts[0]}"
+                )
+        return first
 
     def _rows(self, rows: int, width: int) -> list[int]:
         if not self.sizes:
@@ -98,7 +115,9 @@ class KeyMap:
         """The map of a model with depths[kind] blocks of each kind."""
         rules = [rule for row in self.top for rule in _rules(row, None)]
         for kind, rows in self.blocks.items():
-            rules += [rule for i in range(depths[kind]) for row in rows for rule in _rules(row, i)]
+            own = [row for row in rows if not row.copied]
+            rules += [rule for i in range(depths[kind]) for row in own for rule in _rules(row, i)]
+            rules += [rule for row in rows if row.copied for rule in _rules(row, None, range(depths[kind]))]
         return rules
 
     def native_plan(self, keys: Mapping[str, Any], depths: Mapping[str, int], *, partial: bool = False) -> list[Rule]:
@@ -181,18 +200,20 @@ def count_blocks(keys: Mapping[str, Any], prefix: str) -> int:
     return len(found)
 
 
-def _rules(row: Row, index: int | None) -> Iterator[Rule]:
-    def name(template: str) -> str:
-        return template if index is None else template.replace("{i}", str(index))
+def _rules(row: Row, index: int | None, copies: range = range(0)) -> Iterator[Rule]:
+    def name(template: str, i: int | None = index) -> str:
+        return template if i is None else template.replace("{i}", str(i))
 
     for suffix in row.suffixes:
+        parts = [name(part, i) for part in row.parts for i in (copies or [index])]
         yield Rule(
             native=name(row.native) + suffix,
-            parts=tuple(name(part) + suffix for part in row.parts),
+            parts=tuple(part + suffix for part in parts),
             sizes=row.sizes,
             swap=row.swap,
             alias=None if row.alias is None else name(row.alias) + suffix,
             optional=row.optional,
+            copied=row.copied,
         )
 
 
