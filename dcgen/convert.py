@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,8 @@ def merge_file(
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write base + adapter as one .safetensors, as pack() does. ValueError when the adapter is for another base."""
+    if adapter.backbone != base.backbone.name:
+        raise ValueError(f"this is a {adapter.backbone} adapter, {base.tensors.path} is a {base.backbone.name} model")
     adapter.check_base(base.backbone.fingerprint(base.config), str(base.tensors.path))
     config = base.backbone.config_with_latent(base.config, adapter.latent.channels, adapter.patch_size)
     merged = replace(base, config=config, latent=adapter.latent, schedule=adapter.schedule)
@@ -224,11 +227,21 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--dtype", choices=DTYPES, help="of the result; kept as it is when left out")
     for one in (packing, unpacking, extracting):
         one.add_argument("--latent", choices=SPACES, help="autoencoder, when the files do not say")
+        one.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="FIELD=VALUE",
+            help="a config field that no tensor tells, e.g. interpolation_scale=2.0 and sample_size=128 for SANA 4K",
+        )
     return parser
 
 
-def _open(path: Path, latent: str | None = None) -> Model:
+def _open(path: Path, latent: str | None = None, fields: Sequence[str] = ()) -> Model:
     model = open_model(path)
+    if fields:
+        config = {**model.config, **_fields(fields, model)}
+        model = replace(model, config=config)
     if latent is None:
         return model
     space = SPACES[latent]
@@ -237,18 +250,37 @@ def _open(path: Path, latent: str | None = None) -> Model:
     return replace(model, latent=space, schedule=model.schedule or model.backbone.default_schedule(space, model.config))
 
 
+def _fields(given: Sequence[str], model: Model) -> dict[str, Any]:
+    found = {}
+    for entry in given:
+        field, equals, value = entry.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes FIELD=VALUE, got {entry!r}")
+        if field not in model.config:
+            raise ValueError(
+                f"a {model.backbone.name} config has no field {field!r}: {', '.join(sorted(model.config))}"
+            )
+        try:
+            found[field] = json.loads(value)
+        except ValueError as error:
+            raise ValueError(
+                f"--set {entry}: the value must be JSON (a number, true, null or a quoted word)"
+            ) from error
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 0, or 1 with one line on stderr."""
     args = _parser().parse_args(arguments)
     dtype = DTYPES.get(getattr(args, "dtype", None) or "")
     try:
         if args.command == "pack":
-            print(pack(_open(args.model, args.latent), args.out, names=args.names, dtype=dtype))
+            print(pack(_open(args.model, args.latent, args.set), args.out, names=args.names, dtype=dtype))
         elif args.command == "merge":
             options = {"strength": args.strength, "names": args.names, "dtype": dtype}
             print(merge_file(_open(args.base), load_adapter(args.adapter), args.out, **options))
         elif args.command == "unpack":
-            print(unpack(_open(args.model, args.latent), args.out, parts=args.parts, dtype=dtype))
+            print(unpack(_open(args.model, args.latent, args.set), args.out, parts=args.parts, dtype=dtype))
         elif args.command == "extract":
             print(_extract(args, dtype))
         else:
@@ -263,7 +295,7 @@ def _extract(args: argparse.Namespace, dtype: torch.dtype | None) -> str:
     def progress(step: int, steps: int, key: str) -> None:
         print(f"\r{step + 1}/{steps} {key:<70.70}", end="", file=sys.stderr, flush=True)
 
-    merged, base = _open(args.merged, args.latent), _open(args.base)
+    merged, base = _open(args.merged, args.latent, args.set), _open(args.base)
     options = {"rank": args.rank, "energy": args.energy, "dtype": dtype, "device": args.device}
     adapter, kept = extract(merged, base, progress=progress, **options)
     print(file=sys.stderr)
