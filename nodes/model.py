@@ -6,9 +6,8 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..dcgen.adapter import load_adapter
-from .bridge import model_files
+from .bridge import release as releases
 from .bridge.flux import apply_adapter
-from .bridge.release import load_release, release_names
 
 CATEGORY = "DC-Gen"
 
@@ -27,7 +26,7 @@ class DCGenReleaseLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "release",
-                    options=release_names(),
+                    options=releases.release_names(),
                     tooltip="A folder with a model_index.json in models/diffusers (or an extra path of that kind). "
                     "Latent channels, scaling, patch size and text length are read from it.",
                 )
@@ -37,7 +36,7 @@ class DCGenReleaseLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, release: str) -> io.NodeOutput:
-        return io.NodeOutput(*load_release(release))
+        return io.NodeOutput(*releases.load_release(release))
 
 
 class DCGenModelLoader(io.ComfyNode):
@@ -54,18 +53,18 @@ class DCGenModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=model_files.names(),
+                    options=releases.model_names(),
                     tooltip="Release folders from models/diffusers, then files from models/diffusion_models.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
-                    options=list(model_files.WEIGHT_DTYPES),
+                    options=list(releases.WEIGHT_DTYPES),
                     tooltip="default keeps the file's dtype where the device can compute in it. The fp8 choices halve "
                     "the memory of 16-bit weights at some loss of quality; ignored for files that are quantized.",
                 ),
                 io.Combo.Input(
                     "autoencoder",
-                    options=model_files.autoencoder_names(),
+                    options=releases.autoencoder_names(),
                     optional=True,
                     tooltip="Which autoencoder's latents the model works on. Ignored when the file or folder says it, "
                     "as releases and files written by dcgen.convert do.",
@@ -75,8 +74,8 @@ class DCGenModelLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model_name: str, weight_dtype: str, autoencoder: str = model_files.FROM_FILE) -> io.NodeOutput:
-        return io.NodeOutput(model_files.load(model_name, weight_dtype, autoencoder))
+    def execute(cls, model_name: str, weight_dtype: str, autoencoder: str = releases.FROM_FILE) -> io.NodeOutput:
+        return io.NodeOutput(releases.load_model(model_name, weight_dtype, autoencoder))
 
 
 class DCGenApply(io.ComfyNode):

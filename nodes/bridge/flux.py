@@ -13,12 +13,17 @@ import comfy.model_base
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.utils
 import torch
 from torch import Tensor
 
 from ...dcgen.adapter import Adapter
 from ...dcgen.backbones import BACKBONES
+from ...dcgen.backbones.base import patch_size
+from ...dcgen.files import meta_tensors
+from ...dcgen.release import Model
+from ...dcgen.schedule import shift_ratio
 from .latent_format import ModelInfo, latent_format
 from .shared import borrow, borrowing_patcher, copied_config, linear
 
@@ -74,13 +79,19 @@ def apply_adapter(
     """
     check_adapter(adapter, model, name)
     native = FLUX.to_native(adapter.tensors, base_config(model), partial=True)
-    info = ModelInfo(adapter.latent, adapter.patch_size, dict(adapter.schedule))
+    info = ModelInfo(adapter.latent, adapter.patch_size, dict(adapter.schedule), _pixels(adapter))
     patcher = borrowing_patcher(model, _network(model, native, info), _config(model.model.model_config, info))
     _finish(patcher.model, info)
     if strength and adapter.lora:
         patches = lora_patches(adapter, patcher)
         patcher.add_patches(patches, strength)
     return patcher
+
+
+def _pixels(adapter: Adapter) -> int | None:
+    """Image side from the public key modelspec.resolution ("1024x1024"), if the file has it."""
+    side = adapter.metadata.get("modelspec.resolution", "").partition("x")[0]
+    return int(side) if side.isdecimal() else None
 
 
 def _network(model: comfy.model_patcher.ModelPatcher, native: Mapping[str, Tensor], info: ModelInfo) -> torch.nn.Module:
@@ -118,21 +129,16 @@ def _finish(model: comfy.model_base.BaseModel, info: ModelInfo) -> None:
     """What the latent decides on a BaseModel beyond its network: memory per latent pixel, shift, and its own info."""
     model.memory_usage_factor = type(model.model_config).memory_usage_factor * PATCH_OF_ESTIMATE**2 / info.patch_size**2
     model.dcgen = info
-    shift = default_mu(info)
-    if shift is not None and hasattr(model.model_sampling, "set_parameters"):
-        model.model_sampling.set_parameters(shift=shift)
+    if isinstance(model.model_sampling, comfy.model_sampling.ModelSamplingFlux):
+        model.model_sampling.set_parameters(shift=default_mu(info))
 
 
-def default_mu(info: ModelInfo) -> float | None:
-    """The shift that core schedulers use for this model: the checkpoint's own if it has one, else FLUX's 1.15 (None).
+def default_mu(info: ModelInfo) -> float:
+    """The shift that core schedulers use for this model: its rule at the size it was made for.
 
-    Core schedulers cannot know the image size; DCGenScheduler does, and follows the checkpoint's rule.
+    Core schedulers cannot know the image size; DCGenScheduler does.
     """
-    if info.schedule.get("mu") is not None:
-        return float(info.schedule["mu"])
-    if info.schedule.get("shift") is not None:
-        return math.log(info.schedule["shift"])
-    return None
+    return math.log(shift_ratio(tokens=info.native_tokens, channels=info.token_channels, **info.schedule))
 
 
 def lora_patches(adapter: Adapter, patcher: comfy.model_patcher.ModelPatcher) -> dict:
@@ -150,37 +156,35 @@ def lora_patches(adapter: Adapter, patcher: comfy.model_patcher.ModelPatcher) ->
 
 
 def load_flux(
-    weights: Mapping[str, Tensor] | Callable[[], Iterable[dict[str, Tensor]]],
-    config: dict[str, Any],
-    info: ModelInfo,
-    shapes: Mapping[str, Tensor],
-    options: dict[str, Any] | None = None,
+    source: Model, pixels: int | None = None, options: dict[str, Any] | None = None
 ) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL from native-keyed FLUX weights.
+    """A MODEL from FLUX weights on disk in either naming, read a block at a time: nothing is held twice.
 
-    weights: the state dict, or a function that yields it in parts of whole modules (a block at a time: nothing is
-    held twice). shapes: every native key with its tensor (meta tensors do). config: diffusers config of the network.
-    options: dtype, fp8_optimizations as in comfy.sd.load_diffusion_model.
+    source: its latent must be known; pixels: the image side it was made for, if known; options: dtype and
+    fp8_optimizations as in comfy.sd.load_diffusion_model.
     """
-    options = options or {}
-    quantized = any(key.endswith(".comfy_quant") for key in shapes)
+    config, options = source.config, options or {}
+    size = patch_size(FLUX.packed_channels(config), source.latent.channels, str(source.tensors.path))
+    info = ModelInfo(source.latent, size, dict(source.schedule), pixels)
+    plan = list(source.native_entries(source.entries))
+    shapes = meta_tensors(entry for _, entry in plan)
     model_config = comfy.model_detection.model_config_from_unet(dict(shapes), "")
     if model_config is None:
-        raise ValueError("ComfyUI does not take these weights for a FLUX model; the file may be incomplete")
-    p = info.patch_size
+        raise ValueError(f"{source.tensors.path}: ComfyUI does not take these weights for a FLUX model.")
     heads = config["num_attention_heads"]
     model_config.unet_config.update(
         num_heads=heads,
         hidden_size=heads * config["attention_head_dim"],
         axes_dim=list(config["axes_dims_rope"]),
-        in_channels=config["in_channels"] // p**2,
-        out_channels=info.space.channels,
-        patch_size=p,
+        in_channels=source.latent.channels,
+        out_channels=source.latent.channels,
+        patch_size=size,
     )
     model_config.latent_format = latent_format(info.space)
-    _set_dtype(model_config, shapes, options, quantized)
+    _set_dtype(model_config, shapes, options)
     model = model_config.get_model(dict(shapes), "").to(comfy.model_management.unet_offload_device())
-    for part in weights() if callable(weights) else [dict(weights)]:
+    for rules in by_module((rule for rule, _ in plan), lambda rule: rule.native):
+        part = {rule.native: rule.join(source.get) for rule in rules}
         _fill(model.diffusion_model, model_config.process_unet_state_dict(part))
     _finish(model, info)
     kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
@@ -188,14 +192,15 @@ def load_flux(
     return kind(model, load_device=load_device, offload_device=offload)
 
 
-def _set_dtype(model_config: Any, shapes: Mapping[str, Tensor], options: dict[str, Any], quantized: bool) -> None:
+def _set_dtype(model_config: Any, shapes: Mapping[str, Tensor], options: dict[str, Any]) -> None:
     device = comfy.model_management.get_torch_device()
     supported = list(model_config.supported_inference_dtypes)
-    stored = None if quantized else comfy.utils.weight_dtype(shapes)
     dtype = options.get("dtype") or comfy.model_management.unet_dtype(
-        model_params=comfy.utils.calculate_parameters(shapes), supported_dtypes=supported, weight_dtype=stored
+        model_params=comfy.utils.calculate_parameters(shapes),
+        supported_dtypes=supported,
+        weight_dtype=comfy.utils.weight_dtype(shapes),
     )
-    cast = comfy.model_management.unet_manual_cast(None if quantized else dtype, device, supported)
+    cast = comfy.model_management.unet_manual_cast(dtype, device, supported)
     model_config.set_inference_dtype(dtype, cast)
     if options.get("fp8_optimizations"):
         model_config.optimizations["fp8"] = True
@@ -220,6 +225,5 @@ def _fill(network: torch.nn.Module, part: dict[str, Tensor]) -> None:
         path = _module(keys[0])
         tensors = {key[len(path) + 1 :]: part[key] for key in keys}
         missing, unexpected = network.get_submodule(path).load_state_dict(tensors, strict=False)
-        unexpected = [key for key in unexpected if not key.endswith((".comfy_quant", "_scale", "_scale_2"))]
         if missing or unexpected:
             raise ValueError(f"{path}: missing {sorted(missing)[:8]}, unknown {sorted(unexpected)[:8]}")

@@ -10,11 +10,21 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from .weights import Weights
+from ...dcgen.tensors import Tensors
 
 _GROUPS = 32
-_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-_OLD_ATTENTION = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
+# Releases before 2023 say query, key, value and proj_attn.
+_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "proj_attn": "proj_out",
+}
 
 
 def load_kl_vae(folder: Path, config: dict[str, Any]) -> comfy.sd.VAE:
@@ -24,14 +34,14 @@ def load_kl_vae(folder: Path, config: dict[str, Any]) -> comfy.sd.VAE:
         raise ValueError(
             f"{folder}: ComfyUI's f8 VAE takes widths in multiples of {_GROUPS} and of the first, not {widths}"
         )
-    weights = Weights.of_folder(folder)
+    weights = Tensors.open(folder)
     layers = config.get("layers_per_block", 2)
-    tensors = native_keys(weights.read(), len(widths), layers)
-    channels = config["latent_channels"]
+    tensors = native_keys({name: weights.get(name) for name in weights.entries}, len(widths), layers)
+    channels, dtype = config["latent_channels"], tensors["encoder.conv_in.weight"].dtype
     for name, size in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
         # FLUX's VAE has neither; ComfyUI's class has both, so they get the identity.
-        tensors.setdefault(f"{name}.weight", torch.eye(size, dtype=weights.dtype()).reshape(size, size, 1, 1))
-        tensors.setdefault(f"{name}.bias", torch.zeros(size, dtype=weights.dtype()))
+        tensors.setdefault(f"{name}.weight", torch.eye(size, dtype=dtype).reshape(size, size, 1, 1))
+        tensors.setdefault(f"{name}.bias", torch.zeros(size, dtype=dtype))
     sizes = {
         "double_z": True,
         "z_channels": channels,
@@ -58,9 +68,7 @@ def native_keys(tensors: dict[str, Tensor], levels: int, layers: int) -> dict[st
     """diffusers' AutoencoderKL names -> the original ones; attention linears become 1x1 convolutions."""
     heads = {"conv_norm_out": "norm_out", "quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     names: dict[str, str] = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2"}
-    names |= {
-        f"mid_block.attentions.0.{old}": f"mid.attn_1.{new}" for old, new in {**_ATTENTION, **_OLD_ATTENTION}.items()
-    }
+    names |= {f"mid_block.attentions.0.{old}": f"mid.attn_1.{new}" for old, new in _ATTENTION.items()}
     for level in range(levels):
         mirror = levels - 1 - level  # diffusers counts the decoder from the deep end
         names |= {f"down_blocks.{level}.resnets.{i}": f"down.{level}.block.{i}" for i in range(layers)}

@@ -53,11 +53,25 @@ def latent_format(space: LatentSpace) -> comfy.latent_formats.LatentFormat:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a MODEL is sampled in: its latent space, patch size, and the schedule its checkpoint wants."""
+    """What a MODEL is sampled in: its latent space, patch size, the schedule its checkpoint wants (dcgen.schedule),
+    and the image side in pixels it was made for, if known.
+    """
 
     space: LatentSpace
     patch_size: int = 1
     schedule: dict[str, Any] = field(default_factory=lambda: {"rule": "flux"})
+    pixels: int | None = None
+
+    @property
+    def token_channels(self) -> int:
+        """Numbers a token carries: C * p * p."""
+        return self.space.channels * self.patch_size**2
+
+    @property
+    def native_tokens(self) -> int:
+        """Tokens of the image it was made for; the published f32 models are made for 32x32 tokens, others for 64x64."""
+        side = self.space.spatial_factor * self.patch_size
+        return (self.pixels // side if self.pixels else 32 if side == 32 else 64) ** 2
 
 
 def info_of(model: Any) -> ModelInfo:

@@ -48,9 +48,7 @@ def sigmas_for(model: Any, latent: dict[str, Any], steps: int, denoise: float) -
     rows, columns = latent["samples"].shape[2:]
     tokens = (rows // info.patch_size) * (columns // info.patch_size)
     total = steps if denoise >= 1 else int(steps / denoise)
-    # A patch holds p*p latent pixels: FLUX.2's rule counts what one token carries.
-    channels = info.space.channels * info.patch_size**2
-    return schedule(total, tokens=tokens, channels=channels, **info.schedule)[-(steps + 1) :]
+    return schedule(total, tokens=tokens, channels=info.token_channels, **info.schedule)[-(steps + 1) :]
 
 
 def sample(

@@ -17,7 +17,7 @@ import torch
 import transformers
 from comfy.sd1_clip import SDClipModel, SDTokenizer
 
-from .weights import Weights
+from ...dcgen.tensors import Tensors
 
 # transformers' names for the activations that ComfyUI's encoders have.
 _ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
@@ -33,16 +33,28 @@ def load_flux_text(release: Path, index: dict[str, Any]) -> comfy.sd.CLIP:
     tokenizers = [_tokenizer(release / name, index.get(name)) for name in ("tokenizer", "tokenizer_2")]
     configs = [_config(release / name, kind) for name, kind in (("text_encoder", "clip"), ("text_encoder_2", "t5"))]
     _check_clip_end(configs[0], tokenizers[0], release)
-    weights = [Weights.of_folder(release / name) for name in ("text_encoder", "text_encoder_2")]
+    weights = [Tensors.open(release / name) for name in ("text_encoder", "text_encoder_2")]
     target = comfy.supported_models_base.ClipTarget(_tokenizer_class(tokenizers), _model_class(configs, tokenizers))
-    target.params = {"dtypes": [files.dtype() for files in weights]}
-    size = sum(tensor.numel() for files in weights for tensor in files.shapes.values())
+    target.params = {"dtypes": [_dtype(files) for files in weights]}
+    size = sum(tensor.numel() for files in weights for tensor in files.meta().values())
     embeddings = folder_paths.get_folder_paths("embeddings")
     clip = comfy.sd.CLIP(target, embedding_directory=embeddings, parameters=size)
     model = clip.cond_stage_model
-    _fill(model.clip_l.transformer, _clip_keys(weights[0].read()), release / "text_encoder")
-    _fill(model.t5xxl.transformer, _t5_keys(weights[1].read()), release / "text_encoder_2")
+    _fill(model.clip_l.transformer, _clip_keys(_read(weights[0])), release / "text_encoder")
+    _fill(model.t5xxl.transformer, _t5_keys(_read(weights[1])), release / "text_encoder_2")
     return clip
+
+
+def _dtype(weights: Tensors) -> torch.dtype:
+    """The dtype most numbers are stored in."""
+    sizes: dict[torch.dtype, int] = {}
+    for entry in weights.entries.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _read(weights: Tensors) -> dict[str, torch.Tensor]:
+    return {name: weights.get(name) for name in weights.entries}
 
 
 def _tokenizer(folder: Path, entry: list[str] | None) -> transformers.PreTrainedTokenizerBase:

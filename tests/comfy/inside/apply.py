@@ -8,7 +8,7 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
-from flux import bridge, cases, release_of
+from flux import bridge, cases, load_model
 
 
 def adapters(pack):
@@ -17,7 +17,7 @@ def adapters(pack):
 
 def _load(pack, params):
     flux = bridge(pack, "flux")
-    base = bridge(pack, "release").load_model(release_of(pack, params["release"]))
+    base = load_model(pack, params["release"])
     adapter = adapters(pack).load_adapter(params["adapter"])
     return flux, base, adapter
 
@@ -63,9 +63,8 @@ def alternate(pack, tensors, params):
         model, inputs = models[name]
         out |= cases(inputs, model, f"{turn}-{name}-")
     weights = [dict(model.model.state_dict()) for model in (deep, base)]
-    borrowed = [
-        key for key in weights[0] if not key.startswith(("diffusion_model.img_in", "diffusion_model.final_layer"))
-    ]
+    own = ("diffusion_model.img_in", "diffusion_model.final_layer")
+    borrowed = [key for key in weights[0] if key.startswith("diffusion_model.") and not key.startswith(own)]
     shared = all(weights[0][key].data_ptr() == weights[1][key].data_ptr() for key in borrowed)
     keys = set(deep.model.state_dict()) == set(base.model.state_dict())
     return out, {
@@ -165,7 +164,7 @@ def refusals(pack, tensors, params):
         except ValueError as error:
             said[name] = str(error)
 
-    other = bridge(pack, "release").load_model(release_of(pack, params["other"]))
+    other = load_model(pack, params["other"])
     deep = flux.apply_adapter(base, adapter, 1.0)
     attempt("merged model", lambda: flux.apply_adapter(other, adapter, 1.0))
     attempt("twice", lambda: flux.apply_adapter(deep, adapter, 1.0))

@@ -1,11 +1,11 @@
 """Run inside ComfyUI: our loaders and DCGenApply, asked for plain tensors."""
 
 import importlib
+import json
 from pathlib import Path
 
 import comfy.model_management
 import folder_paths
-import torch
 
 
 def bridge(pack, name):
@@ -15,7 +15,12 @@ def bridge(pack, name):
 def release_of(pack, folder):
     folder = Path(folder)
     folder_paths.add_model_folder_path("diffusers", str(folder.parent))
-    return bridge(pack, "release").open_release(folder.name)
+    return folder
+
+
+def load_model(pack, folder, weight_dtype="default"):
+    release = bridge(pack, "release")
+    return release.load_model(release_of(pack, folder).name, weight_dtype, release.FROM_FILE)
 
 
 def velocity(patcher, x, sigma, context, pooled, guidance):
@@ -39,28 +44,35 @@ def cases(tensors, patcher, prefix=""):
     return out
 
 
-def text(pack, tensors, params):
+def everything(pack, tensors, params):
+    """Text, velocities and the f8 autoencoder of several releases in one process: the start costs more than the work."""
+    out, facts = {}, {}
+    for name, folder in params["releases"].items():
+        found = text(pack, folder, params["prompts"])
+        inputs = {key.split("/", 1)[1]: value for key, value in tensors.items() if key.startswith(f"{name}/")}
+        patcher = load_model(pack, folder)
+        found |= cases({key: value for key, value in inputs.items() if "/" in key}, patcher)
+        info = patcher.model.dcgen
+        facts[name] = {
+            "channels": patcher.model.latent_format.latent_channels,
+            "factor": info.space.spatial_factor,
+            "scaling": patcher.model.latent_format.scale_factor,
+            "memory": patcher.model.memory_usage_factor,
+            "schedule": info.schedule,
+        }
+        if "z" in inputs:
+            vae = bridge(pack, "release").load_vae(release_of(pack, folder))
+            found |= {"image": vae.decode(inputs["z"]), "z": vae.encode(inputs["pixels"])}
+        out |= {f"{name}/{key}": value for key, value in found.items()}
+    return out, facts
+
+
+def text(pack, folder, prompts):
     """Embeddings of each prompt from the release's CLIP, as core's CLIPTextEncode makes them."""
-    release = release_of(pack, params["release"])
-    clip = bridge(pack, "text").load_flux_text(release.path, release.index)
+    folder = release_of(pack, folder)
+    clip = bridge(pack, "text").load_flux_text(folder, json.loads((folder / "model_index.json").read_text()))
     out = {}
-    for i, prompt in enumerate(params["prompts"]):
+    for i, prompt in enumerate(prompts):
         ((cond, extra),) = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-        out[f"{i}/context"], out[f"{i}/pooled"] = cond, extra["pooled_output"]
-    return out, {}
-
-
-def release_velocity(pack, tensors, params):
-    patcher = bridge(pack, "release").load_model(release_of(pack, params["release"]))
-    fmt = patcher.model.latent_format
-    return cases(tensors, patcher), {
-        "channels": fmt.latent_channels,
-        "factor": patcher.model.dcgen.space.spatial_factor,
-        "scaling": fmt.scale_factor,
-        "memory": patcher.model.memory_usage_factor,
-    }
-
-
-def kl_vae(pack, tensors, params):
-    vae = bridge(pack, "release").load_vae(release_of(pack, params["release"]))
-    return {"image": vae.decode(tensors["z"]), "z": vae.encode(tensors["image"])}, {"device": str(torch.device("cpu"))}
+        out[f"context{i}"], out[f"pooled{i}"] = cond, extra["pooled_output"]
+    return out
