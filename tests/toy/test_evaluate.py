@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from train.evaluate import Evaluator, Judge, frechet, load_evaluator
 from train.toy.pictures import Pair
 

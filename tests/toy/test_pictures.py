@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from train.files import read_json
 from train.toy.pictures import SIZE, Pair, ToyPictures
 

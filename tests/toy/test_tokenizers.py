@@ -1,6 +1,7 @@
 """The toy's tokenizers: every caption word is one token, nothing is unknown, both load again from disk."""
 
 import pytest
+
 from train.toy.tokenizers import CLIP_TOKENS, T5_TOKENS, bpe_merges, save_clip_tokenizer, save_t5_tokenizer
 
 CAPTIONS = ["robot on a blue background", "dog face on a red background", "boat on a green background"]

@@ -1,0 +1,98 @@
+"""The stages that make the toy's base, on a VAE and a transformer of a few kilobytes."""
+
+import pytest
+import torch
+
+from train.batches import BatchPlan
+from train.config import parse_recipe
+from train.distributed import Ranks
+from train.run import make_stage, run_recipe
+from train.stages.tiny import tiny_kl
+
+STEPS = {"steps": 2, "batch": 3}
+
+
+@pytest.fixture(scope="module")
+def recipe(root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_kl().save_pretrained(folder / "kl")
+    data = str(root / "toy" / "data")
+    transformer = {
+        "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
+        "num_attention_heads": 2, "axes_dims_rope": [4, 6, 6], "guidance_embeds": True,
+    }  # fmt: skip
+    kl = str(folder / "kl")
+    cache = {"base": "text/release", "teacher": kl, "autoencoder": kl, "store": "float32"}
+    text = {"data": data, "vae": kl, "width": 32, "layers": 1, "transformer": transformer}
+    stages = {
+        "text": {**text, "steps": 150, "batch": 64, "optimizer": {"lr": 5e-3}, "log_every": 1},
+        "cache": {**cache, "data": {"type": "toy", "path": data, "variants": 1}},
+        "pretrain": {**STEPS, "base": "text/release", "autocast": False, "ema": 0.5},
+        "distill": {**STEPS, "base": "pretrain/release", "autocast": False},
+    }
+    made = parse_recipe({"name": "t", "output": str(folder / "run"), "device": "cpu", "stages": stages})
+    run_recipe(made)
+    return made
+
+
+def test_text_encoders_tell_captions_apart(recipe):
+    last = (recipe.folder / "text" / "log.csv").read_text().splitlines()
+    named = dict(zip(last[0].split(","), map(float, last[-1].split(",")), strict=True))
+    assert named["clip_right"] == 1
+    assert named["t5_right"] == 1
+
+
+def test_the_release_is_one_that_diffusers_opens(recipe):
+    import diffusers
+
+    pipe = diffusers.FluxPipeline.from_pretrained(recipe.folder / "distill" / "release")
+    how = {"height": 64, "width": 64, "num_inference_steps": 1, "max_sequence_length": 16, "output_type": "pt"}
+    assert pipe("star on a red background", **how).images.shape == (1, 3, 64, 64)
+    assert pipe.tokenizer_2.model_max_length == 16
+
+
+def test_pretraining_changes_the_transformer_and_nothing_else(recipe):
+    before, after = recipe.folder / "text" / "release", recipe.folder / "pretrain" / "release"
+    files = {p.relative_to(before) for p in before.rglob("*") if p.is_file()}
+    assert files == {p.relative_to(after) for p in after.rglob("*") if p.is_file()}
+    changed = {f.as_posix() for f in files if (before / f).read_bytes() != (after / f).read_bytes()}
+    assert "transformer/diffusion_pytorch_model.safetensors" in changed
+    assert changed <= {"transformer/diffusion_pytorch_model.safetensors", "transformer/config.json"}
+
+
+@pytest.mark.parametrize("w", [0.0, 2.5])
+def test_distillation_starts_from_the_distance_to_cfg(recipe, w):
+    # At its start the student is its teacher. Fed g = 1 (w = 0) it has nothing to learn; fed g = 1 + w its loss is
+    # the distance between its own output at g and Eq. 4 of its outputs at g = 1.
+    changed = recipe.stages["distill"].model_copy(update={"w": (w, w)})
+    stage = make_stage(recipe.model_copy(update={"stages": {**recipe.stages, "distill": changed}}), "distill",
+                       Ranks(0, 1, torch.device("cpu")))  # fmt: skip
+    model = stage.setup()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():  # a fresh network hardly heeds its text and guidance
+            parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
+    stage.teacher.load_state_dict(model.state_dict())
+    batch = BatchPlan(stage.buckets(), 3, 0).micro_batches(0, rank=0, world=1, accumulate=1, device=stage.device)[0]
+    loss, _ = stage.loss(batch)
+    if w == 0:
+        assert loss.item() < 1e-10
+        return
+    x0 = stage.cache.latents(batch.indices, "teacher")
+    noise = batch.normal("noise", x0.shape[1:])
+    sigma = stage.config.objective.timesteps.draw(batch, 256, 4)
+    x = x0 + sigma.reshape(-1, 1, 1, 1) * (noise - x0)
+    text = stage.cache.text(stage.cache.caption_numbers(batch.indices))
+    empty = {name: value.expand(3, *value.shape[1:]) for name, value in stage.cache.text([0]).items()}
+    drop = batch.uniform("drop") < stage.config.objective.caption_dropout
+    text = {name: torch.stack([e if d else t for d, e, t in zip(drop, empty[name], value, strict=True)])
+            for name, value in text.items()}  # fmt: skip
+
+    def v(cond, g):
+        return stage.backbone.velocity(model, x, sigma, cond, torch.full((3,), g))
+
+    with torch.no_grad():
+        target = v(empty, 1.0) + (1 + w) * (v(text, 1.0) - v(empty, 1.0))
+        expected = (v(text, 1 + w) - target).square().mean()
+    assert expected > 1e-4
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=0)
