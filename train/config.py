@@ -55,7 +55,16 @@ class StageConfig(Strict):
 
 
 # Fields that may change between a run and its resumption without changing what is computed.
-FREE_FIELDS = {"steps", "checkpoint_every", "keep_checkpoints", "log_every", "preview_every", "shard", "accumulate"}
+FREE_FIELDS = {
+    "steps",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "preview_every",
+    "shard",
+    "accumulate",
+    "architecture",
+}
 
 
 class Recipe(Strict):
@@ -66,6 +75,8 @@ class Recipe(Strict):
     seed: int = Field(0, ge=0)
     output: str = Field("", description="run folder; default runs/<name>")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    ranks: int = Field(1, ge=1, description="processes --dry-run plans for; the run takes what torchrun gives")
+    memory_gb: float | None = Field(None, gt=0, description="of one rank's device; --dry-run refuses what needs more")
     defaults: dict[str, Any] = {}
     stages: dict[str, Any] = Field(description="stage name -> its config, a subclass of StageConfig")
 

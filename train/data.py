@@ -66,6 +66,7 @@ class Files(Strict):
     path: str
     pixels: int = Field(512, ge=32, description="side of the square whose area a training picture has")
     multiple: int = Field(64, ge=1, description="sides are multiples of this (f * patch of both models)")
+    planned: int | None = Field(None, ge=1, description="number of pictures to expect, for --dry-run alone")
     ratios: tuple[float, ...] = Field((1.0,), description="aspect buckets, H/W; 1.0 alone = squares")
 
 

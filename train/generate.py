@@ -14,7 +14,7 @@ from dcgen import schedule
 from dcgen.adapter import load_adapter, merge
 from train.autoencoders import Autoencoder, load_autoencoder
 from train.files import read_json
-from train.models import base_backbone, fresh_ends, load_network, replace_ends
+from train.models import base_backbone, base_patch_size, fresh_ends, load_network, replace_ends
 from train.sample import euler, seeded_noise
 from train.text import load_text
 
@@ -90,12 +90,6 @@ class Pipeline:
         """(B,3,H,W) in -1..1; one prompt and one seed per picture; `how` as for latents()."""
         latents = self.latents(prompts, seeds, height, width, **how)
         return self.autoencoder.decode(self.autoencoder.space.denormalize(latents))
-
-
-def base_patch_size(config: dict[str, Any], channels: int) -> int:
-    """Patch size of a base network on its own latent, from the width of its embedder's input."""
-    packed = config["in_channels"] // channels
-    return round(packed**0.5) if packed > 1 else int(config.get("patch_size", 1))
 
 
 def base_schedule(base: Path) -> dict[str, Any]:

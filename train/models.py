@@ -36,6 +36,12 @@ def base_backbone(base: str | Path) -> tuple[Backbone, dict[str, Any]]:
     raise ValueError(f"{path}: class {found!r} is no backbone known here; known: {known}")
 
 
+def base_patch_size(config: dict[str, Any], channels: int) -> int:
+    """Patch size of a base network on its own latent, from the width of its embedder's input."""
+    packed = config["in_channels"] // channels
+    return round(packed**0.5) if packed > 1 else int(config.get("patch_size", 1))
+
+
 def load_network(base: str | Path, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     """The frozen diffusers network of a release."""
     backbone, _ = base_backbone(base)

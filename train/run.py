@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from train import distributed
 from train.cache import CacheError
 from train.checkpoint import CheckpointError, differences
@@ -21,7 +23,7 @@ from train.loop import NonFinite, Stopped, train_stage
 from train.stages import stage_class
 from train.stages.base import Context, Stage, stage_of
 
-WATCH_FIELDS = {"checkpoint_every", "keep_checkpoints", "log_every", "preview_every", "shard"}
+WATCH_FIELDS = {"checkpoint_every", "keep_checkpoints", "log_every", "preview_every", "shard", "architecture"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,23 +104,26 @@ def run_stage(recipe: Recipe, stage: Stage, ranks: Ranks) -> dict[str, Any]:
 
 
 def dry_run(recipe: Recipe) -> int:
-    """Print the plan without loading weights; exit code 1 when a stage could not run."""
-    print(f"{recipe.name}: {recipe.about}\n  output {recipe.folder}, seed {recipe.seed}")
-    ranks = Ranks(0, 1, distributed.torch.device("cpu"))
+    """Print the plan without loading weights; exit code 1 when a setting cannot work.
+
+    Folders which are not there yet are listed, not refused: a plan is made before the download.
+    """
+    print(
+        f"{recipe.name}: {recipe.about}\n  output {recipe.folder}, seed {recipe.seed}, planned for {recipe.ranks} ranks"
+    )
     failed = False
     for name, config in recipe.stages.items():
-        stage = make_stage(recipe, name, ranks)
+        stage = make_stage(recipe, name, Ranks(0, 1, torch.device("cpu")))
         state = "done" if (stage.folder / "done.json").exists() else "to do"
-        print(
-            f"{name} ({config.kind}, {state}): {config.steps} steps of {config.batch}, AdamW lr {config.optimizer.lr:g}"
-            if config.steps
-            else f"{name} ({config.kind}, {state})"
-        )
+        steps = f": {config.steps} steps of {config.batch}, AdamW lr {config.optimizer.lr:g}" if stage.trains else ""
+        print(f"{name} ({config.kind}, {state}){steps}")
         for line in stage.describe_plan():
             print(f"  {line}")
         for problem in stage.check():
+            print(f"  needed before it runs: {problem}")
+        for problem in stage.check_plan():
             failed = True
-            print(f"  cannot run: {problem}")
+            print(f"  refused: {problem}")
     return int(failed)
 
 

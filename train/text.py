@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,36 @@ class FluxText:
         return batch.input_ids.to(self.device)
 
 
-ENCODERS: dict[str, Callable[..., TextEncoder]] = {"flux": FluxText}
+class SanaText:
+    """Gemma's hidden states through SanaPipeline's own encode_prompt: instruction before a prompt, none before ""."""
+
+    def __init__(self, base: Path, device: torch.device | str, dtype: torch.dtype, tokens: int | None) -> None:
+        from diffusers import SanaPipeline
+
+        parts = {"tokenizer": _load(base, "tokenizer"), "text_encoder": _load(base, "text_encoder", dtype).to(device)}
+        self.pipeline = SanaPipeline(**parts, vae=None, transformer=None, scheduler=None)
+        self.instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+        self.device = device
+        self.tokens = tokens or 300
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """prompt_embeds (B,T,D) and mask (B,T), float32."""
+        rows = [self._encode(caption) for caption in captions]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    def _encode(self, caption: str) -> dict[str, Tensor]:
+        embeds, mask, _, _ = self.pipeline.encode_prompt(
+            caption,
+            do_classifier_free_guidance=False,
+            device=self.device,
+            max_sequence_length=self.tokens,
+            complex_human_instruction=self.instruction if caption else None,
+        )
+        return {"prompt_embeds": embeds.float(), "mask": mask.float()}
+
+
+ENCODERS: dict[str, Callable[..., TextEncoder]] = {"flux": FluxText, "sana": SanaText}
 
 
 def _load(base: Path, part: str, dtype: torch.dtype | None = None) -> Any:

@@ -16,6 +16,7 @@ from train.cache import Cache
 from train.config import Optimizer, StageConfig
 from train.files import write_json, write_tensors
 from train.models import base_backbone, embedder_only, fresh_ends, network_class, without_blocks
+from train.plan import plan_align
 from train.stages.base import Stage, complaints
 
 
@@ -24,6 +25,7 @@ class AlignStage(Stage):
 
     class Config(StageConfig):
         base: str = Field(description="release folder of the base model")
+        architecture: str = Field("", description="published base that --dry-run assumes while the folder is absent")
         cache: str = Field("cache", description="cache stage or folder")
         patch_size: int = Field(1, ge=1, description="of the new model; DC-Gen's is 1")
         solver: Literal["closed-form", "adamw"] = Field("closed-form", description="adamw is what the paper ran")
@@ -42,8 +44,12 @@ class AlignStage(Stage):
             return []
         return complaints(base_backbone, self.context.resolve(self.config.base))
 
+    @property
+    def trains(self) -> bool:
+        return self.config.solver == "adamw"
+
     def describe_plan(self) -> list[str]:
-        return [f"solver {self.config.solver}, resampling {self.config.resample}; trains the embedder alone (Eq. 1)"]
+        return plan_align(self.context, self.config)
 
     def setup(self) -> nn.Module | None:
         self.cache = Cache(self.context.resolve(self.config.cache))

@@ -73,9 +73,18 @@ class Stage:
         """Problems that can be seen without computing (missing files, wrong geometry); empty = fine."""
         return []
 
+    def check_plan(self) -> list[str]:
+        """What --dry-run refuses on top of check(): settings that cannot fit in memory. Loads no weights."""
+        return []
+
     def describe_plan(self) -> list[str]:
         """Lines for --dry-run: token counts, what trains and how much, disk and memory. Loads no weights."""
         return []
+
+    @property
+    def trains(self) -> bool:
+        """Whether optimizer steps are taken."""
+        return self.config.steps > 0
 
     def setup(self) -> nn.Module | None:
         """Load everything; return the module whose parameters with requires_grad=True are to be trained."""

@@ -18,6 +18,7 @@ from train.config import StageConfig
 from train.data import DataConfig, open_source
 from train.files import digest_json
 from train.models import base_backbone
+from train.plan import plan_cache
 from train.stages.base import Context, Stage, complaints
 from train.text import load_text, text_identity
 
@@ -27,6 +28,7 @@ class CacheStage(Stage):
 
     class Config(StageConfig):
         base: str = Field(description="release folder of the base model (diffusers layout)")
+        architecture: str = Field("", description="published base that --dry-run assumes while the folder is absent")
         autoencoder: str = Field(description="folder of the new autoencoder (student)")
         teacher: str = Field("", description="folder of the base's own autoencoder; default BASE/vae")
         data: DataConfig
@@ -55,24 +57,7 @@ class CacheStage(Stage):
         return problems
 
     def describe_plan(self) -> list[str]:
-        try:
-            teacher, student = latent_space(self.teacher), latent_space(self.student)
-            source = open_source(self.config.data, self.context.resolve(self.config.data.path))
-        except (OSError, ValueError) as error:
-            return [f"data not readable yet: {error}"]
-        captions = len({source.caption(i) for i in range(len(source))}) + 1
-        width = 4 if self.config.store == "float32" else 2
-        values = 0
-        for index in range(len(source)):
-            height, breadth = source.size(index)
-            values += sum(
-                s.channels * (height // s.spatial_factor) * (breadth // s.spatial_factor) for s in (teacher, student)
-            )
-        return [
-            f"{len(source)} pictures, {captions} captions; latents {values * width / 1e6:.1f} MB on disk",
-            f"teacher {teacher.name} f{teacher.spatial_factor}c{teacher.channels}, "
-            f"student {student.name} f{student.spatial_factor}c{student.channels}",
-        ]
+        return plan_cache(self.context, self.config)
 
     def setup(self) -> None:
         self.source = open_source(self.config.data, self.context.resolve(self.config.data.path))

@@ -24,8 +24,8 @@ class FinetuneStage(MovedStage):
 
     config: Config
 
-    def describe_plan(self) -> list[str]:
-        return [f"trains LoRA r={self.config.rank} alpha={self.config.alpha:g}, embedder and head (Eq. 7 or Eq. 2)"]
+    def lora_rank(self) -> int:
+        return self.config.rank
 
     def prepare(self) -> None:
         # first: peft freezes everything but its own matrices

@@ -21,6 +21,7 @@ from train.config import Optimizer, StageConfig
 from train.lora import lora_pairs
 from train.models import base_backbone, fresh_ends, load_network, read_tensors, replace_ends
 from train.objective import Objective, objective_loss
+from train.plan import plan_moved
 from train.sample import euler, grid, seeded_noise
 from train.stages.base import Stage, complaints
 from train.text import TextEncoder, load_text
@@ -32,6 +33,7 @@ class MovedConfig(StageConfig):
     """Shared by head and finetune."""
 
     base: str = Field(description="release folder of the base model")
+    architecture: str = Field("", description="published base that --dry-run assumes while the folder is absent")
     autoencoder: str = Field("", description="folder of the new autoencoder; needed for previews")
     cache: str = Field("cache", description="cache stage or folder")
     objective: Objective = Objective()
@@ -57,6 +59,16 @@ class MovedStage(Stage):
         if self.context.pending(self.config.base):
             return []
         return complaints(base_backbone, self.context.resolve(self.config.base))
+
+    def describe_plan(self) -> list[str]:
+        return plan_moved(self.context, self.config, self.lora_rank())[0]
+
+    def check_plan(self) -> list[str]:
+        return plan_moved(self.context, self.config, self.lora_rank())[1]
+
+    def lora_rank(self) -> int:
+        """Rank of the LoRA that trains; 0 = none."""
+        return 0
 
     def setup(self) -> nn.Module:
         c = self.config
@@ -217,9 +229,6 @@ class HeadStage(MovedStage):
         head_init: Literal["xavier", "zero"] = Field("xavier", description="released code: xavier-uniform")
 
     config: Config
-
-    def describe_plan(self) -> list[str]:
-        return ["trains embedder and head, backbone frozen (Eq. 7 or Eq. 2)"]
 
     def prepare(self) -> None:
         if self.config.head_init == "zero":

@@ -24,7 +24,7 @@ class TinyStage(Stage):
     """Writes FOLDER/release (diffusers layout), FOLDER/dc-ae (f16) and FOLDER/pictures, all random from the seed."""
 
     class Config(StageConfig):
-        backbone: Literal["flux"] = "flux"
+        backbone: Literal["flux", "sana"] = "flux"
         pictures: int = Field(12, ge=1)
         guidance_embeds: bool = Field(True, description="whether the base takes a guidance scale (is distilled)")
 
@@ -72,7 +72,38 @@ def tiny_flux(folder: Path, config: TinyStage.Config) -> None:
     write_json(folder / "model_index.json", {"_class_name": "FluxPipeline", "_diffusers_version": "0.36.0", **parts})
 
 
-NETWORKS: dict[str, Callable[[Path, Any], None]] = {"flux": tiny_flux}
+def tiny_sana(folder: Path, config: TinyStage.Config) -> None:
+    """A SANA release on an f8 DC-AE: 2 x 16-wide heads, two blocks."""
+    import diffusers
+
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=8,
+        out_channels=8,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=24,
+        sample_size=8,
+        qk_norm="rms_norm_across_heads",
+    )
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    transformer.save_pretrained(folder / "transformer")
+    tiny_dcae(stages=4).save_pretrained(folder / "vae")
+    diffusers.DPMSolverMultistepScheduler(
+        flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction"
+    ).save_pretrained(folder / "scheduler")
+    _tiny_gemma(folder)
+    parts = {"transformer": ["diffusers", "SanaTransformer2DModel"], "vae": ["diffusers", "AutoencoderDC"]}
+    parts |= {"scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}
+    parts |= {"text_encoder": ["transformers", "Gemma2Model"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"]}
+    write_json(folder / "model_index.json", {"_class_name": "SanaPipeline", "_diffusers_version": "0.36.0", **parts})
+
+
+NETWORKS: dict[str, Callable[[Path, Any], None]] = {"flux": tiny_flux, "sana": tiny_sana}
 
 
 def tiny_kl() -> Any:
@@ -94,21 +125,24 @@ def tiny_kl() -> Any:
     )
 
 
-def tiny_dcae() -> Any:
-    """An f16 AutoencoderDC with 8 latent channels and one attention stage."""
+def tiny_dcae(stages: int = 5) -> Any:
+    """An AutoencoderDC of f = 2^(stages-1) with 8 latent channels and one attention stage."""
     import diffusers
 
+    kinds = ("ResBlock",) * (stages - 1) + ("EfficientViTBlock",)
+    widths = (8,) * (stages - 1) + (16,)
+    scales = ((),) * (stages - 1) + ((5,),)
     return diffusers.AutoencoderDC(
         latent_channels=8,
         attention_head_dim=8,
-        encoder_block_types=("ResBlock",) * 4 + ("EfficientViTBlock",),
-        decoder_block_types=("ResBlock",) * 4 + ("EfficientViTBlock",),
-        encoder_block_out_channels=(8, 8, 8, 8, 16),
-        decoder_block_out_channels=(8, 8, 8, 8, 16),
-        encoder_layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1, 1),
-        encoder_qkv_multiscales=((), (), (), (), (5,)),
-        decoder_qkv_multiscales=((), (), (), (), (5,)),
+        encoder_block_types=kinds,
+        decoder_block_types=kinds,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=(1,) * stages,
+        decoder_layers_per_block=(1,) * stages,
+        encoder_qkv_multiscales=scales,
+        decoder_qkv_multiscales=scales,
         downsample_block_type="pixel_unshuffle",
         upsample_block_type="pixel_shuffle",
         scaling_factor=0.5,
@@ -143,6 +177,26 @@ def _tiny_t5(folder: Path) -> None:
     )
     T5EncoderModel(config).save_pretrained(folder / "text_encoder_2")
     tokenizer.save_pretrained(folder / "tokenizer_2")
+
+
+def _tiny_gemma(folder: Path) -> None:
+    from transformers import Gemma2Config, Gemma2Model
+
+    tokenizer = _word_tokenizer(16)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=12,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
+    )
+    Gemma2Model(config).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
 
 
 def _word_tokenizer(length: int) -> Any:

@@ -1,0 +1,296 @@
+"""What a run will cost, worked out from configs alone: tokens, parameters, memory per rank, disk. For --dry-run."""
+# B batch per rank and micro-batch, N tokens (picture and text), D width, L blocks, r rank
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dcgen.backbones import BACKBONES, Backbone
+from dcgen.latent import SPACES, LatentSpace
+from train.architectures import ARCHITECTURES
+from train.autoencoders import latent_space
+from train.config import nearest
+from train.models import base_backbone, base_patch_size, network_class
+from train.stages.base import Context
+
+# Bytes kept for backward in one block, in units of B*N*D values: inputs and outputs of norms, q, k, v, attention,
+# both MLP sides. Counted over FLUX's double block; within a factor of 1.3 for single and SANA blocks.
+ACTIVATIONS = 34
+SLACK = 1.15  # allocator and temporary buffers
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Base and new model at one picture size."""
+
+    backbone: Backbone
+    config: dict[str, Any]
+    source: LatentSpace
+    target: LatentSpace
+    source_patch: int
+    target_patch: int
+    text_tokens: int
+
+    def tokens(self, pixels: int) -> tuple[int, int]:
+        """Picture tokens of the base and of the new model."""
+        old = self.backbone.tokens(pixels, pixels, self.source.spatial_factor, self.source_patch)
+        return old, self.backbone.tokens(pixels, pixels, self.target.spatial_factor, self.target_patch)
+
+    @property
+    def moved(self) -> dict[str, Any]:
+        return self.backbone.config_with_latent(self.config, self.target.channels, self.target_patch)
+
+
+def geometry(context: Context, base: str, autoencoder: str, architecture: str, patch_size: int) -> Geometry | str:
+    """The geometry of a stage, from its folders or, where absent, from a published architecture; else why not."""
+    folder, student = context.resolve(base), context.resolve(autoencoder)
+    published = ARCHITECTURES.get(architecture)
+    if architecture and published is None:
+        return f"architecture {architecture!r} is unknown{nearest(architecture, ARCHITECTURES)}"
+    if (folder / "transformer" / "config.json").is_file():
+        backbone, config = base_backbone(folder)
+        source, text = latent_space(folder / "vae"), published.text[0] if published else 0
+        source_patch = base_patch_size(config, source.channels)
+    elif published is not None:
+        backbone, config, source = BACKBONES[published.backbone], published.config, SPACES[published.latent]
+        source_patch, text = published.patch_size, published.text[0]
+    else:
+        return f"{folder} is not there yet; name `architecture` to plan without it"
+    target = _student_space(student, published.latent if published and student == folder / "vae" else "")
+    if target is None:
+        return f"{student} is not there and its name is no published autoencoder{nearest(student.name, SPACES)}"
+    return Geometry(backbone, config, source, target, source_patch, patch_size, text)
+
+
+def _student_space(folder: Path, fallback: str) -> LatentSpace | None:
+    if (folder / "config.json").is_file():
+        return latent_space(folder)
+    name = folder.name.removesuffix("-diffusers")
+    return SPACES.get(name) or SPACES.get(fallback)
+
+
+@lru_cache(maxsize=16)
+def _meta(backbone: str, items: tuple[tuple[str, Any], ...]) -> nn.Module:
+    with torch.device("meta"):
+        return network_class(BACKBONES[backbone]).from_config(dict(items))
+
+
+def network(backbone: Backbone, config: dict[str, Any]) -> nn.Module:
+    """The network without memory (meta device)."""
+    items = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    return _meta(backbone.name, tuple(sorted(items.items())))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters: all, embedder and head, LoRA; number of blocks; width."""
+
+    total: int
+    ends: int
+    lora: int
+    blocks: int
+    width: int
+
+
+def count(geo: Geometry, rank: int) -> Counts:
+    """Parameter counts of the moved model, exact."""
+    model = network(geo.backbone, geo.moved)
+    ends = sum(
+        p.numel() for path in (geo.backbone.embedder, geo.backbone.head) for p in model.get_submodule(path).parameters()
+    )
+    targets = [re.compile(pattern) for pattern in geo.backbone.lora_targets]
+    lora = 0
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and any(target.fullmatch(name) for target in targets):
+            lora += rank * (weight.shape[0] + weight[0].numel())
+    total = sum(p.numel() for p in model.parameters())
+    width = model.get_submodule(geo.backbone.embedder).weight.shape[0]
+    return Counts(total, ends, lora, len(geo.backbone.blocks(model)), width)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one rank holds in a training stage."""
+
+    weights: int  # values in the frozen network
+    trained: int  # values trained
+    tokens: int  # picture and text
+    rows: int  # samples in one micro-batch of one rank
+    blocks: int
+    width: int
+    frozen_bytes: int  # per value
+    ema: bool
+    checkpointing: bool
+    passes: int  # forward passes whose activations are kept (Eq. 7 with both gradients: 2)
+    shards: int
+
+    def gigabytes(self) -> dict[str, float]:
+        """Memory of one rank in GB by use; an estimate."""
+        state = 4 + 4 + 8 + (4 if self.ema else 0)  # weight, gradient, AdamW's two moments, EMA in float32
+        kept = self.rows * self.tokens * self.width
+        one = ACTIVATIONS * kept * self.passes
+        activations = one * self.blocks
+        if self.checkpointing:
+            activations = one + self.passes * 2 * kept * self.blocks
+        return {
+            "frozen weights": self.frozen_bytes * self.weights / self.shards / 1e9,
+            "trained, gradients, AdamW, EMA": state * self.trained / self.shards / 1e9,
+            "activations": SLACK * activations * (self.frozen_bytes / 2) / 1e9,
+        }
+
+    def total(self) -> float:
+        """GB of one rank."""
+        return sum(self.gigabytes().values())
+
+
+def remedy(load: Load, limit: float, changes: list[tuple[str, Load]]) -> str | None:
+    """None when a load fits in `limit` GB; else the first change (or all before it together) that would make it fit."""
+    if load.total() <= limit:
+        return None
+    said = f"needs about {load.total():.0f} GB a rank, memory_gb is {limit:g}"
+    for words, other in changes:
+        if other.total() <= limit:
+            return f"{said}; set {words} (about {other.total():.0f} GB)"
+    return f"{said}; no setting here makes it fit: use more ranks with shard: 0, a smaller picture or a smaller rank"
+
+
+def plan_cache(context: Context, config: Any) -> list[str]:
+    """Lines on a cache stage: pictures, captions, disk."""
+    geo = geometry(context, config.base, config.autoencoder, config.architecture, 1)
+    if isinstance(geo, str):
+        return [geo]
+    pixels, pictures = pixels_of(config.data), pictures_of(context, config.data)
+    width = 4 if config.store == "float32" else 2
+    spaces = {geo.source, geo.target}
+    values = sum(s.channels * (pixels // s.spatial_factor) ** 2 for s in spaces)
+    lines = [f"teacher {_space(geo.source)}, student {_space(geo.target)}, {pixels}x{pixels} px"]
+    if pictures is None:
+        return [*lines, f"{values * width / 1e3:.1f} kB of latents a picture; data is not there yet"]
+    lines.append(f"{pictures} pictures; latents {_bytes(values * width * pictures)}")
+    published = ARCHITECTURES.get(config.architecture)
+    if published and config.text == "cache":
+        tokens = config.text_tokens or published.text[0]
+        lines.append(
+            f"text embeddings up to {_bytes(tokens * published.text[1] * width * pictures)} (text: online needs none)"
+        )
+    return lines
+
+
+def plan_align(context: Context, config: Any) -> list[str]:
+    """Lines on an align stage: grid, solver, what trains."""
+    cache = context.recipe.stages.get(config.cache)
+    if cache is None:
+        return [f"cache {config.cache} is not a stage of this recipe"]
+    geo = geometry(context, config.base, cache.autoencoder, config.architecture, config.patch_size)
+    if isinstance(geo, str):
+        return [geo]
+    counts, (old, new) = count(geo, 1), geo.tokens(pixels_of(cache.data))
+    features = geo.target.channels * config.patch_size**2
+    solver = (
+        f"one pass, {features + 1}x{features + 1} normal equations in float64"
+        if config.solver == "closed-form"
+        else (f"{config.steps} AdamW steps of {config.batch}")
+    )
+    return [f"Eq. 1, {config.resample}: {old} -> {new} tokens, {solver}; trains {(features + 1) * counts.width} values"]
+
+
+def plan_moved(context: Context, config: Any, rank: int, full: bool = False) -> tuple[list[str], list[str]]:
+    """Lines and problems of a head or finetune stage."""
+    cache = context.recipe.stages.get(config.cache)
+    if cache is None:
+        return [f"cache {config.cache} is not a stage of this recipe; nothing to plan from"], []
+    geo = geometry(context, config.base, cache.autoencoder, config.architecture, config.patch_size)
+    if isinstance(geo, str):
+        return [geo], []
+    recipe, pixels = context.recipe, pixels_of(cache.data)
+    counts, (old, new) = count(geo, rank), geo.tokens(pixels)
+    text = cache.text_tokens or geo.text_tokens
+    trained = counts.total if full else counts.ends + (counts.lora if rank else 0)
+    load, changes = _loads(config, recipe.ranks, counts, trained, new + text)
+    words = "the whole network" if full else "embedder, head" + (f" and LoRA r={rank}" if rank else "")
+    lines = [
+        f"{old} -> {new} tokens a picture at {pixels} px, {text} of text; {counts.blocks} blocks {counts.width} wide",
+        f"trains {words}: {trained:,} of {counts.total:,} parameters",
+        f"{recipe.ranks} ranks: {load.total():.1f} GB a rank ("
+        + ", ".join(f"{name} {size:.1f}" for name, size in load.gigabytes().items())
+        + f"), {load.rows} samples a micro-batch",
+        f"checkpoint {_bytes(trained * (16 if config.ema else 12))}, {config.keep_checkpoints} kept",
+    ]
+    pictures = pictures_of(context, cache.data)
+    if pictures is not None:
+        lines.append(
+            f"{-(-pictures // config.batch)} steps an epoch, {config.steps * config.batch / pictures:.1f} epochs"
+        )
+    problem = remedy(load, recipe.memory_gb, changes) if recipe.memory_gb else None
+    return lines, [problem] if problem else []
+
+
+def _loads(config: Any, ranks: int, counts: Counts, trained: int, tokens: int) -> tuple[Load, list[tuple[str, Load]]]:
+    """The load as configured, and the changes to try, cheapest first and each on top of those before."""
+    distilled = config.objective.loss == "guided"
+    shards = ranks if config.shard == 0 else config.shard
+    fields = {
+        "weights": counts.total,
+        "trained": trained,
+        "tokens": tokens,
+        "rows": max(1, config.batch // (ranks * config.accumulate)),
+        "blocks": counts.blocks,
+        "width": counts.width,
+        "frozen_bytes": 2 if config.dtype == "bfloat16" else 4,
+        "ema": config.ema is not None,
+        "checkpointing": config.gradient_checkpointing,
+        "passes": 2 if distilled and config.objective.uncond_grad else 1,
+        "shards": shards,
+    }
+    changes, words = [], []
+    rows, share = fields["rows"], config.batch // ranks
+    for said, change in (
+        ("dtype: bfloat16", {"frozen_bytes": 2}),
+        ("gradient_checkpointing: true", {"checkpointing": True}),
+        (f"accumulate: {share}", {"rows": 1}),
+        ("shard: 0", {"shards": ranks}),
+    ):
+        if all((fields | {"rows": rows})[key] == value for key, value in change.items()):
+            continue
+        fields_after = {**(changes[-1][1].__dict__ if changes else fields), **change}
+        words.append(said)
+        changes.append((", ".join(words), Load(**fields_after)))
+    return Load(**fields), changes
+
+
+def pixels_of(data: Any) -> int:
+    """Side of the square with the area of a training picture."""
+    return getattr(data, "pixels", 128)
+
+
+def pictures_of(context: Context, data: Any) -> int | None:
+    """How many pictures there are, or are planned; None when nobody can know yet."""
+    planned = getattr(data, "planned", None)
+    if planned:
+        return planned
+    from train.data import open_source
+
+    try:
+        return len(open_source(data, context.resolve(data.path)))
+    except (OSError, ValueError):
+        return None
+
+
+def _space(space: LatentSpace) -> str:
+    return f"{space.name} f{space.spatial_factor}c{space.channels}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
