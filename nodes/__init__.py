@@ -22,8 +22,6 @@ NODES: list[type[io.ComfyNode]] = [
 class DCGenExtension(ComfyExtension):
     """What ComfyUI asks for the node list."""
 
-    async def on_load(self) -> None:
-        toy.register()
-
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        toy.register()  # here and not in on_load, which 0.8.0 never calls
         return NODES

@@ -45,7 +45,7 @@ def cases(tensors, patcher, prefix=""):
 
 
 def everything(pack, tensors, params):
-    """Text, velocities and the f8 autoencoder of several releases in one process: the start costs more than the work."""
+    """Text, velocities and the f8 autoencoder of several releases in one process, whose start costs the most."""
     out, facts = {}, {}
     for name, folder in params["releases"].items():
         found = text(pack, folder, params["prompts"])

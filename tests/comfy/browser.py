@@ -1,0 +1,151 @@
+"""A headless Chromium driven over its DevTools protocol, with nothing but the standard library."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def find_chromium() -> str | None:
+    """Path of a Chromium or Chrome, or None."""
+    named = os.environ.get("CHROMIUM_PATH")
+    return named or next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+class WebSocket:
+    """A websocket client: connect, send text, receive whole messages."""
+
+    def __init__(self, host: str, port: int, path: str, timeout: float | None = None):
+        self.socket = socket.create_connection((host, port), timeout)
+        key = base64.b64encode(os.urandom(16)).decode()
+        self.socket.sendall(
+            f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+        )
+        self.stream = self.socket.makefile("rb")
+        while self.stream.readline().strip():
+            pass
+
+    def send(self, text: str) -> None:
+        data, mask = text.encode(), os.urandom(4)
+        if len(data) < 126:
+            head = struct.pack(">BB", 0x81, 0x80 | len(data))
+        elif len(data) < 1 << 16:
+            head = struct.pack(">BBH", 0x81, 0x80 | 126, len(data))
+        else:
+            head = struct.pack(">BBQ", 0x81, 0x80 | 127, len(data))
+        masked = bytes(byte ^ mask[i % 4] for i, byte in enumerate(data))
+        self.socket.sendall(head + mask + masked)
+
+    def receive(self) -> tuple[int, bytes]:
+        """(opcode, payload) of the next message; fragments are joined."""
+        kind, whole = 0, b""
+        while True:
+            head, size = struct.unpack(">BB", self.stream.read(2))
+            if size > 125:
+                size = struct.unpack(">H" if size == 126 else ">Q", self.stream.read(2 if size == 126 else 8))[0]
+            whole += self.stream.read(size)
+            kind = kind or head & 15
+            if head & 0x80:
+                return kind, whole
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+
+class Browser:
+    """One page of a headless Chromium."""
+
+    def __init__(self, program: str, folder: Path, width: int = 1600, height: int = 1000):
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-port=0"]
+        flags += [f"--user-data-dir={folder}", f"--window-size={width},{height}", "--no-first-run", "about:blank"]
+        self.process = subprocess.Popen([program, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        ready = folder / "DevToolsActivePort"
+        stop = time.monotonic() + 60
+        while not (ready.exists() and ready.read_text().count("\n") >= 1):
+            if time.monotonic() > stop or self.process.poll() is not None:
+                raise RuntimeError("Chromium did not start")
+            time.sleep(0.1)
+        port = int(ready.read_text().splitlines()[0])
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=20) as answer:
+            page = next(target for target in json.loads(answer.read()) if target["type"] == "page")
+        path = page["webSocketDebuggerUrl"].split(f":{port}", 1)[1]
+        self.socket = WebSocket("127.0.0.1", port, path, timeout=180)
+        self.count = 0
+        self.errors: list[str] = []
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params) -> dict:
+        """A DevTools command; its result. Uncaught page errors met meanwhile are collected in `errors`."""
+        self.count += 1
+        self.socket.send(json.dumps({"id": self.count, "method": method, "params": params}))
+        while True:
+            message = json.loads(self.socket.receive()[1])
+            if message.get("method") == "Runtime.exceptionThrown":
+                details = message["params"]["exceptionDetails"]
+                self.errors.append(details.get("exception", {}).get("description", details["text"]))
+            if message.get("id") == self.count:
+                if "error" in message:
+                    raise RuntimeError(f"{method}: {message['error']}")
+                return message["result"]
+
+    def open(self, url: str) -> None:
+        self.call("Page.navigate", url=url)
+
+    def js(self, expression: str):
+        """The value of a JavaScript expression; promises are awaited."""
+        found = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in found:
+            details = found["exceptionDetails"]
+            raise RuntimeError(details.get("exception", {}).get("description", details["text"]))
+        return found["result"].get("value")
+
+    def until(self, expression: str, seconds: float = 60):
+        """Wait until an expression is true; its value."""
+        stop = time.monotonic() + seconds
+        while time.monotonic() < stop:
+            with contextlib.suppress(RuntimeError):
+                value = self.js(expression)
+                if value:
+                    return value
+            time.sleep(0.2)
+        raise TimeoutError(f"never true: {expression}")
+
+    def mouse(self, kind: str, x: float, y: float) -> None:
+        button = "none" if kind == "mouseMoved" else "left"
+        self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, buttons=1, clickCount=1)
+
+    def drag(self, start: tuple[float, float], end: tuple[float, float], steps: int = 8) -> None:
+        """Press, move in steps, release, as a hand does."""
+        self.mouse("mousePressed", *start)
+        for i in range(1, steps + 1):
+            share = i / steps
+            self.mouse("mouseMoved", *(a + (b - a) * share for a, b in zip(start, end, strict=True)))
+        self.mouse("mouseReleased", *end)
+
+    def screenshot(self, file: Path) -> Path:
+        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+        return file
+
+    def close(self) -> None:
+        self.socket.close()
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
