@@ -168,7 +168,7 @@ def _override(raw: dict[str, Any], item: str) -> None:
         if not isinstance(node.get(part), dict):
             node[part] = {}
         node = node[part]
-    node[parts[-1]] = yaml.safe_load(text)
+    node[parts[-1]] = yaml.safe_load(text) if text else ""
 
 
 def _validate(model: type[Strict], fields: dict[str, Any], where: str) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,10 +9,10 @@ from pydantic import Field
 from torch import Tensor
 
 from dcgen.adapter import Adapter, load_adapter, save_adapter
-from dcgen.convert import merge_file, unpack
+from dcgen.convert import merge_file
 from dcgen.release import open_model
 from train.config import StageConfig
-from train.files import read_json, write_folder, write_json
+from train.release import write_release
 from train.stages.base import Stage
 
 Form = Literal["adapter", "single", "release"]
@@ -77,41 +75,3 @@ class ExportStage(Stage):
             write_release(self.folder / "release", merged, base, vae, adapter)
         if "single" not in self.config.forms:
             merged.unlink()
-
-
-def write_release(out: Path, merged: Path, base: Path, autoencoder: Path, adapter: Adapter) -> Path:
-    """A release folder of the merged model: the base's text side, the new autoencoder, the adapter's schedule."""
-
-    def parts(folder: Path) -> None:
-        for item in base.iterdir():
-            if item.name not in ("transformer", "vae") and not item.name.startswith("."):
-                (shutil.copytree if item.is_dir() else shutil.copy2)(item, folder / item.name)
-        shutil.copytree(autoencoder, folder / "vae")
-        config = read_json(autoencoder / "config.json")
-        # the folder is called vae from now on, so the name must be in the file
-        write_json(folder / "vae" / "config.json", {**config, "_name_or_path": adapter.latent.name})
-        index = read_json(folder / "model_index.json")
-        index["vae"] = ["diffusers", config["_class_name"]]
-        write_json(folder / "model_index.json", index)
-        _write_scheduler(folder / "scheduler" / "scheduler_config.json", adapter)
-
-    if out.exists():
-        shutil.rmtree(out)
-    temporary = out.with_name(".parts")
-    write_folder(temporary, parts)
-    try:
-        return unpack(open_model(merged), out, parts=temporary)
-    finally:
-        shutil.rmtree(temporary)
-
-
-def _write_scheduler(path: Path, adapter: Adapter) -> None:
-    """A static shift replaces the base's; "flux" means FLUX.1's own rule, which its config already says."""
-    config = read_json(path)
-    shift = adapter.schedule.get("shift")
-    if adapter.schedule["rule"] == "static" and shift is not None:
-        field = "flow_shift" if "flow_shift" in config else "shift"
-        config |= {field: shift, "use_dynamic_shifting": False}
-    elif adapter.schedule["rule"] == "flux":
-        config["use_dynamic_shifting"] = True
-    write_json(path, config)

@@ -83,11 +83,13 @@ class MovedStage(Stage):
         self.model = load_network(self.base, self.frozen_dtype, "cpu")
         if c.start == KEEP:
             self._check_own_latent()
+            self.moved_config = base_config
             for path in (self.backbone.embedder, self.backbone.head):
                 self.model.get_submodule(path).float()
         else:
             moved, embedder, head = fresh_ends(self.backbone, base_config, self.space.channels, c.patch_size, seed)
             replace_ends(self.model, self.backbone, moved, embedder, head)
+            self.moved_config = moved
         self.prepare()
         if c.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
