@@ -155,9 +155,9 @@ class Block(nn.Module):
         """x (B,N,D), text (B,T,D), bias (B,1,1,T), modulation (B,6D) -> (B,N,D)."""
         table = _table(self.scale_shift_table, x) + modulation.unflatten(1, (6, -1))
         shift, scale, gate, shift_ff, scale_ff, gate_ff = table.chunk(6, dim=1)
-        x = finite(x + gate * self.attn1(modulate(self.norm1(x), shift, scale)))
+        x = finite(torch.addcmul(x, gate, self.attn1(modulate(self.norm1(x), shift, scale))))
         x = finite(x + self.attn2(x, text, bias))
-        return finite(x + gate_ff * self.ff(modulate(self.norm2(x), shift_ff, scale_ff), rows, columns))
+        return finite(torch.addcmul(x, gate_ff, self.ff(modulate(self.norm2(x), shift_ff, scale_ff), rows, columns)))
 
 
 class _Attention(nn.Module):
@@ -192,7 +192,7 @@ class LinearAttention(_Attention):
     def forward(self, x: Tensor) -> Tensor:
         """(B,N,D) -> (B,N,D); the sums over tokens are float32 whatever x is."""
         query, key, value = self.qkv(x, x)
-        query, key, value = F.relu(query).float(), F.relu(key).float(), value.float()
+        query, key, value = relu(query).float(), relu(key).float(), value.float()
         sums = torch.cat((key.transpose(2, 3) @ value, key.sum(dim=2)[..., None]), dim=3)  # (B,H,d,d+1)
         mixed = query @ sums
         mixed = mixed[..., :-1] / (mixed[..., -1:] + 1e-15)
@@ -210,19 +210,33 @@ class CrossAttention(_Attention):
 
 
 class GLUMBConv(nn.Module):
-    """1x1 -> SiLU -> depthwise 3x3 -> value * SiLU(gate) -> 1x1; the 3x3 is what tells SANA where a token is."""
+    """1x1 -> SiLU -> depthwise 3x3 -> value * SiLU(gate) -> 1x1; the 3x3 is what tells SANA where a token is.
+
+    The 1x1 convolutions of the files are Linear layers here, on tokens as they lie in memory: no copies, and they run
+    where a runtime has better kernels for Linear (fp8, nvfp4).
+    """
 
     def __init__(self, D: int, hidden: int, operations: Any, place: dict[str, Any]) -> None:
         super().__init__()
-        self.conv_inverted = operations.Conv2d(D, 2 * hidden, 1, **place)
+        self.conv_inverted = operations.Linear(D, 2 * hidden, **place)
         self.conv_depth = operations.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, **place)
-        self.conv_point = operations.Conv2d(hidden, D, 1, bias=False, **place)
+        self.conv_point = operations.Linear(hidden, D, bias=False, **place)
+        self.register_load_state_dict_pre_hook(_as_linear)
 
     def forward(self, x: Tensor, rows: int, columns: int) -> Tensor:
         """(B, rows*columns, D) -> the same shape."""
-        x = finite(self.conv_inverted(x.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)))
-        value, gate = finite(self.conv_depth(silu(x))).chunk(2, dim=1)
-        return finite(self.conv_point(finite(value * silu(gate)))).flatten(2).transpose(1, 2)
+        x = silu(finite(self.conv_inverted(x))).unflatten(1, (rows, columns))
+        x = finite(self.conv_depth(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        value, gate = x.flatten(1, 2).chunk(2, dim=2)
+        return finite(self.conv_point(finite(value * silu(gate))))
+
+
+def _as_linear(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """(out,in,1,1) weights of the files -> (out,in), before they are loaded."""
+    for name in ("conv_inverted", "conv_point"):
+        weight = state_dict.get(f"{prefix}{name}.weight")
+        if isinstance(weight, Tensor) and weight.ndim == 4:
+            state_dict[f"{prefix}{name}.weight"] = weight.flatten(1)
 
 
 class TimeEmbed(nn.Module):
@@ -265,7 +279,7 @@ class MLP(nn.Module):
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (B,N,D) * (1 + scale) + shift, both (B,1,D)."""
-    return finite(x * (1 + scale) + shift)
+    return finite(torch.addcmul(shift, x, 1 + scale))
 
 
 def unpatchify(tokens: Tensor, rows: int, columns: int, p: int) -> Tensor:
@@ -301,6 +315,11 @@ def position_table(rows: int, columns: int, config: SanaConfig) -> Tensor:
 def silu(x: Tensor) -> Tensor:
     """SiLU, in place where no gradient is kept."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def relu(x: Tensor) -> Tensor:
+    """ReLU, in place where no gradient is kept."""
+    return F.relu(x, inplace=not torch.is_grad_enabled())
 
 
 def finite(x: Tensor) -> Tensor:
