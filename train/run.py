@@ -20,6 +20,7 @@ from train.config import Recipe, RecipeError, find_recipe, list_recipes, load_re
 from train.distributed import Ranks
 from train.files import digest_json, read_json, write_json
 from train.loop import NonFinite, Stopped, train_stage
+from train.report import write_report
 from train.stages import stage_class
 from train.stages.base import Context, Stage, stage_of
 
@@ -68,6 +69,8 @@ def run_recipe(recipe: Recipe, only: str | None = None, redo: bool = False) -> d
         elif ranks.first:
             print(f"{name}: done before, in {stage.folder}")
         results[name] = done["numbers"]
+    if ranks.first:
+        write_report(recipe.folder)
     return results
 
 
@@ -136,10 +139,18 @@ def inputs(recipe: Recipe, name: str) -> list[str]:
     """Earlier stages that a stage's config refers to by name."""
     order = list(recipe.stages)
     earlier = order[: order.index(name)]
-    values = [v for k, v in recipe.stages[name].model_dump().items() if k != "kind"]
-    flat = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
+    flat = _leaves({key: value for key, value in recipe.stages[name].model_dump().items() if key != "kind"})
     named = {stage_of(item, recipe) for item in flat if isinstance(item, str)}
     return [stage for stage in earlier if stage in named]
+
+
+def _leaves(value: Any) -> list[Any]:
+    """Every value in nested mappings and lists."""
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in _leaves(item)]
+    if isinstance(value, list | tuple):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [value]
 
 
 def _finished(recipe: Recipe, stage: Stage, redo: bool) -> dict[str, Any] | None:

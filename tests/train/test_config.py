@@ -70,7 +70,7 @@ def test_a_stage_depends_on_its_own_settings_and_its_inputs():
 
 def test_a_finished_stage_is_skipped_and_a_changed_one_refused(debug_run, capsys):
     run_recipe(load_recipe("debug", [f"output={debug_run}"]))
-    assert capsys.readouterr().out.count("done before") == 6
+    assert capsys.readouterr().out.count("done before") == 7
     with pytest.raises(RecipeError, match=r"finished with other settings \(ridge: 0\.0 -> 0\.1\)"):
         run_recipe(load_recipe("debug", [f"output={debug_run}", "align.ridge=0.1"]))
     with pytest.raises(RecipeError, match=r"one of its inputs .* was made anew"):

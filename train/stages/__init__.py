@@ -14,6 +14,7 @@ STAGES: dict[str, str] = {
     "finetune": "train.stages.finetune:FinetuneStage",
     "tiny": "train.stages.tiny:TinyStage",
     "export": "train.stages.export:ExportStage",
+    "gap": "train.stages.gap:GapStage",
     "ae-align": "train.stages.ae_align:AEAlignStage",
     "autoencoder": "train.stages.autoencoder:AutoencoderStage",
     "evaluator": "train.stages.evaluator:EvaluatorStage",

@@ -1,0 +1,66 @@
+"""The gap of Fig. 4a and the page that a person reads after a run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import pytest
+import torch
+
+from train.config import load_recipe
+from train.distributed import Ranks
+from train.report import main, write_report
+from train.run import make_stage
+from train.stages.gap import relative_gap
+
+CPU = Ranks(0, 1, torch.device("cpu"))
+
+
+def test_relative_gap_is_the_squared_distance_after_pooling():
+    g = torch.Generator().manual_seed(0)
+    base = torch.randn(2, 4, 6, 5, generator=g)
+    pooled = base.reshape(2, 2, 2, 3, 2, 5).mean((2, 4))
+    new = pooled + torch.randn(2, 2, 3, 5, generator=g)
+    expected = ((new - pooled) ** 2).sum() / (pooled**2).sum()
+    assert relative_gap(base, pooled) == pytest.approx(0, abs=1e-12)
+    assert relative_gap(base, new) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_model_has_no_gap_to_itself(debug_run):
+    """The base with its own ends, seen through the stage's own hooks."""
+    stage = make_stage(load_recipe("debug", [f"output={debug_run}"]), "gap", CPU)
+    stage.finish({})
+    from train.models import load_network
+
+    model = load_network(stage.base, torch.float32, "cpu").eval()
+    first = stage._representations(model, [0, 1], "teacher", 2)
+    assert [tuple(t.shape) for t in first] == [(2, 8, 8, 32), (2, 8, 8, 32)]
+    again = stage._representations(model, [0, 1], "teacher", 2)
+    assert [relative_gap(a, b) for a, b in zip(first, again, strict=True)] == [0.0, 0.0]
+    assert relative_gap(*first) > 1e-3
+
+
+def test_alignment_narrows_the_gap_in_every_block(debug_run):
+    with open(debug_run / "gap" / "gap.csv") as handle:
+        rows = list(csv.DictReader(handle))
+    assert len(rows) == 2
+    for row in rows:
+        assert 0 < float(row["aligned embedder"]) < float(row["random embedder"])
+    numbers = json.loads((debug_run / "gap" / "done.json").read_text())["numbers"]
+    mean = sum(float(row["head"]) for row in rows) / 2
+    assert numbers["mean gap, head"] == pytest.approx(mean)
+
+
+def test_the_report_holds_every_stage_its_numbers_and_pictures(debug_run, capsys):
+    page = write_report(debug_run).read_text()
+    recipe = json.loads((debug_run / "recipe.json").read_text())
+    for name in recipe["stages"]:
+        assert f"<h2>{name}</h2>" in page
+    assert len(re.findall("data:image/png;base64", page)) == 5  # head curves, finetune curves and 2 previews, gap
+    least = json.loads((debug_run / "align" / "report.json").read_text())["least_loss"]
+    assert f"{least:.5g}" in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)  # nothing from outside
+    assert main(["nowhere"]) == 1
+    assert "recipe.json not found" in capsys.readouterr().err

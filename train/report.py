@@ -1,0 +1,127 @@
+"""One HTML page per run: what ran, with which numbers, curves and pictures. `python -m train.report RUN_FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import html
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from train.files import read_json, write_atomically
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse } td, th { padding: .25em .9em .25em 0; text-align: left; vertical-align: top }
+td.n { text-align: right; font-variant-numeric: tabular-nums } th { border-bottom: 1px solid #bbb }
+pre { background: #f4f4f4; padding: .7em; overflow-x: auto } img { max-width: 100% } h2 { margin-top: 1.6em }
+"""
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report.html from recipe.json and what the stages left; curves also go to each stage's folder as PNG."""
+    recipe = read_json(run / "recipe.json")
+    parts = [f"<h1>{html.escape(recipe['name'])}</h1><p>{html.escape(recipe['about'])}</p>", _stage_table(run, recipe)]
+    for name, config in recipe["stages"].items():
+        parts.append(_stage_section(run / name, name, config))
+    title = html.escape(recipe["name"])
+    page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>{''.join(parts)}\n"
+    return write_atomically(run / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+
+
+def _stage_table(run: Path, recipe: dict[str, Any]) -> str:
+    rows = []
+    for name, config in recipe["stages"].items():
+        done = run / name / "done.json"
+        record = read_json(done) if done.is_file() else None
+        seconds = f"{record['seconds']:.1f}" if record else "not done"
+        steps = config["steps"] if (run / name / "log.csv").is_file() else ""
+        rows.append(f"<tr><td>{html.escape(name)}<td>{config['kind']}<td class=n>{steps}<td class=n>{seconds}")
+    return f"<table><tr><th>stage<th>kind<th>steps<th>seconds{''.join(rows)}</table><p>seed {recipe['seed']}</p>"
+
+
+def _stage_section(folder: Path, name: str, config: dict[str, Any]) -> str:
+    parts = [f"<h2>{html.escape(name)}</h2>"]
+    done = folder / "done.json"
+    if done.is_file():
+        numbers = read_json(done)["numbers"]
+        rows = "".join(f"<tr><td>{html.escape(key)}<td class=n>{_number(value)}" for key, value in numbers.items())
+        parts.append(f"<table>{rows}</table>" if rows else "")
+    curves = _curves(folder)
+    if curves:
+        parts.append(_image(curves, f"curves of {name}"))
+    parts += [
+        _image(path.read_bytes(), path.stem) for path in sorted(folder.glob("*.png")) if path.name != "curves.png"
+    ]
+    previews = sorted((folder / "previews").glob("*.png"))
+    for path in _spread(previews, 4):
+        parts.append(f"<p>{html.escape(path.stem)}</p>{_image(path.read_bytes(), path.stem)}")
+    settings = html.escape(json.dumps(config, indent=1, ensure_ascii=False))
+    parts.append(f"<details><summary>settings</summary><pre>{settings}</pre></details>")
+    return "".join(parts)
+
+
+def _curves(folder: Path) -> bytes | None:
+    """PNG of losses, gradient norm (Fig. 19) and speed over the steps of log.csv; also kept as curves.png."""
+    table = folder / "log.csv"
+    if not table.is_file():
+        return None
+    with open(table, newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    if not rows:
+        return None
+    from matplotlib.figure import Figure
+
+    columns = {key: [float(row[key]) for row in rows] for key in rows[0]}
+    steps = columns.pop("step")
+    losses = [key for key in columns if key not in ("grad_norm", "lr", "images_per_s")]
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    panels = (("loss", losses), ("gradient norm", ["grad_norm"]), ("pictures / s", ["images_per_s"]))
+    for axes, (title, keys) in zip(figure.subplots(1, 3), panels, strict=True):
+        for key in keys:
+            axes.plot(steps, columns[key], label=key, linewidth=1)
+        axes.set(title=title, xlabel="step")
+        if min(min(columns[key]) for key in keys) > 0:
+            axes.set_yscale("log")
+        if len(keys) > 1:
+            axes.legend(fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_atomically(folder / "curves.png", lambda path: path.write_bytes(buffer.getvalue()))
+    return buffer.getvalue()
+
+
+def _image(data: bytes, name: str) -> str:
+    return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}"></p>'
+
+
+def _spread(items: list[Path], count: int) -> list[Path]:
+    """At most `count` of the items, evenly, the last one among them."""
+    if len(items) <= count:
+        return items
+    return [items[(k + 1) * len(items) // count - 1] for k in range(count)]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else html.escape(str(value))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line entry."""
+    parser = argparse.ArgumentParser(prog="python -m train.report", description=__doc__)
+    parser.add_argument("run", type=Path, help="a run's output folder")
+    run = parser.parse_args(arguments).run
+    if not (run / "recipe.json").is_file():
+        print(f"error: {run}/recipe.json not found; name the output folder of a run", file=sys.stderr)
+        return 1
+    print(write_report(run))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
