@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .bridge import toy
+from .bridge import routes, toy
+from .compare import DCGenCompare
 from .latent import DCGenEmptyLatent
 from .model import DCGenApply, DCGenModelLoader, DCGenReleaseLoader
 from .sampling import DCGen4KSampler, DCGenScheduler
@@ -16,6 +17,7 @@ NODES: list[type[io.ComfyNode]] = [
     DCGenEmptyLatent,
     DCGenScheduler,
     DCGen4KSampler,
+    DCGenCompare,
 ]
 
 
@@ -24,4 +26,5 @@ class DCGenExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         toy.register()  # here and not in on_load, which 0.8.0 never calls
+        routes.register()
         return NODES

@@ -105,14 +105,39 @@ class DCGen4KSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Strength of true classifier-free guidance. Ignored without a negative.",
                 ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="A picture to start from instead of the latent's own content: scaled to the latent's size "
+                    "(so a 1K picture can be refined at 4K) and encoded with `vae`. Set denoise below 1.",
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="The model's autoencoder, to encode `image`. Ignored without an image.",
+                ),
             ],
             outputs=[io.Latent.Output()],
         )
 
     @classmethod
     def execute(
-        cls, model, positive, latent, seed, steps, guidance, sampler_name, denoise, negative=None, cfg=1.0
+        cls,
+        model,
+        positive,
+        latent,
+        seed,
+        steps,
+        guidance,
+        sampler_name,
+        denoise,
+        negative=None,
+        cfg=1.0,
+        image=None,
+        vae=None,
     ) -> io.NodeOutput:
+        if image is not None:
+            latent = sampling.encoded(model, latent, image, vae)
         sigmas = sampling.sigmas_for(model, latent, steps, denoise)
         positive = sampling.with_guidance(positive, guidance)
         if negative is not None:

@@ -15,6 +15,7 @@ from ...dcgen.latent import SPACES, LatentSpace
 
 # Each latent is one dot of the preview; from f32 on that is too small to see, so the dots are drawn this far apart.
 PREVIEW_DOT = 8
+STAMP = "dcgen_space"
 
 
 class DCGenLatentFormat(comfy.latent_formats.LatentFormat):
@@ -74,6 +75,30 @@ class ModelInfo:
         return (self.pixels // side if self.pixels else 32 if side == 32 else 64) ** 2
 
 
+def space_of_vae(vae: Any) -> LatentSpace:
+    """Latent space of a VAE: ours says all of it, any other its channels and factor (scaling is then unknown: 0)."""
+    config = getattr(getattr(vae, "dcae", None), "config", None)
+    if config is None:
+        return LatentSpace("", vae.latent_channels, int(vae.spacial_compression_decode()), 1.0)
+    name = config.name.rstrip("/").rsplit("/", 1)[-1].removesuffix("-diffusers")
+    return LatentSpace(name, config.latent_channels, config.spatial_factor, config.scaling_factor)
+
+
+def stamped(latent: dict[str, Any], space: LatentSpace) -> dict[str, Any]:
+    """The LATENT with a note of the space it is in. Core nodes carry the note along; `check_stamp` reads it."""
+    return {**latent, STAMP: space}
+
+
+def check_stamp(latent: dict[str, Any], space: LatentSpace, reader: str) -> None:
+    """ValueError when a latent says it is from another autoencoder than `space`; one that says nothing passes."""
+    known = latent.get(STAMP)
+    if isinstance(known, LatentSpace) and (wrong := known.differences(space)):
+        raise ValueError(
+            f"the latent was made by {known.name or 'another autoencoder'} and {reader} takes those of "
+            f"{space.name or 'its own'}. Different: {'; '.join(wrong)}. Encode with the autoencoder of the model."
+        )
+
+
 def info_of(model: Any) -> ModelInfo:
     """The ModelInfo of a MODEL: ours says it itself, any other is read off its latent format and patch size."""
     base = model.model
@@ -102,4 +127,4 @@ def empty_latent(model: Any, width: int, height: int, batch_size: int) -> dict[s
     rows, columns = height // info.space.spatial_factor, width // info.space.spatial_factor
     device = comfy.model_management.intermediate_device()
     samples = torch.zeros((batch_size, info.space.channels, rows, columns), device=device)
-    return {"samples": samples, "downscale_ratio_spacial": info.space.spatial_factor}
+    return stamped({"samples": samples, "downscale_ratio_spacial": info.space.spatial_factor}, info.space)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...dcgen.schedule import sigmas as schedule
-from .latent_format import ModelInfo, info_of
+from .latent_format import ModelInfo, check_stamp, info_of, space_of_vae
 
 SAMPLER_NAMES: list[str] = comfy.samplers.SAMPLER_NAMES
 
@@ -37,7 +38,30 @@ def check_latent(model: Any, latent: dict[str, Any]) -> ModelInfo:
             f"{info.patch_size} do not divide. Use an image size in multiples of "
             f"{info.space.spatial_factor * info.patch_size}."
         )
+    check_stamp(latent, info.space, "this model")
     return info
+
+
+def encoded(model: Any, latent: dict[str, Any], image: Tensor, vae: Any) -> dict[str, Any]:
+    """`latent` with an image (B,H,W,3) in it: scaled to the latent's size and encoded. ValueError for a wrong VAE."""
+    info = check_latent(model, latent)
+    if vae is None:
+        raise ValueError("an image was connected but no vae; connect the autoencoder that belongs to the model.")
+    wrong = _vae_differences(vae, info)
+    if wrong:
+        raise ValueError(f"this vae does not belong to the model. Different: {'; '.join(wrong)}.")
+    rows, columns = latent["samples"].shape[2:]
+    factor = info.space.spatial_factor
+    pixels = comfy.utils.common_upscale(image.movedim(-1, 1), columns * factor, rows * factor, "lanczos", "center")
+    samples = vae.encode(pixels.movedim(1, -1)[..., :3])
+    return {**latent, "samples": comfy.utils.repeat_to_batch_size(samples, latent["samples"].shape[0])}
+
+
+def _vae_differences(vae: Any, info: ModelInfo) -> list[str]:
+    space = space_of_vae(vae)
+    if getattr(vae, "dcae", None) is None:  # core's VAEs keep the scaling to the model
+        space = replace(space, scaling_factor=info.space.scaling_factor, shift_factor=info.space.shift_factor)
+    return space.differences(info.space)
 
 
 def sigmas_for(model: Any, latent: dict[str, Any], steps: int, denoise: float) -> Tensor:

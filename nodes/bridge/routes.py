@@ -1,0 +1,54 @@
+"""What the browser asks this pack for: how deep a model's latent is, so that a node can show its tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import folder_paths
+from aiohttp import web
+
+from ...dcgen.adapter import load_adapter
+from ...dcgen.release import open_model
+from .release import find_release, release_names
+
+PATH = "/dcgen/latent"
+
+
+def register() -> None:
+    """Add the route; without a running server (tests, scripts) there is nothing to add it to."""
+    from server import PromptServer  # only a running ComfyUI has it imported; importing it elsewhere starts half of one
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.routes.get(PATH)(_answer)
+
+
+async def _answer(request: web.Request) -> web.Response:
+    """GET ?kind=release|model|adapter&name=NAME -> {"factor": f, "patch": p, "channels": C}, or 404 with a message."""
+    try:
+        found = await asyncio.to_thread(describe, request.query.get("kind", ""), request.query.get("name", ""))
+    except (ValueError, FileNotFoundError) as error:
+        return web.json_response({"error": str(error)}, status=404)
+    return web.json_response(found)
+
+
+def describe(kind: str, name: str) -> dict[str, Any]:
+    """Latent and patch size of a named model. Only names that ComfyUI lists are looked at; no path can be asked for."""
+    if kind == "adapter" and name in folder_paths.get_filename_list("model_patches"):
+        adapter = load_adapter(folder_paths.get_full_path_or_raise("model_patches", name))
+        return _facts(adapter.latent, adapter.patch_size)
+    if kind in ("release", "model") and name in release_names():
+        model = open_model(find_release(name))
+    elif kind == "model" and name in folder_paths.get_filename_list("diffusion_models"):
+        model = open_model(folder_paths.get_full_path_or_raise("diffusion_models", name))
+    else:
+        raise ValueError(f"no {kind} of that name")
+    if model.latent is None:
+        raise ValueError(f"{name} does not say what its latent is")
+    packed = model.backbone.packed_channels(model.config)
+    return _facts(model.latent, round((packed / model.latent.channels) ** 0.5))
+
+
+def _facts(space: Any, patch: int) -> dict[str, Any]:
+    return {"factor": space.spatial_factor, "patch": patch, "channels": space.channels}

@@ -1,0 +1,35 @@
+"""Looking at two pictures."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from .model import CATEGORY
+
+
+class DCGenCompare(io.ComfyNode):
+    """A before/after wipe of two images."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCGenCompare",
+            display_name="Compare Images (DC-Gen)",
+            category=CATEGORY,
+            description="Lays two images over each other; move the pointer across to wipe from one to the other.",
+            inputs=[
+                io.Image.Input("image_a", tooltip="Left of the wipe, for example the base model's picture."),
+                io.Image.Input(
+                    "image_b",
+                    tooltip="Right of the wipe, for example DC-Gen's. It is shown at the size of image_a; of batches, "
+                    "the images are compared pair by pair.",
+                ),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, image_a, image_b) -> io.NodeOutput:
+        shown = {"a_images": ui.PreviewImage(image_a, cls=cls).values}
+        return io.NodeOutput(ui={**shown, "b_images": ui.PreviewImage(image_b, cls=cls).values})

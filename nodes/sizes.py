@@ -1,0 +1,30 @@
+"""Image sizes that the published DC-Gen FLUX models were made for, as choices of a node."""
+
+from __future__ import annotations
+
+CUSTOM = "width x height below"
+
+# (width, height), square first, then landscape by aspect ratio; portraits are the same turned. 1K and 4K are the
+# aspect-ratio buckets of the official pipelines; 2K has none of its own and takes 1K's, doubled.
+LANDSCAPE: dict[str, tuple[tuple[int, int], ...]] = {
+    "1K": ((1024, 1024), (1152, 896), (1152, 832), (1344, 768), (1728, 576)),
+    "2K": ((2048, 2048), (2304, 1792), (2304, 1664), (2688, 1536), (3456, 1152)),
+    "4K": ((4096, 4096), (4608, 3584), (4608, 3328), (5376, 3072)),
+}
+
+
+def _choices() -> dict[str, tuple[int, int]]:
+    found = {}
+    for name, sizes in LANDSCAPE.items():
+        for width, height in sizes:
+            for w, h in dict.fromkeys(((width, height), (height, width))):
+                found[f"{name}: {w} x {h}"] = (w, h)
+    return found
+
+
+SIZES = _choices()
+
+
+def chosen(size: str, width: int, height: int) -> tuple[int, int]:
+    """(width, height) of a choice; CUSTOM takes the numbers given."""
+    return SIZES.get(size, (width, height))

@@ -1,0 +1,395 @@
+"""Writes the workflows of this folder. They are described below once; the real frontend lays out and serializes them.
+
+    python workflows/build.py http://127.0.0.1:8188
+
+needs a running ComfyUI with this pack and a Chromium. Each job becomes NAME.json (what the template browser shows)
+and api/NAME.json (the same for scripts that POST to /prompt).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+HUB = "https://huggingface.co"
+PROMPT_4K = "a lighthouse on a cliff at dawn, long grass in the wind, film photograph, fine detail"
+
+# Files that ComfyUI offers to download: name -> (folder below models/, address).
+FILES = {
+    "flux1-krea-dev_fp8_scaled.safetensors": (
+        "diffusion_models",
+        f"{HUB}/Comfy-Org/FLUX.1-Krea-dev_ComfyUI/resolve/main/split_files/diffusion_models/"
+        "flux1-krea-dev_fp8_scaled.safetensors",
+    ),
+    "clip_l.safetensors": (
+        "text_encoders",
+        f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/clip_l.safetensors",
+    ),
+    "t5xxl_fp16.safetensors": (
+        "text_encoders",
+        f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp16.safetensors",
+    ),
+    "ae.safetensors": (
+        "vae",
+        f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors",
+    ),
+}
+SOCKETS = {"MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE", "MASK", "SIGMAS", "GUIDER", "NOISE", "SAMPLER"}
+
+
+class Workflow:
+    """Nodes and links of one graph, placed by hand on a grid of columns."""
+
+    def __init__(self, title: str, note: str):
+        self.title, self.nodes, self.links = title, [], []
+        self.groups: list[dict] = []
+        self.node("MarkdownNote", at=(0, -330), size=(660, 280), text=note)
+        self.nodes[-1]["title"] = title
+
+    def node(self, kind: str, at: tuple[int, int], size: tuple[int, int] | None = None, **inputs) -> Callable:
+        """Add a node; inputs are widget values or outputs of other nodes. Returns output(i)."""
+        number = len(self.nodes) + 1
+        self.nodes.append({"id": number, "kind": kind, "at": at, "size": size, "inputs": inputs})
+        return lambda slot=0: (number, slot)
+
+    def ui(self, kinds: dict) -> dict:
+        """As the frontend loads it; `kinds` is /object_info."""
+        nodes, links = [], []
+        for spec in self.nodes:
+            kind = kinds.get(spec["kind"])
+            sockets, widgets = [], []
+            names = _inputs(kind) if kind else [("text", "STRING", {})]
+            for name, type_, options in names:
+                value = spec["inputs"].get(name)
+                if type_ in SOCKETS:
+                    link = None
+                    if isinstance(value, tuple):
+                        link = len(links) + 1
+                        links.append([link, value[0], value[1], spec["id"], len(sockets), type_])
+                    sockets.append({"name": name, "type": type_, "link": link})
+                    continue
+                widgets.append(value if name in spec["inputs"] else _default(type_, options))
+                if options.get("control_after_generate"):
+                    widgets.append("fixed")
+            unknown = set(spec["inputs"]) - {name for name, _, _ in names}
+            if unknown:
+                raise SystemExit(f"{self.title}: {spec['kind']} has no input {sorted(unknown)}")
+            node = {"id": spec["id"], "type": spec["kind"], "pos": list(spec["at"]), "flags": {}, "order": spec["id"]}
+            node |= {"mode": 0, "inputs": sockets, "widgets_values": widgets, "size": list(spec["size"] or (330, 120))}
+            node["outputs"] = [{"name": n, "type": t, "links": []} for n, t in _outputs(kind)] if kind else []
+            node["properties"] = {"Node name for S&R": spec["kind"]} if kind else {}
+            files = [value for value in widgets if isinstance(value, str) and value in FILES]
+            if files:
+                node["properties"]["models"] = [
+                    {"name": name, "url": FILES[name][1], "directory": FILES[name][0]} for name in files
+                ]
+            if "title" in spec:
+                node["title"] = spec["title"]
+            nodes.append(node)
+        for link in links:
+            nodes[link[1] - 1]["outputs"][link[2]]["links"].append(link[0])
+        return {
+            "last_node_id": len(nodes),
+            "last_link_id": len(links),
+            "nodes": nodes,
+            "links": links,
+            "groups": self.groups,
+            "config": {},
+            "extra": {},
+            "version": 0.4,
+        }
+
+
+def _inputs(kind: dict) -> Iterator[tuple[str, str, dict]]:
+    for part in ("required", "optional"):
+        for name, spec in kind["input"].get(part, {}).items():
+            type_ = "COMBO" if isinstance(spec[0], list) else spec[0]
+            options = spec[1] if len(spec) > 1 else {}
+            if isinstance(spec[0], list):
+                options = {**options, "options": spec[0]}
+            yield name, type_, options
+
+
+def _outputs(kind: dict) -> Iterator[tuple[str, str]]:
+    return zip(kind["output_name"], kind["output"], strict=True)
+
+
+def _default(type_: str, options: dict):
+    if "default" in options:
+        return options["default"]
+    return (options.get("options") or [""])[0] if type_ == "COMBO" else {"INT": 0, "FLOAT": 0.0}.get(type_, "")
+
+
+# The parts that several jobs share -----------------------------------------------------------------------------------
+
+
+def prompt_box(w: Workflow, clip, text: str, at=(380, 0)):
+    return w.node("CLIPTextEncode", at=at, size=(400, 160), clip=clip, text=text)
+
+
+def save(w: Workflow, samples, vae, at, prefix: str, decode: str = "DCAEDecode"):
+    strip = {"strip": 0} if decode == "DCAEDecode" else {}
+    image = w.node(decode, at=at, samples=samples, vae=vae, **strip)
+    w.node("SaveImage", at=(at[0] + 360, at[1]), size=(420, 460), images=image(), filename_prefix=prefix)
+    return image
+
+
+def one_sampler(w: Workflow, model, positive, latent, at, **values):
+    values = {"seed": 42, "steps": 20, "guidance": 3.5, "sampler_name": "euler", "denoise": 1.0, **values}
+    return w.node("DCGen4KSampler", at=at, model=model, positive=positive, latent=latent, **values)
+
+
+def release_job(title: str, release: str, size: str, prefix: str, extra: str = "") -> Workflow:
+    """Text to image from a published release folder."""
+    repo = f"dc-ai/{release}"
+    w = Workflow(
+        title,
+        f"## {title}\n\nNeeds the release folder `models/diffusers/{release}`:\n\n"
+        f"```\nhf download {repo} --local-dir models/diffusers/{release}\n```\n\n"
+        "FLUX.1 Krea [dev] weights are for non-commercial use. Guidance 3.5, 20 steps and euler are the published "
+        f"settings; the shift follows the checkpoint by itself, so no ModelSamplingFlux.{extra}",
+    )
+    load = w.node("DCGenReleaseLoader", at=(0, 0), release=release)
+    text = prompt_box(w, load(1), PROMPT_4K)
+    empty = w.node("DCGenEmptyLatent", at=(0, 160), model=load(0), size=size)
+    latent = one_sampler(w, load(0), text(), empty(), (820, 0))
+    save(w, latent(), load(2), (1190, 0), prefix)
+    return w
+
+
+def toy_loaders(w: Workflow):
+    load = w.node("DCGenReleaseLoader", at=(0, 0), release="flux-base")
+    apply = w.node("DCGenApply", at=(0, 160), model=load(0), adapter_name="toy-flux-dcgen.safetensors", strength=1.0)
+    vae = w.node("DCAELoader", at=(0, 320), vae_name=TOY_VAE)
+    text = prompt_box(w, load(1), "octopus on a green background")
+    guide = w.node("FluxGuidance", at=(380, 210), conditioning=text(), guidance=3.5)
+    size = {"width": 128, "height": 128, "batch_size": 4}
+    empty = w.node("DCGenEmptyLatent", at=(380, 320), model=apply(), **size)
+    return apply, vae, guide, empty
+
+
+TOY_VAE = "dc-ae-f32"
+TOY_NOTE = (
+    "\n\nEverything it needs ships with the pack: a FLUX-style model small enough for a CPU, trained on emoji on "
+    "coloured backgrounds, its f8 autoencoder's 64 tokens an image brought down to 16. Prompts read "
+    "`{subject} on a {color} background`. Set the adapter's strength to 0 to see alignment alone."
+)
+
+
+def toy() -> Workflow:
+    w = Workflow("DC-Gen toy", "## DC-Gen on a toy FLUX, with core's KSampler" + TOY_NOTE)
+    apply, vae, guide, empty = toy_loaders(w)
+    values = {"seed": 7, "steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    latent = w.node(
+        "KSampler",
+        at=(820, 0),
+        model=apply(),
+        positive=guide(),
+        negative=guide(),
+        latent_image=empty(),
+        **values,
+    )
+    save(w, latent(), vae(), (1190, 0), "dcgen/toy", "VAEDecode")
+    return w
+
+
+def toy_custom() -> Workflow:
+    w = Workflow("DC-Gen toy, SamplerCustomAdvanced", "## DC-Gen on a toy FLUX, with SamplerCustomAdvanced" + TOY_NOTE)
+    apply, vae, guide, empty = toy_loaders(w)
+    noise = w.node("RandomNoise", at=(820, 0), noise_seed=7)
+    guider = w.node("BasicGuider", at=(820, 130), model=apply(), conditioning=guide())
+    euler = w.node("KSamplerSelect", at=(820, 230), sampler_name="euler")
+    sigmas = w.node("DCGenScheduler", at=(820, 330), model=apply(), latent=empty(), steps=20, denoise=1.0)
+    inputs = {"noise": noise(), "guider": guider(), "sampler": euler(), "sigmas": sigmas()}
+    latent = w.node("SamplerCustomAdvanced", at=(1190, 0), latent_image=empty(), **inputs)
+    save(w, latent(), vae(), (1190, 200), "dcgen/toy-custom", "VAEDecode")
+    return w
+
+
+KREA_1K, KREA_4K = "DC-Gen-FLUX.1-Krea-Dev-Res1K", "DC-Gen-FLUX.1-Krea-Dev-Res4K"
+
+
+def krea_base(w: Workflow):
+    """Plain FLUX.1 Krea from core's loaders, its text at 512 tokens as DC-Gen was published with."""
+    model = w.node("UNETLoader", at=(0, 0), unet_name="flux1-krea-dev_fp8_scaled.safetensors", weight_dtype="default")
+    names = {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp16.safetensors", "type": "flux"}
+    clip = w.node("DualCLIPLoader", at=(0, 140), **names)
+    padded = w.node("T5TokenizerOptions", at=(0, 330), clip=clip(), min_padding=0, min_length=512)
+    return model, padded
+
+
+def adapter_4k() -> Workflow:
+    w = Workflow(
+        "FLUX 4K from an adapter",
+        "## 4096 x 4096 from plain FLUX.1 Krea and a DC-Gen adapter\n\n"
+        "The adapter goes into `models/model_patches`; train one with `python -m train.run`, or take it out of a merged "
+        "release with `python -m dcgen.convert extract`. The autoencoder is the one it was made for, in `models/vae`."
+        "\n\nAny loader may stand in for the model's: GGUF, fp8, LoRA before or after the adapter.",
+    )
+    model, clip = krea_base(w)
+    adapter = "flux1-krea-dcgen-f64c128.safetensors"
+    apply = w.node("DCGenApply", at=(0, 450), model=model(), adapter_name=adapter, strength=1.0)
+    vae = w.node("DCAELoader", at=(0, 600), vae_name="dc-ae-1.5-f64c128.safetensors")
+    text = prompt_box(w, clip(), PROMPT_4K)
+    empty = w.node("DCGenEmptyLatent", at=(380, 220), model=apply(), size="4K: 4096 x 4096")
+    latent = one_sampler(w, apply(), text(), empty(), (820, 0))
+    save(w, latent(), vae(), (1190, 0), "dcgen/flux-4k-adapter")
+    return w
+
+
+def image_to_image() -> Workflow:
+    w = Workflow(
+        "FLUX 4K image to image",
+        "## 4K image to image\n\nThe picture is scaled to the size of the latent, encoded, and kept by 1 - denoise. "
+        f"Needs `models/diffusers/{KREA_4K}`.",
+    )
+    load = w.node("DCGenReleaseLoader", at=(0, 0), release=KREA_4K)
+    image = w.node("LoadImage", at=(0, 320), size=(330, 330), image="example.png")
+    text = prompt_box(w, load(1), PROMPT_4K)
+    empty = w.node("DCGenEmptyLatent", at=(0, 160), model=load(0), size="4K: 4096 x 4096")
+    latent = one_sampler(w, load(0), text(), empty(), (820, 0), denoise=0.6, image=image(), vae=load(2))
+    save(w, latent(), load(2), (1190, 0), "dcgen/flux-4k-img2img")
+    return w
+
+
+def refine() -> Workflow:
+    w = Workflow(
+        "FLUX 1K to 4K refine",
+        "## Compose at 1K, refine at 4K\n\nThe 1K model draws the picture; the 4K model redraws it at 4096 x 4096 with "
+        f"denoise 0.45. Needs `models/diffusers/{KREA_1K}` and `{KREA_4K}`.",
+    )
+    small = w.node("DCGenReleaseLoader", at=(0, 0), release=KREA_1K)
+    large = w.node("DCGenReleaseLoader", at=(0, 420), release=KREA_4K)
+    text = prompt_box(w, small(1), PROMPT_4K)
+    first = w.node("DCGenEmptyLatent", at=(0, 160), model=small(0), size="1K: 1024 x 1024")
+    second = w.node("DCGenEmptyLatent", at=(0, 580), model=large(0), size="4K: 4096 x 4096")
+    drawn = one_sampler(w, small(0), text(), first(), (820, 0))
+    image = save(w, drawn(), small(2), (1190, 0), "dcgen/refine-1k")
+    detailed = one_sampler(w, large(0), text(), second(), (820, 540), denoise=0.45, image=image(), vae=large(2))
+    save(w, detailed(), large(2), (1190, 540), "dcgen/refine-4k")
+    return w
+
+
+def inpaint() -> Workflow:
+    w = Workflow(
+        "FLUX inpaint",
+        "## Inpaint on a deep latent\n\nPaint the mask in LoadImage's mask editor. A mask pixel of the latent is 32 (f32) "
+        "or 64 (f64) image pixels wide, so paint generously; the picture's sides must be multiples of that. Needs "
+        f"`models/diffusers/{KREA_1K}`.",
+    )
+    load = w.node("DCGenReleaseLoader", at=(0, 0), release=KREA_1K)
+    image = w.node("LoadImage", at=(0, 160), size=(330, 330), image="example.png")
+    text = prompt_box(w, load(1), PROMPT_4K)
+    encoded = w.node("DCAEEncode", at=(380, 220), image=image(), vae=load(2), strip=0)
+    masked = w.node("SetLatentNoiseMask", at=(380, 340), samples=encoded(), mask=image(1))
+    latent = one_sampler(w, load(0), text(), masked(), (820, 0), denoise=0.9)
+    save(w, latent(), load(2), (1190, 0), "dcgen/flux-inpaint")
+    return w
+
+
+def side_by_side() -> Workflow:
+    w = Workflow(
+        "FLUX base and DC-Gen side by side",
+        "## One base, two latents\n\nBoth samplers use the same loaded FLUX: once on its own f8 latent, once through a "
+        "DC-Gen adapter. No weight is loaded twice. The wipe at the end compares the two pictures.",
+    )
+    model, clip = krea_base(w)
+    adapter = "flux1-krea-dcgen-f32c32.safetensors"
+    apply = w.node("DCGenApply", at=(0, 450), model=model(), adapter_name=adapter, strength=1.0)
+    deep = w.node("DCAELoader", at=(0, 600), vae_name="dc-ae-f32c32-in-1.0.safetensors")
+    plain = w.node("VAELoader", at=(0, 700), vae_name="ae.safetensors")
+    text = prompt_box(w, clip(), PROMPT_4K)
+    size = {"width": 1024, "height": 1024}
+    empty = w.node("DCGenEmptyLatent", at=(380, 220), model=model(), **size)
+    empty_deep = w.node("DCGenEmptyLatent", at=(380, 420), model=apply(), **size)
+    base = one_sampler(w, model(), text(), empty(), (820, 0))
+    dcgen = one_sampler(w, apply(), text(), empty_deep(), (820, 420))
+    first = w.node("VAEDecode", at=(1190, 0), samples=base(), vae=plain())
+    second = w.node("DCAEDecode", at=(1190, 420), samples=dcgen(), vae=deep(), strip=0)
+    w.node("DCGenCompare", at=(1560, 0), size=(520, 600), image_a=first(), image_b=second())
+    return w
+
+
+def four_bit() -> Workflow:
+    w = Workflow(
+        "FLUX 4K, 4-bit",
+        "## 4K from one 4-bit file\n\nOne .safetensors in `models/diffusion_models` with core's nvfp4 layout (also fp8, "
+        "mxfp8); native 4-bit speed needs a Blackwell GPU, other devices compute in 16 bit. For nunchaku, put its "
+        "loader before DCGenApply instead; see that node's help.",
+    )
+    name = "dcgen-flux1-krea-4k-nvfp4.safetensors"
+    model = w.node("DCGenModelLoader", at=(0, 0), model_name=name, weight_dtype="default")
+    names = {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp16.safetensors", "type": "flux"}
+    clip = w.node("DualCLIPLoader", at=(0, 170), **names)
+    padded = w.node("T5TokenizerOptions", at=(0, 340), clip=clip(), min_padding=0, min_length=512)
+    vae = w.node("DCAELoader", at=(0, 460), vae_name="dc-ae-1.5-f64c128.safetensors")
+    text = prompt_box(w, padded(), PROMPT_4K)
+    empty = w.node("DCGenEmptyLatent", at=(380, 220), model=model(), size="4K: 4096 x 4096")
+    latent = one_sampler(w, model(), text(), empty(), (820, 0))
+    save(w, latent(), vae(), (1190, 0), "dcgen/flux-4k-4bit")
+    return w
+
+
+JOBS: dict[str, Callable[[], Workflow]] = {
+    "dcgen_toy": toy,
+    "dcgen_toy_custom": toy_custom,
+    "dcgen_flux_1k": lambda: release_job("FLUX 1K", KREA_1K, "1K: 1024 x 1024", "dcgen/flux-1k"),
+    "dcgen_flux_2k": lambda: release_job("FLUX 2K", KREA_4K, "2K: 2048 x 2048", "dcgen/flux-2k"),
+    "dcgen_flux_4k": lambda: release_job("FLUX 4K", KREA_4K, "4K: 4096 x 4096", "dcgen/flux-4k"),
+    "dcgen_flux_4k_adapter": adapter_4k,
+    "dcgen_flux_4k_img2img": image_to_image,
+    "dcgen_flux_1k_to_4k_refine": refine,
+    "dcgen_flux_inpaint": inpaint,
+    "dcgen_flux_side_by_side": side_by_side,
+    "dcgen_flux_4k_4bit": four_bit,
+}
+
+
+def _browser():
+    path = HERE.parent / "tests" / "comfy" / "browser.py"
+    spec = importlib.util.spec_from_file_location("browser", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["browser"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(url: str, names: list[str]) -> None:
+    with urllib.request.urlopen(f"{url}/object_info") as answer:
+        kinds = json.loads(answer.read())
+    module = _browser()
+    with tempfile.TemporaryDirectory() as folder:
+        page = module.Browser(module.find_chromium(), Path(folder))
+        try:
+            page.open(url)
+            page.until(
+                "!!(window.app && window.app.extensionManager && window.LiteGraph.registered_node_types.KSampler)"
+            )
+            for name in names:
+                graph = JOBS[name]().ui(kinds)
+                page.js(f"app.loadGraphData({json.dumps(graph)}, true, true, {json.dumps(name)})")
+                missing = page.js("app.graph._nodes.filter(n => n.has_errors).map(n => n.type)")
+                if missing:
+                    raise SystemExit(f"{name}: unknown nodes {missing}")
+                page.js("app.graph._nodes.forEach(n => { const s = n.computeSize(); "
+                        "n.setSize([Math.max(n.size[0], s[0]), Math.max(s[1], n.size[1] > 150 ? n.size[1] : s[1])]) })")  # fmt: skip
+                ui = page.js("app.graph.serialize()")
+                api = page.js("app.graphToPrompt().then(p => p.output)")
+                ui["extra"] = {}
+                (HERE / f"{name}.json").write_text(json.dumps(ui, indent=1, ensure_ascii=False) + "\n")
+                (HERE / "api" / f"{name}.json").write_text(json.dumps(api, indent=1, ensure_ascii=False) + "\n")
+                print(name, len(ui["nodes"]), "nodes")
+        finally:
+            page.close()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit(__doc__)
+    build(sys.argv[1].rstrip("/"), sys.argv[2:] or list(JOBS))
