@@ -4,6 +4,7 @@ pack     release folder, transformer folder or .pth -> one .safetensors with all
 unpack   one file -> release folder with diffusers names, sharded
 merge    base + DC-Gen adapter -> one .safetensors
 extract  merged model - base -> DC-Gen adapter
+preview  DC-AE -> the same DC-AE with preview factors, which pack copies into a model file
 info     what a file or folder is
 """
 
@@ -23,9 +24,11 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, load_adapter, merge_tensor, save_adapter
+from .dcae import load_dcae, save_dcae
 from .extract import Kept, extract
 from .files import Entry, write_stream
 from .latent import SPACES, LatentSpace
+from .preview import fit_preview
 from .release import TRANSFORMER, Model, model_metadata, open_model
 from .tensors import INDEX_SUFFIX, total_bytes
 
@@ -215,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     merging = command("merge", "base + DC-Gen adapter -> one .safetensors", "base", "adapter", "out")
     unpacking = command("unpack", "one file -> folder with diffusers names, sharded", "model", "out")
     extracting = command("extract", "merged model - base -> DC-Gen adapter", "merged", "base", "out")
+    command("preview", "DC-AE -> one .safetensors with preview factors for live previews", "autoencoder", "out")
     command("info", "say what a file or folder is", "model")
     for one in (packing, merging):
         one.add_argument("--names", choices=NAMES, default=NAMES[0], help="key names (default: %(default)s)")
@@ -283,6 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(unpack(_open(args.model, args.latent, args.set), args.out, parts=args.parts, dtype=dtype))
         elif args.command == "extract":
             print(_extract(args, dtype))
+        elif args.command == "preview":
+            print(_preview(args.autoencoder, args.out))
         else:
             print(describe(args.model))
     except (ValueError, OSError) as error:
@@ -301,6 +307,14 @@ def _extract(args: argparse.Namespace, dtype: torch.dtype | None) -> str:
     print(file=sys.stderr)
     save_adapter(args.out, adapter)
     return f"{_report(kept)}\n{args.out}"
+
+
+def _preview(path: Path, out: Path) -> str:
+    model = load_dcae(path)
+    with torch.no_grad():
+        space, explained = fit_preview(model.encode, model.latent_space)
+    model.rgb_factors, model.rgb_bias = space.rgb_factors, space.rgb_bias
+    return f"preview factors explain {explained:.1%} of the colours\n{save_dcae(model, out)}"
 
 
 if __name__ == "__main__":
