@@ -84,7 +84,7 @@ def _curves(folder: Path) -> bytes | None:
     panels = (("loss", losses), ("gradient norm", ["grad_norm"]), ("pictures / s", ["images_per_s"]))
     for axes, (title, keys) in zip(figure.subplots(1, 3), panels, strict=True):
         for key in keys:
-            axes.plot(steps, columns[key], label=key, linewidth=1)
+            axes.plot(steps, columns[key], label=key, linewidth=1, marker="." if len(steps) < 3 else "")
         axes.set(title=title, xlabel="step")
         if min(min(columns[key]) for key in keys) > 0:
             axes.set_yscale("log")

@@ -8,6 +8,7 @@ from train.config import RecipeError, nearest
 from train.stages.base import Stage
 
 STAGES: dict[str, str] = {
+    "synthesize": "train.stages.synthesize:SynthesizeStage",
     "cache": "train.stages.cache:CacheStage",
     "align": "train.stages.align:AlignStage",
     "head": "train.stages.head:HeadStage",

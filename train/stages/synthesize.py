@@ -1,0 +1,140 @@
+"""Stage `synthesize`: training pictures drawn by the base model itself, as the paper does (section 4.1)."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+from tqdm import tqdm
+
+from train import distributed
+from train.config import RecipeError, StageConfig
+from train.data import bucket_sizes
+from train.files import digest_json, read_json, sha256, write_atomically, write_json
+from train.generate import Pipeline
+from train.models import base_backbone
+from train.stages.base import Stage, complaints
+
+
+class SynthesizeStage(Stage):
+    """Writes pictures/NNNNN.tar (webdataset: PNG, caption, and JSON with the seed). Shards are shared out over ranks.
+
+    A shard is there whole or not at all, and is a pure function of the settings, so a stopped run goes on where it was.
+    """
+
+    class Config(StageConfig):
+        base: str = Field(description="release folder of the base model")
+        prompts: str = Field(description="text file, one prompt a line")
+        per_prompt: int = Field(1, ge=1, description="pictures of each prompt, with different seeds")
+        pixels: int = Field(512, ge=32, description="side of the square whose area a picture has")
+        multiple: int = Field(64, ge=1)
+        ratios: tuple[float, ...] = Field((1.0,), min_length=1, description="aspect ratios H/W, taken in turns")
+        sampling_steps: int = Field(20, ge=1)
+        guidance: float = Field(
+            3.5, ge=0, description="g of the guidance embedding, or of true CFG where there is none"
+        )
+        batch: int = Field(4, ge=1)
+        shard_size: int = Field(256, ge=1, description="pictures in a tar")
+
+    config: Config
+
+    def check(self) -> list[str]:
+        problems = []
+        if not self.context.pending(self.config.base):
+            problems += complaints(base_backbone, self.context.resolve(self.config.base))
+        path = self.context.resolve(self.config.prompts)
+        if not self.context.pending(self.config.prompts) and not path.is_file():
+            problems.append(f"{path} not found; `prompts` is a text file with one prompt a line")
+        return problems
+
+    def setup(self) -> None:
+        c = self.config
+        path = self.context.resolve(c.prompts)
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        self.prompts = [line for line in lines if line]
+        if not self.prompts:
+            raise ValueError(f"{path} holds no prompt; write one a line")
+        self.sizes = bucket_sizes(c.pixels, c.multiple, c.ratios)
+        self.count = len(self.prompts) * c.per_prompt
+        network = sorted((self.context.resolve(c.base) / "transformer").glob("*.safetensors"))
+        parts = {
+            "settings": {
+                k: v for k, v in c.model_dump(mode="json").items() if k not in ("batch", "log_every", "shard")
+            },
+            "prompts": digest_json(self.prompts),
+            "network": {file.name: sha256(file) for file in network},
+            "seed": self.context.recipe.seed,
+        }
+        self._settle(digest_json(parts))
+
+    def _settle(self, fingerprint: str) -> None:
+        """Refuse to mix shards of two settings in one folder."""
+        note = self.folder / "pictures" / "fingerprint.json"
+        if note.is_file() and read_json(note)["fingerprint"] != fingerprint:
+            raise RecipeError(
+                f"{note.parent} holds pictures of other settings, prompts or base; remove it or use --redo"
+            )
+        if self.context.rank == 0 and not note.is_file():
+            write_json(note, {"fingerprint": fingerprint})
+
+    def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
+        shards = range(-(-self.count // self.config.shard_size))
+        mine = [s for s in shards if s % self.context.world == self.context.rank and not self._path(s).is_file()]
+        if mine:
+            dtype = getattr(torch, self.config.dtype)
+            pipeline = Pipeline(self.context.resolve(self.config.base), device=self.device, dtype=dtype)
+            for shard in tqdm(mine, desc=self.context.name, unit="shard", disable=self.context.rank > 0):
+                write_atomically(self._path(shard), lambda path, s=shard: self._write(path, s, pipeline))
+        distributed.barrier()
+        return {"pictures": self.count, "shards": len(shards)}
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / "pictures" / f"{shard:05d}.tar"
+
+    def sample(self, index: int) -> dict[str, Any]:
+        """What picture `index` is: prompt, seed and size."""
+        seed = self.context.recipe.seed * 1_000_003 + index
+        return {
+            "caption": self.prompts[index // self.config.per_prompt],
+            "seed": seed,
+            "size": self.sizes[index % len(self.sizes)],
+        }
+
+    def _write(self, path: Path, shard: int, pipeline: Pipeline) -> None:
+        start = shard * self.config.shard_size
+        indices = range(start, min(start + self.config.shard_size, self.count))
+        with tarfile.open(path, "w") as tar:
+            for size in self.sizes:
+                same = [i for i in indices if self.sample(i)["size"] == size]
+                for first in range(0, len(same), self.config.batch):
+                    self._draw(tar, same[first : first + self.config.batch], size, pipeline)
+
+    def _draw(self, tar: tarfile.TarFile, indices: list[int], size: tuple[int, int], pipeline: Pipeline) -> None:
+        samples = [self.sample(index) for index in indices]
+        c = self.config
+        how: dict[str, Any] = {"steps": c.sampling_steps, "guidance": c.guidance}
+        if not pipeline.distilled:
+            how["cfg_w"] = max(c.guidance - 1, 0.0)
+        prompts, seeds = [s["caption"] for s in samples], [s["seed"] for s in samples]
+        images = pipeline.images(prompts, seeds, *size, **how)
+        for index, sample, image in zip(indices, samples, images, strict=True):
+            array = ((image + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+            buffer = io.BytesIO()
+            Image.fromarray(array).save(buffer, format="PNG")
+            record = {**sample, "steps": c.sampling_steps, "guidance": c.guidance}
+            _add(tar, f"{index:09d}.png", buffer.getvalue())
+            _add(tar, f"{index:09d}.txt", sample["caption"].encode())
+            _add(tar, f"{index:09d}.json", json.dumps(record).encode())
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # no time, no owner: the same pictures make the same file
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
