@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import comfy.ldm.flux.model
 import comfy.lora
@@ -20,14 +20,11 @@ from torch import Tensor
 
 from ...dcgen.adapter import Adapter
 from ...dcgen.backbones import BACKBONES
-from ...dcgen.backbones.base import patch_size
-from ...dcgen.files import meta_tensors
-from ...dcgen.release import Model
 from ...dcgen.schedule import shift_ratio
+from . import nunchaku
 from .latent_format import ModelInfo, latent_format
 from .shared import borrow, borrowing_patcher, copied_config, linear
 
-T = TypeVar("T")
 FLUX = BACKBONES["flux"]
 # The core's memory estimate counts latent pixels and was tuned on FLUX's 2x2 patches.
 PATCH_OF_ESTIMATE = 2
@@ -35,6 +32,8 @@ PATCH_OF_ESTIMATE = 2
 
 def base_config(model: comfy.model_patcher.ModelPatcher) -> dict[str, Any]:
     """The diffusers config of a MODEL's FLUX network, as far as the latent does not matter."""
+    if nunchaku.is_nunchaku(model):
+        return nunchaku.base_config(model)
     network = model.model.diffusion_model
     params = getattr(network, "params", None)
     if not isinstance(network, comfy.ldm.flux.model.Flux) or params.global_modulation:
@@ -78,11 +77,15 @@ def apply_adapter(
     `model` is not changed and shares its weights with the result. strength 0 = alignment only.
     """
     check_adapter(adapter, model, name)
-    native = FLUX.to_native(adapter.tensors, base_config(model), partial=True)
     info = ModelInfo(adapter.latent, adapter.patch_size, dict(adapter.schedule), _pixels(adapter))
-    patcher = borrowing_patcher(model, _network(model, native, info), _config(model.model.model_config, info))
-    _finish(patcher.model, info)
-    if strength and adapter.lora:
+    foreign = nunchaku.is_nunchaku(model)
+    if foreign:
+        network = nunchaku.network(model, adapter, info, strength)
+    else:
+        network = _network(model, FLUX.to_native(adapter.tensors, base_config(model), partial=True), info)
+    patcher = borrowing_patcher(model, network, _config(model.model.model_config, info))
+    finish(patcher.model, info)
+    if strength and adapter.lora and not foreign:
         patches = lora_patches(adapter, patcher)
         patcher.add_patches(patches, strength)
     return patcher
@@ -125,7 +128,7 @@ def _config(config: Any, info: ModelInfo) -> Any:
     return twin
 
 
-def _finish(model: comfy.model_base.BaseModel, info: ModelInfo) -> None:
+def finish(model: comfy.model_base.BaseModel, info: ModelInfo) -> None:
     """What the latent decides on a BaseModel beyond its network: memory per latent pixel, shift, and its own info."""
     model.memory_usage_factor = type(model.model_config).memory_usage_factor * PATCH_OF_ESTIMATE**2 / info.patch_size**2
     model.dcgen = info
@@ -153,77 +156,3 @@ def lora_patches(adapter: Adapter, patcher: comfy.model_patcher.ModelPatcher) ->
     if unknown:
         raise ValueError(f"the adapter's LoRA names modules that this base lacks: {', '.join(sorted(unknown)[:8])}")
     return comfy.lora.load_lora(tensors, keys)
-
-
-def load_flux(
-    source: Model, pixels: int | None = None, options: dict[str, Any] | None = None
-) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL from FLUX weights on disk in either naming, read a block at a time: nothing is held twice.
-
-    source: its latent must be known; pixels: the image side it was made for, if known; options: dtype and
-    fp8_optimizations as in comfy.sd.load_diffusion_model.
-    """
-    config, options = source.config, options or {}
-    size = patch_size(FLUX.packed_channels(config), source.latent.channels, str(source.tensors.path))
-    info = ModelInfo(source.latent, size, dict(source.schedule), pixels)
-    plan = list(source.native_entries(source.entries))
-    shapes = meta_tensors(entry for _, entry in plan)
-    model_config = comfy.model_detection.model_config_from_unet(dict(shapes), "")
-    if model_config is None:
-        raise ValueError(f"{source.tensors.path}: ComfyUI does not take these weights for a FLUX model.")
-    heads = config["num_attention_heads"]
-    model_config.unet_config.update(
-        num_heads=heads,
-        hidden_size=heads * config["attention_head_dim"],
-        axes_dim=list(config["axes_dims_rope"]),
-        in_channels=source.latent.channels,
-        out_channels=source.latent.channels,
-        patch_size=size,
-    )
-    model_config.latent_format = latent_format(info.space)
-    _set_dtype(model_config, shapes, options)
-    model = model_config.get_model(dict(shapes), "").to(comfy.model_management.unet_offload_device())
-    for rules in by_module((rule for rule, _ in plan), lambda rule: rule.native):
-        part = {rule.native: rule.join(source.get) for rule in rules}
-        _fill(model.diffusion_model, model_config.process_unet_state_dict(part))
-    _finish(model, info)
-    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    load_device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    return kind(model, load_device=load_device, offload_device=offload)
-
-
-def _set_dtype(model_config: Any, shapes: Mapping[str, Tensor], options: dict[str, Any]) -> None:
-    device = comfy.model_management.get_torch_device()
-    supported = list(model_config.supported_inference_dtypes)
-    dtype = options.get("dtype") or comfy.model_management.unet_dtype(
-        model_params=comfy.utils.calculate_parameters(shapes),
-        supported_dtypes=supported,
-        weight_dtype=comfy.utils.weight_dtype(shapes),
-    )
-    cast = comfy.model_management.unet_manual_cast(dtype, device, supported)
-    model_config.set_inference_dtype(dtype, cast)
-    if options.get("fp8_optimizations"):
-        model_config.optimizations["fp8"] = True
-
-
-def by_module(items: Iterable[T], name: Callable[[T], str]) -> list[list[T]]:
-    """Items grouped by the block (or top-level module) that their native key belongs to."""
-    groups: dict[str, list[T]] = {}
-    for item in items:
-        groups.setdefault(_module(name(item)), []).append(item)
-    return list(groups.values())
-
-
-def _module(key: str) -> str:
-    pieces = key.split(".")
-    return ".".join(pieces[: 2 if pieces[0].endswith("_blocks") else 1])
-
-
-def _fill(network: torch.nn.Module, part: dict[str, Tensor]) -> None:
-    """Load whole modules into the network, each strictly: a key too many or too few is an error that names it."""
-    for keys in by_module(part, str):
-        path = _module(keys[0])
-        tensors = {key[len(path) + 1 :]: part[key] for key in keys}
-        missing, unexpected = network.get_submodule(path).load_state_dict(tensors, strict=False)
-        if missing or unexpected:
-            raise ValueError(f"{path}: missing {sorted(missing)[:8]}, unknown {sorted(unexpected)[:8]}")

@@ -16,7 +16,8 @@ import torch
 
 from ...dcgen.latent import SPACES
 from ...dcgen.release import Model, open_model
-from .flux import FLUX, load_flux
+from .flux import FLUX
+from .flux_loader import is_quantized, load_flux, load_quantized_flux
 from .kl_vae import load_kl_vae
 from .text import load_flux_text
 from .vae import make_vae
@@ -100,6 +101,8 @@ def load_model(name: str, weight_dtype: str, autoencoder: str) -> comfy.model_pa
     """MODEL of a name from model_names()."""
     folder = name in release_names()
     path = find_release(name) if folder else Path(folder_paths.get_full_path_or_raise("diffusion_models", name))
+    if not folder and is_quantized(path):
+        return load_quantized_flux(path, SPACES.get(autoencoder), WEIGHT_DTYPES[weight_dtype])
     model = _known(open_model(path), autoencoder, path)
     if model.backbone is not FLUX:
         raise ValueError(f"{path} is a {model.backbone.name} model; this node loads FLUX.")

@@ -207,6 +207,7 @@ def _t5_keys(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    missing, unknown = module.load_state_dict(tensors, strict=False)
-    if missing or unknown:
-        raise ValueError(f"{folder}: missing {sorted(missing)[:8]}, unknown {sorted(unknown)[:8]}")
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: the weights are not those its config.json describes: {error}") from error
