@@ -153,7 +153,7 @@ class LinearEmbedder:
         return self.weight.detach().flatten(1), self.bias.detach()
 
 
-def _affine(embedder: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+def _affine(embedder: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     layers = [m for m in embedder.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     if len(layers) != 1 or layers[0].bias is None:
         raise ValueError(

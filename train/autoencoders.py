@@ -21,7 +21,7 @@ class Autoencoder:
     """A frozen autoencoder. encode/decode work on raw latents; `space` scales them for a diffusion model."""
 
     space: LatentSpace
-    model: nn.Module
+    model: Any  # a DCAE or diffusers.AutoencoderKL
     folder: Path
 
     @torch.no_grad()

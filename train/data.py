@@ -98,7 +98,7 @@ def open_source(config: ToyData | FolderData | TarData | ParquetData, path: Path
     config = config.model_copy(update={"path": str(path)})
     if isinstance(config, ToyData):
         return ToySource(config)
-    kinds = {FolderData: FolderSource, TarData: TarSource, ParquetData: ParquetSource}
+    kinds: dict[type[Files], Any] = {FolderData: FolderSource, TarData: TarSource, ParquetData: ParquetSource}
     if not path.exists():
         raise FileNotFoundError(f"data path {path} does not exist; set data.path to a folder of {config.type} data")
     source = kinds[type(config)](config)
@@ -204,7 +204,7 @@ class TarSource(FileSource):
                     caption = _tar_caption(tar, members)
                     if picture is None or caption is None:
                         continue
-                    size = _size_of(io.BytesIO(tar.extractfile(picture).read()))
+                    size = _size_of(io.BytesIO(_bytes_of(tar, picture)))
                     entries.append((f"{tar_path.name}:{stem}", caption, size))
                     self.places.append((tar_path, picture.offset_data, picture.size))
         return entries
@@ -218,6 +218,8 @@ class TarSource(FileSource):
 
 class ParquetSource(FileSource):
     """Parquet files of a Hugging Face image data set (needs pyarrow)."""
+
+    config: ParquetData
 
     def scan(self, path: Path) -> list[tuple[str, str, tuple[int, int]]]:
         import pyarrow.parquet as parquet
@@ -274,11 +276,18 @@ def fit(picture: Image.Image, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
+def _bytes_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    handle = tar.extractfile(member)
+    if handle is None:
+        raise ValueError(f"{tar.name!s}: {member.name} is not a file")
+    return handle.read()
+
+
 def _tar_caption(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> str | None:
     if ".txt" in members:
-        return tar.extractfile(members[".txt"]).read().decode("utf-8").strip()
+        return _bytes_of(tar, members[".txt"]).decode("utf-8").strip()
     if ".json" in members:
-        value = json.loads(tar.extractfile(members[".json"]).read())
+        value = json.loads(_bytes_of(tar, members[".json"]))
         return value.get("caption", value.get("text"))
     return None
 

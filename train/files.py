@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def write_atomically(path: Path | str, write: Callable[[Path], None]) -> Path:
+def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], None]) -> Path:
     return path
 
 
-def write_folder(path: Path | str, write: Callable[[Path], None]) -> Path:
+def write_folder(path: Path | str, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary folder beside `path`, then rename it to `path` (an older one is replaced)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

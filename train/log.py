@@ -57,12 +57,12 @@ class Log:
         with open(self.path, "a", newline="", encoding="utf-8") as handle:
             csv.writer(handle).writerow([_text(values.get(column, math.nan)) for column in self.columns])
         for key, value in numbers.items():
-            if math.isfinite(value):
+            if self.writer is not None and math.isfinite(value):
                 self.writer.add_scalar(key, value, step)
 
     def pictures(self, step: int, images: dict[str, Tensor]) -> None:
         """Save pictures (3,H,W) in 0..1 as previews/NAME-step.png and to TensorBoard."""
-        if not self.enabled:
+        if self.writer is None:
             return
         for name, image in images.items():
             save_png(self.folder / "previews" / f"{name}-{step:08d}.png", image)

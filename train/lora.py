@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,8 @@ def inject_lora(model: nn.Module, backbone: Backbone, rank: int, alpha: float, s
     from peft import LoraConfig, inject_adapter_in_model
 
     pattern = "|".join(f"(?:{target})" for target in backbone.lora_targets)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, lora_dropout=0.0, bias="none")
+    strength: Any = alpha  # peft's hint says int, any number works
+    config = LoraConfig(r=rank, lora_alpha=strength, target_modules=pattern, lora_dropout=0.0, bias="none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
@@ -29,10 +32,11 @@ def inject_lora(model: nn.Module, backbone: Backbone, rank: int, alpha: float, s
 
 def scale_lora(model: nn.Module, factor: float) -> None:
     """Multiply the strength alpha/r of every LoRA layer (a growing alpha, or 0 to switch it off)."""
-    for module in model.modules():
-        scaling = getattr(module, "scaling", None)
+    layer: Any
+    for layer in model.modules():
+        scaling = getattr(layer, "scaling", None)
         if isinstance(scaling, dict) and ADAPTER in scaling:
-            scaling[ADAPTER] = factor * module.lora_alpha[ADAPTER] / module.r[ADAPTER]
+            scaling[ADAPTER] = factor * layer.lora_alpha[ADAPTER] / layer.r[ADAPTER]
 
 
 def lora_pairs(weights: dict[str, Tensor], alpha: float) -> dict[str, LoraPair]:

@@ -113,4 +113,5 @@ def replace_ends(
     for path, module in ((backbone.embedder, embedder), (backbone.head, head)):
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, module)
-    model.register_to_config(**config)
+    network: Any = model
+    network.register_to_config(**config)

@@ -88,7 +88,7 @@ def objective_loss(
     else:
         corrected = _corrected(objective, velocity, batch, noised, sigma, text, empty, dropped)
     errors = (corrected.float() - target).square().flatten(1).mean(1)  # Eq. 2, Eq. 7
-    metrics = {"loss_cond": _mean(errors, ~dropped), "loss_uncond": _mean(errors, dropped)}
+    metrics: dict[str, float | Tensor] = {"loss_cond": _mean(errors, ~dropped), "loss_uncond": _mean(errors, dropped)}
     return errors.mean(), metrics
 
 
@@ -105,7 +105,7 @@ def _corrected(
     """Eq. 6 on the rows that kept their caption; a dropped row is its own empty branch, so v_hat = v there."""
     low, high = objective.w
     w = low + (high - low) * batch.uniform("w")
-    scale = guidance.guidance_scale(w) if objective.guidance_embed == "1+w" else w
+    scale = torch.as_tensor(guidance.guidance_scale(w)) if objective.guidance_embed == "1+w" else w
     v_cond = velocity(noised, sigma, text, scale)
     kept = torch.nonzero(~dropped).flatten()
     if not len(kept):

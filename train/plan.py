@@ -101,7 +101,7 @@ class Counts:
 
 def count(geo: Geometry, rank: int) -> Counts:
     """Parameter counts of the moved model, exact."""
-    model = network(geo.backbone, geo.moved)
+    model: Any = network(geo.backbone, geo.moved)
     ends = sum(
         p.numel() for path in (geo.backbone.embedder, geo.backbone.head) for p in model.get_submodule(path).parameters()
     )
@@ -250,7 +250,8 @@ def _loads(config: Any, ranks: int, counts: Counts, trained: int, tokens: int) -
         "passes": 2 if distilled and config.objective.uncond_grad else 1,
         "shards": shards,
     }
-    changes, words = [], []
+    changes: list[tuple[str, Load]] = []
+    words: list[str] = []
     rows, share = fields["rows"], config.batch // ranks
     for said, change in (
         ("dtype: bfloat16", {"frozen_bytes": 2}),

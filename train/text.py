@@ -66,7 +66,7 @@ class SanaText:
         from diffusers import SanaPipeline
 
         parts = {"tokenizer": _load(base, "tokenizer"), "text_encoder": _load(base, "text_encoder", dtype).to(device)}
-        self.pipeline = SanaPipeline(**parts, vae=None, transformer=None, scheduler=None)
+        self.pipeline: Any = SanaPipeline(**parts, vae=None, transformer=None, scheduler=None)
         self.instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
         self.device = device
         self.tokens = tokens or 300

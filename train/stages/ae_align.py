@@ -22,7 +22,7 @@ from train.stages.base import Stage
 class Aligned(nn.Module):
     """A DC-AE with a 1x1 map from its latent to the teacher's pooled one; the map is dropped afterwards."""
 
-    def __init__(self, autoencoder: nn.Module, channels: int, teacher_channels: int) -> None:
+    def __init__(self, autoencoder: Any, channels: int, teacher_channels: int) -> None:
         super().__init__()
         self.autoencoder = autoencoder
         self.projection = nn.Conv2d(channels, teacher_channels, 1)

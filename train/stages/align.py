@@ -92,16 +92,15 @@ class AlignStage(Stage):
         linear = LinearEmbedder(self.backbone, student, self.student_config, self.config.patch_size)
         equations = self._accumulate(linear)
         least = equations.loss(*equations.solve())
-        numbers: dict[str, object] = {}
         if self.config.solver == "closed-form":
             linear.set(*equations.solve(self.config.ridge))
         else:
             for name, parameter in student.named_parameters():
                 if name in weights:
                     parameter.data.copy_(weights[name])
-        numbers["loss"] = equations.loss(*linear.flat())
-        numbers |= {"least_loss": least, "variance": equations.variance(), "rows": int(equations.count)}
-        numbers["unexplained"] = numbers["loss"] / numbers["variance"]
+        loss, variance = equations.loss(*linear.flat()), equations.variance()
+        numbers: dict[str, object] = {"loss": loss, "least_loss": least, "variance": variance}
+        numbers |= {"rows": int(equations.count), "unexplained": loss / variance}
         if self.context.rank == 0:
             prefix = self.backbone.embedder
             state = student.get_submodule(prefix).state_dict()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -78,7 +79,7 @@ class CacheStage(Stage):
         mine = jobs[self.context.rank :: self.context.world]
         for name, kind, numbers in tqdm(mine, desc=self.context.name, unit="shard", disable=self.context.rank > 0):
             encode = self._encode_pictures if kind == "latent" else self._encode_captions
-            self.writer.shard(name, len(numbers), lambda e=encode, n=numbers: e(n, captions, encoders))
+            self.writer.shard(name, len(numbers), partial(encode, numbers, captions, encoders))
         distributed.barrier()
         if self.context.rank == 0:
             self._write_index(jobs, captions)

@@ -92,7 +92,8 @@ class MovedStage(Stage):
             self.moved_config = moved
         self.prepare()
         if c.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
+            network: Any = self.model
+            network.enable_gradient_checkpointing()
         self.model.train()
         self.text_online: TextEncoder | None = None
         if not self.cache.has_text:
@@ -234,7 +235,7 @@ class HeadStage(MovedStage):
 
     def prepare(self) -> None:
         if self.config.head_init == "zero":
-            nn.init.zeros_(self.model.get_submodule(self.backbone.head).weight)
+            nn.init.zeros_(self.model.get_parameter(f"{self.backbone.head}.weight"))
         super().prepare()
 
     def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:

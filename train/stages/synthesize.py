@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class SynthesizeStage(Stage):
             dtype = getattr(torch, self.config.dtype)
             pipeline = Pipeline(self.context.resolve(self.config.base), device=self.device, dtype=dtype)
             for shard in tqdm(mine, desc=self.context.name, unit="shard", disable=self.context.rank > 0):
-                write_atomically(self._path(shard), lambda path, s=shard: self._write(path, s, pipeline))
+                write_atomically(self._path(shard), partial(self._write, shard, pipeline))
         distributed.barrier()
         return {"pictures": self.count, "shards": len(shards)}
 
@@ -107,7 +108,7 @@ class SynthesizeStage(Stage):
             "size": self.sizes[index % len(self.sizes)],
         }
 
-    def _write(self, path: Path, shard: int, pipeline: Pipeline) -> None:
+    def _write(self, shard: int, pipeline: Pipeline, path: Path) -> None:
         start = shard * self.config.shard_size
         indices = range(start, min(start + self.config.shard_size, self.count))
         with tarfile.open(path, "w") as tar:

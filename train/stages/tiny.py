@@ -46,7 +46,7 @@ def tiny_flux(folder: Path, config: TinyStage.Config) -> None:
     """A FLUX release in the diffusers layout: 2 x 16-wide heads, one block of each kind."""
     import diffusers
 
-    transformer = diffusers.FluxTransformer2DModel(
+    transformer: Any = diffusers.FluxTransformer2DModel(
         in_channels=16,
         num_layers=1,
         num_single_layers=1,
@@ -76,7 +76,7 @@ def tiny_sana(folder: Path, config: TinyStage.Config) -> None:
     """A SANA release on an f8 DC-AE: 2 x 16-wide heads, two blocks."""
     import diffusers
 
-    transformer = diffusers.SanaTransformer2DModel(
+    transformer: Any = diffusers.SanaTransformer2DModel(
         in_channels=8,
         out_channels=8,
         num_layers=2,
@@ -173,7 +173,13 @@ def _tiny_t5(folder: Path) -> None:
 
     tokenizer = _word_tokenizer(16)
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=24, d_kv=12, d_ff=32, num_layers=1, num_heads=2, is_gated_act=True
+        vocab_size=len(tokenizer),
+        d_model=24,
+        d_kv=12,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
     )
     T5EncoderModel(config).save_pretrained(folder / "text_encoder_2")
     tokenizer.save_pretrained(folder / "tokenizer_2")
