@@ -1,6 +1,6 @@
 // The wipe of DCGenCompare: two pictures on top of each other, the upper one cut where the pointer is.
-import { app } from "../../scripts/app.js";
-import { api } from "../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
 
 const CSS = `
 .dcgen-wipe { position: relative; width: 100%; height: 100%; min-height: 160px; overflow: hidden; cursor: ew-resize;
@@ -75,7 +75,11 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass !== "DCGenCompare") return;
     const view = wipe();
-    node.addDOMWidget("dcgen_wipe", "dcgen_wipe", view.box, { serialize: false, getMinHeight: () => 160 });
+    const widget = node.addDOMWidget("dcgen_wipe", "dcgen_wipe", view.box, {
+      serialize: false,
+      getMinHeight: () => 160,
+    });
+    widget.serialize = false;
     node.setSize([Math.max(node.size[0], 360), Math.max(node.size[1], 380)]);
     const executed = node.onExecuted;
     node.onExecuted = function (output) {

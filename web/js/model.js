@@ -7,6 +7,7 @@ const NAMED_BY = {
   DCGenApply: { kind: "adapter", widget: "adapter_name" },
 };
 const known = new Map();
+const waiting = new Map();
 
 /** The node that an input is connected to, or null. */
 export function source(node, name) {
@@ -34,16 +35,20 @@ export function latentOf(api, node, changed, input = "model") {
 function ask(api, kind, name, changed) {
   if (!name) return null;
   const key = `${kind}:${name}`;
-  if (!known.has(key)) {
-    known.set(key, null);
+  if (known.has(key)) return known.get(key);
+  if (!waiting.has(key)) {
+    waiting.set(key, new Set());
     api
       .fetchApi(`/dcgen/latent?kind=${kind}&name=${encodeURIComponent(name)}`)
       .then((answer) => (answer.ok ? answer.json() : null))
-      .then((found) => {
-        known.set(key, found);
-        changed();
-      })
-      .catch(() => known.delete(key));
+      .then((found) => known.set(key, found))
+      .catch(() => known.set(key, null))
+      .finally(() => {
+        const listeners = waiting.get(key);
+        waiting.delete(key);
+        listeners.forEach((listener) => listener());
+      });
   }
-  return known.get(key);
+  waiting.get(key).add(changed);
+  return null;
 }

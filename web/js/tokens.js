@@ -1,6 +1,6 @@
 // A line on the empty-latent and sampler nodes: how many tokens the image costs, and how many fewer than at f8.
-import { app } from "../../scripts/app.js";
-import { api } from "../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
 import { latentOf, source, widgetValue } from "./model.js";
 
 const NODES = ["DCGenEmptyLatent", "DCGen4KSampler"];
@@ -47,7 +47,8 @@ app.registerExtension({
       getMinHeight: () => 16,
       getMaxHeight: () => 16,
     });
-    widget.serializeValue = undefined;
+    widget.serialize = false; // a line to read, no value of the graph
+    node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
     const update = () => {
       const text = line(node, update);
       if (box.textContent !== text) box.textContent = text;
