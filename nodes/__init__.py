@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .bridge import routes, toy
 from .compare import DCGenCompare
+from .dcae import DCAELoader
 from .latent import DCGenEmptyLatent
 from .model import DCGenApply, DCGenModelLoader, DCGenReleaseLoader
 from .sampling import DCGen4KSampler, DCGenScheduler
@@ -14,6 +15,7 @@ NODES: list[type[io.ComfyNode]] = [
     DCGenReleaseLoader,
     DCGenModelLoader,
     DCGenApply,
+    DCAELoader,
     DCGenEmptyLatent,
     DCGenScheduler,
     DCGen4KSampler,

@@ -8,7 +8,8 @@ import folder_paths
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
 # ComfyUI's folder -> where in toy/ such files lie. Search paths are added after the user's own, never in front.
-PLACES = {"diffusers": TOY, "vae": TOY / "dc-ae-f32", "model_patches": TOY / "adapter"}
+# Its autoencoder is listed by vae_files: core's VAE loader could not read it.
+PLACES = {"diffusers": TOY, "model_patches": TOY / "adapter"}
 
 
 def register() -> None:

@@ -1,0 +1,50 @@
+"""DC-AE autoencoders by name: .safetensors files and diffusers folders below models/vae, and the toy's."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import folder_paths
+
+from .toy import TOY
+from .vae import DCAEVAE, make_vae
+
+CONFIG = "config.json"
+_DEPTH = 2
+
+
+def names() -> list[str]:
+    """Folders that hold an AutoencoderDC first, then the files of models/vae."""
+    return [*_folders(), *folder_paths.get_filename_list("vae")]
+
+
+def _folders() -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for root in [*map(Path, folder_paths.get_folder_paths("vae")), TOY]:
+        for folder in _with_config(root):
+            found.setdefault(folder.relative_to(root).as_posix(), folder)
+    return found
+
+
+def _with_config(root: Path) -> Iterator[Path]:
+    for folder, children, files in os.walk(root, followlinks=True):
+        depth = len(Path(folder).relative_to(root).parts)
+        children[:] = [] if depth >= _DEPTH else sorted(child for child in children if not child.startswith("."))
+        if depth and CONFIG in files and _is_dcae(Path(folder) / CONFIG):
+            yield Path(folder)
+
+
+def _is_dcae(config: Path) -> bool:
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("_class_name") == "AutoencoderDC"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def load(name: str) -> DCAEVAE:
+    """VAE of a name from names(); errors name the file."""
+    folder = _folders().get(name)
+    return make_vae(folder if folder is not None else folder_paths.get_full_path_or_raise("vae", name))
