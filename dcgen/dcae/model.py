@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,20 @@ from torch import Tensor, nn
 
 from ..latent import LatentSpace
 from .config import DCAEConfig, DCAEError
-from .plan import Meter, OnStrip, budget, choose_strip, free_memory, local_part, run, run_panels, whole_budget
-from .stream import Chunks, Collector, Window, in_rows
+from .plan import (
+    CPU_WORKING_BYTES,
+    KEEP_SHARE,
+    Meter,
+    OnStrip,
+    budget,
+    choose_strip,
+    free_memory,
+    local_part,
+    run,
+    run_panels,
+    whole_budget,
+)
+from .stream import Chunks, Collector, Window, drain, in_rows
 
 FP16_MAX = 65504.0
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
@@ -50,7 +62,7 @@ def activate(name: str, x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean_C(x^2) + eps) * weight + bias over channels, in float32, rounded once."""
+    """y = x / sqrt(mean_C(x^2) + eps) * weight + bias over channels; mean and root in float32. Overwrites x."""
 
     def __init__(self, channels: int, dtype: Any = None, device: Any = None, eps: float = 1e-5) -> None:
         super().__init__()
@@ -60,22 +72,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, eps: Tensor | None = None) -> Tensor:
         """x (B,C,H,W); `residual` of the same shape is added after the norm; `eps` (B,1,H,W) replaces self.eps."""
-        dtype = x.dtype
-        inplace = not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
         scale = torch.rsqrt(norm.square() / x.shape[1] + (self.eps if eps is None else eps))
-        weight = self.weight.to(device=x.device, dtype=torch.float32).view(1, -1, 1, 1)
-        bias = self.bias.to(device=x.device, dtype=torch.float32).view(1, -1, 1, 1)
-        if not inplace:
-            x = torch.addcmul(bias, x * scale, weight)
-        else:
-            x = x.mul_(scale) if dtype == torch.float32 else x * scale
-            x = x.mul_(weight).add_(bias)
-        if residual is not None:
-            x = x.add_(residual) if inplace else x + residual
-        if dtype == torch.float16:
-            x = x.clamp(-FP16_MAX, FP16_MAX)
-        return x.to(dtype)
+        weight, bias = (value.to(x).view(1, -1, 1, 1) for value in (self.weight, self.bias))
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            y = torch.addcmul(bias, (x * scale).to(x.dtype), weight)
+            return finite(y if residual is None else y + residual)
+        torch.mul(x, scale, out=x)  # computed in float32, without a float32 copy of x
+        x.mul_(weight).add_(bias)
+        return finite(x if residual is None else x.add_(residual))
 
 
 class ChannelNorm(nn.BatchNorm2d):
@@ -92,6 +97,22 @@ def make_norm(kind: str, channels: int, dtype: Any, device: Any) -> nn.Module:
     return ChannelNorm(channels, dtype=dtype, device=device)
 
 
+def plain(layer: nn.Module) -> bool:
+    """Whether a layer's weight may be used directly: ComfyUI's layers may have to cast or patch it on every call."""
+    return not (
+        getattr(layer, "comfy_cast_weights", False)
+        or getattr(layer, "weight_function", None)
+        or getattr(layer, "bias_function", None)
+    )
+
+
+def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 convolution, as a matrix product (in channels_last that needs no copy)."""
+    if not plain(layer):
+        return finite(layer(x))
+    return finite(F.linear(x.movedim(1, -1), layer.weight.flatten(1), layer.bias)).movedim(-1, 1)
+
+
 def conv3x3(operations: Any, c_in: int, c_out: int, **kwargs: Any) -> nn.Module:
     """A 3x3 convolution which pads columns only: the rows around a chunk come from its Window."""
     return operations.Conv2d(c_in, c_out, 3, padding=(0, 1), **kwargs)
@@ -104,13 +125,18 @@ class Layer:
     pixel of the whole picture; `scale` is output size / input size; `work` multiply-adds per input pixel.
     """
 
+    channels: int  # of the input
     live: int
     work: int
     held: int = 0
+    kept: int = 0  # as held, but only if the whole of it is less than the limit / KEEP_SHARE
+    fixed: int = 0  # whatever the size
+    carried: int = 0  # elements per input column that wait between chunks
     scale: float = 1.0
     reach: int = 1  # input pixels on either side that one output pixel depends on, local layers
 
-    def stream(self, chunks: Chunks, height: int) -> Chunks:
+    def stream(self, chunks: Chunks, height: int, limit: int) -> Chunks:
+        """`limit`: elements this layer may keep alive."""
         step = self.stepper()
         for chunk, last in in_rows(chunks, height):
             box = [step(chunk, last)]
@@ -136,7 +162,9 @@ class Conv(Layer):
 
     def __init__(self, conv: nn.Module, shortcut: bool = False) -> None:
         self.conv, self.shortcut = conv, shortcut
+        self.channels = conv.in_channels
         self.live = 3 * conv.in_channels + 3 * conv.out_channels
+        self.carried = 2 * conv.in_channels
         self.work = conv.weight.numel()
 
     def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
@@ -161,6 +189,16 @@ def channel_shortcut(x: Tensor, channels: int) -> Tensor:
     return x.repeat_interleave(channels // x.shape[1], dim=1)
 
 
+def unshuffle_shortcut(x: Tensor, channels: int) -> Tensor:
+    """Pixel-unshuffle by 2, then the mean over consecutive groups of the 4C channels, without the 4C tensor."""
+    group = 4 * x.shape[1] // channels
+    if group % 4 == 0:
+        return channel_shortcut(F.avg_pool2d(x, 2), channels)
+    if group == 2:  # a group is the two neighbours in a row
+        return F.avg_pool2d(x, (1, 2)).unflatten(2, (-1, 2)).movedim(3, 2).flatten(1, 2)
+    return channel_shortcut(F.pixel_unshuffle(x, 2), channels)
+
+
 class ResBlock(nn.Module, Layer):
     """x + norm(conv(act(conv(x)))), local: two rows on either side."""
 
@@ -171,7 +209,9 @@ class ResBlock(nn.Module, Layer):
         self.conv1 = conv3x3(operations, channels, channels, **kwargs)
         self.conv2 = conv3x3(operations, channels, channels, bias=False, **kwargs)
         self.norm = make_norm(norm, channels, dtype, device)
+        self.channels = channels
         self.live, self.work, self.reach = 6 * channels, 2 * self.conv1.weight.numel(), 2
+        self.carried = 4 * channels
 
     def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
         first, second = Window(3, 1, 1, 1), Window(3, 1, 1, 1)
@@ -218,7 +258,10 @@ class Attention(nn.Module, Layer):
         )
         self.to_out = operations.Linear(inner * (1 + len(scales)), channels, bias=False, **kwargs)
         self.norm_out = make_norm(norm, channels, dtype, device)
-        self.live, self.held = (10 + 16 * len(scales)) * channels, channels
+        self.channels = channels
+        self.live, self.held = (16 + 14 * len(scales)) * channels, channels
+        self.fixed = 3 * inner * channels  # the joined projection
+        self.kept, self.carried = self.to_out.in_features, 6 * self.margin * channels
         self.work = sum(weight.numel() for weight in self.parameters())
 
     @property
@@ -226,72 +269,84 @@ class Attention(nn.Module, Layer):
         """Rows on either side that the widest scale looks at."""
         return max((scale.size // 2 for scale in self.to_qkv_multiscale), default=0)
 
-    def qkv(self, window: Window, x: Tensor, last: bool) -> Tensor | None:
-        """float32 (B, heads, 3 * head_dim, N) of the rows that are complete."""
-        tokens = x.movedim(1, -1)
-        qkv = torch.cat([self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)], -1).movedim(-1, 1)
-        rows = window(finite(qkv), last)
-        if rows is None:
-            return None
-        pieces = [rows[:, :, self.margin : rows.shape[2] - self.margin]]
-        for scale in self.to_qkv_multiscale:
-            skip = self.margin - scale.size // 2
-            pieces.append(finite(scale(rows[:, :, skip : rows.shape[2] - skip])))
-        joined = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
-        return joined.float().reshape(x.shape[0], -1, 3 * self.head_dim, joined.shape[2] * x.shape[3])
-
-    def stream(self, chunks: Chunks, height: int) -> Chunks:
-        source, sums, query = Collector(height), None, None
-        window, rows = self.window(), 0
+    def stream(self, chunks: Chunks, height: int, limit: int) -> Chunks:
+        source, sums, held = Collector(height), None, []
+        project, rows, keep = self.projection(), 0, None
         for chunk, last in in_rows(chunks, height):
+            if keep is None:  # a small picture's queries are kept, a large one's are computed again
+                keep = self.to_out.in_features * height * chunk.shape[3] * chunk.shape[0] <= limit // KEEP_SHARE
             rows = max(rows, chunk.shape[2])
             source.add(chunk)
-            qkv = self.qkv(window, chunk, last)
+            pieces = project(chunk, last)
             del chunk
-            if qkv is None:
-                continue
-            part = self.summed(qkv)
-            sums = part if sums is None else sums + part
-            if last and rows == height:
-                query = self.queries(qkv)  # the picture came in one piece: no second pass
-            del qkv, part
-        assert sums is not None
+            if pieces is not None:
+                part = [self.summed(piece) for piece in pieces]
+                sums = part if sums is None else [old + new for old, new in zip(sums, part, strict=True)]
+                if keep:
+                    held.append([piece[:, :, 0].clone() for piece in pieces])
+            del pieces
+        del project
         whole = source.take()
-        if query is not None:
-            box = [self.mix(sums, query, whole)]
-            del whole, query
-            yield box.pop()
-            return
-        window, done = self.window(), 0
-        for chunk, last in in_rows(iter(whole.split(rows, 2)), height):
-            qkv = self.qkv(window, chunk, last)
-            del chunk
-            if qkv is None:
-                continue
-            query = self.queries(qkv)
-            del qkv
-            count = query.shape[-1] // whole.shape[3]
+        assert sums is not None
+        done = 0
+        for query in drain(held) if keep else self.again(whole, rows, height):
+            count = query[0].shape[2] // whole.shape[3]
             box = [self.mix(sums, query, whole[:, :, done : done + count])]
             done += count
             del query
+            if done == height:
+                del whole
             yield box.pop()
 
-    def window(self) -> Window:
-        return Window(2 * self.margin + 1, 1, self.margin, self.margin)
+    def again(self, whole: Tensor, rows: int, height: int) -> Iterator[list[Tensor]]:
+        """The queries of the whole input, a chunk at a time."""
+        project = self.projection()
+        for chunk, last in in_rows(iter(whole.split(rows, 2)), height):
+            pieces = project(chunk, last)
+            if pieces is not None:
+                box = [[piece[:, :, 0] for piece in pieces]]
+                del pieces
+                yield box.pop()
 
-    def summed(self, qkv: Tensor) -> Tensor:
-        """[v; 1] k^T: numerator and normaliser of linear attention as one (B, heads, head_dim + 1, head_dim)."""
-        _, key, value = qkv.chunk(3, 2)
-        return torch.matmul(F.pad(value, (0, 0, 0, 1), value=1.0), F.relu(key).transpose(-1, -2))
+    def projection(self) -> Callable[[Tensor, bool], list[Tensor] | None]:
+        """A function with fresh row memory: rows -> one (B, heads, 3, N, head_dim) of q, k, v per scale."""
+        window = Window(2 * self.margin + 1, 1, self.margin, self.margin)
+        thirds = [self.to_q, self.to_k, self.to_v]
+        weight = torch.cat([layer.weight for layer in thirds]) if all(map(plain, thirds)) else None
 
-    def queries(self, qkv: Tensor) -> Tensor:
-        return F.relu(qkv[:, :, : self.head_dim])
+        def project(x: Tensor, last: bool) -> list[Tensor] | None:
+            tokens = x.movedim(1, -1)
+            fused = weight is not None
+            qkv = F.linear(tokens, weight) if fused else torch.cat([layer(tokens) for layer in thirds], -1)
+            rows = window(finite(qkv).movedim(-1, 1), last)
+            del tokens, qkv
+            if rows is None:
+                return None
+            center = rows[:, :, self.margin : rows.shape[2] - self.margin].movedim(1, -1).flatten(1, 2)
+            pieces = [center.unflatten(2, (-1, 3, self.head_dim)).permute(0, 2, 3, 1, 4)]
+            for scale in self.to_qkv_multiscale:
+                skip = self.margin - scale.size // 2
+                groups = scale(rows[:, :, skip : rows.shape[2] - skip])
+                pieces.append(groups.unflatten(1, (-1, 3)))
+            return pieces
 
-    def mix(self, sums: Tensor, query: Tensor, x: Tensor) -> Tensor:
-        mixed = torch.matmul(sums, query)
-        mixed = mixed[:, :, :-1] / (mixed[:, :, -1:] + self.eps)
-        tokens = mixed.reshape(x.shape[0], -1, x.shape[2], x.shape[3]).movedim(1, -1).to(x.dtype)
-        y = finite(self.to_out(tokens).movedim(-1, 1))
+        return project
+
+    def summed(self, piece: Tensor) -> Tensor:
+        """k^T [v, 1]: numerator and normaliser of linear attention as one (B, heads, head_dim, head_dim + 1)."""
+        key, value = F.relu(piece[:, :, 1].float()), piece[:, :, 2].float()
+        return torch.cat([key.transpose(-1, -2) @ value, key.sum(-2)[..., None]], -1)
+
+    def mix(self, sums: list[Tensor], queries: list[Tensor], x: Tensor) -> Tensor:
+        mixed = []
+        for part, query in zip(sums, queries, strict=True):
+            both = F.relu(query.float()) @ part
+            share = both[..., :-1] / (both[..., -1:] + self.eps)
+            mixed.append(share.to(x.dtype).transpose(1, 2))
+            del both, share
+        tokens = torch.stack(mixed, 2).flatten(2)
+        del mixed
+        y = finite(self.to_out(tokens)).unflatten(1, (x.shape[2], x.shape[3])).movedim(-1, 1)
         return self.norm_out(y, residual=x)
 
 
@@ -300,14 +355,20 @@ class AttentionScale(nn.Module):
 
     def __init__(self, inner: int, head_dim: int, size: int, operations: Any, dtype: Any, device: Any) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.head_dim = size, head_dim
         kwargs = {"bias": False, "dtype": dtype, "device": device}
         channels = 3 * inner
         self.proj_in = operations.Conv2d(channels, channels, size, padding=(0, size // 2), groups=channels, **kwargs)
         self.proj_out = operations.Conv2d(channels, channels, 1, groups=channels // head_dim, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj_out(finite(self.proj_in(x)))
+        """(B, 3 * inner, H + size - 1, W) -> (B, 3 * heads, H * W, head_dim)."""
+        x = finite(self.proj_in(x))
+        if not plain(self.proj_out):
+            return finite(self.proj_out(x)).flatten(2).unflatten(1, (-1, self.head_dim)).transpose(2, 3)
+        weight = self.proj_out.weight.view(-1, self.head_dim, self.head_dim)
+        groups = x.movedim(1, -1).flatten(1, 2).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+        return finite(groups @ weight.transpose(1, 2))
 
 
 class GLUMBConv(nn.Module, Layer):
@@ -321,14 +382,16 @@ class GLUMBConv(nn.Module, Layer):
         self.conv_depth = conv3x3(operations, 2 * hidden, 2 * hidden, groups=2 * hidden, **kwargs)
         self.conv_point = operations.Conv2d(hidden, channels, 1, bias=False, **kwargs)
         self.norm = RMSNorm(channels, **kwargs)
+        self.channels = channels
         self.live, self.work = 28 * channels, sum(weight.numel() for weight in self.parameters())
+        self.carried = 18 * channels
 
     def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
         window, narrow = Window(3, 1, 1, 1), Window(3, 1, 1, 1)
 
         def step(x: Tensor, last: bool) -> Tensor | None:
             residual = narrow(x, last)
-            wide = window(activate("silu", finite(self.conv_inverted(x))), last)
+            wide = window(activate("silu", pointwise(self.conv_inverted, x)), last)
             if wide is None or residual is None:
                 return None
             value, gate = finite(self.conv_depth(wide)).chunk(2, 1)
@@ -340,12 +403,12 @@ class GLUMBConv(nn.Module, Layer):
     def project(self, value: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
         if value.dtype != torch.float16:
             hidden = value * F.silu(gate) if value.requires_grad else F.silu(gate).mul_(value)
-            return self.norm(self.conv_point(hidden), residual=residual)
+            return self.norm(pointwise(self.conv_point, hidden), residual=residual)
         # The product of two float16 numbers overflows. The norm forgets the scale of a pixel (up to its eps), so
         # shrink each pixel into range before the projection and let eps know.
         product = value.float() * F.silu(gate.float())
         shrink = (FP16_MAX / 64 / product.abs().amax(1, keepdim=True).clamp(min=1e-6)).clamp(max=1.0)
-        y = finite(self.conv_point((product * shrink).to(value.dtype)))
+        y = pointwise(self.conv_point, (product * shrink).to(value.dtype))
         return self.norm(y, residual=residual, eps=self.norm.eps * shrink.square())
 
 
@@ -370,7 +433,8 @@ class Down(nn.Module, Layer):
         self.unshuffle, self.shortcut, self.c_out = unshuffle, shortcut, c_out
         width, stride = (c_out // 4, 1) if unshuffle else (c_out, 2)
         self.conv = conv3x3(operations, c_in, width, stride=stride, dtype=dtype, device=device)
-        self.scale, self.live = 0.5, 5 * c_in + 2 * c_out
+        self.channels = c_in
+        self.scale, self.live, self.carried = 0.5, 5 * c_in + 2 * c_out, 3 * c_in
         self.work = self.conv.weight.numel() // stride**2
 
     def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
@@ -383,7 +447,7 @@ class Down(nn.Module, Layer):
             y = self.conv(rows)
             y = finite(F.pixel_unshuffle(y, 2) if self.unshuffle else y)
             if self.shortcut:
-                y = finite(y + channel_shortcut(F.pixel_unshuffle(rows[:, :, 1 : 1 + 2 * y.shape[2]], 2), self.c_out))
+                y = finite(y + unshuffle_shortcut(rows[:, :, 1 : 1 + 2 * y.shape[2]], self.c_out))
             return y
 
         return step
@@ -398,28 +462,64 @@ class Up(nn.Module, Layer):
         super().__init__()
         self.interpolate, self.shortcut, self.c_out = interpolate, shortcut, c_out
         self.conv = conv3x3(operations, c_in, c_out if interpolate else 4 * c_out, dtype=dtype, device=device)
-        self.scale, self.live = 2.0, 2 * c_in + 12 * c_out + (8 * c_in if interpolate else 4 * c_out)
+        self.channels = c_in
+        self.scale, self.live, self.carried = 2.0, 4 * c_in + 16 * c_out, 2 * c_in
         self.work = self.conv.weight.numel() * (4 if interpolate else 1)
 
     def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
         window = Window(3, 1, 1, 1)
+        folded = fold_nearest(self.conv.weight) if self.interpolate and plain(self.conv) else None
 
         def step(x: Tensor, last: bool) -> Tensor | None:
             rows = window(x, last)
             if rows is None:
                 return None
+            if folded is not None:
+                return self.finish(conv_nearest(rows, folded, self.conv.bias), rows)
             if self.interpolate:
-                big = F.interpolate(rows, scale_factor=2, mode="nearest")
-                y = self.conv(big[:, :, 1:-1])
-                del big
-            else:
-                y = F.pixel_shuffle(self.conv(rows), 2)
-            y = finite(y)
+                return self.finish(self.conv(F.interpolate(rows, scale_factor=2, mode="nearest")[:, :, 1:-1]), rows)
+            y = self.conv(rows)
             if self.shortcut:
-                y = finite(y + F.pixel_shuffle(channel_shortcut(rows[:, :, 1:-1], 4 * self.c_out), 2))
-            return y
+                inner = rows[:, :, 1:-1].unsqueeze(2)
+                y = (finite(y).unflatten(1, (x.shape[1], -1)) + inner).flatten(1, 2)
+            return F.pixel_shuffle(finite(y), 2)
 
         return step
+
+    def finish(self, y: Tensor, rows: Tensor) -> Tensor:
+        if not self.shortcut:
+            return finite(y)
+        repeats = 4 * self.c_out // rows.shape[1]
+        return finite(finite(y) + F.pixel_shuffle(rows[:, :, 1:-1].repeat_interleave(repeats, dim=1), 2))
+
+
+def fold_nearest(weight: Tensor) -> list[list[Tensor]]:
+    """3x3 after nearest x2 is a 2x2 convolution of the small picture for each of the four output positions.
+
+    Rows 2i-1, 2i, 2i+1 of the large picture are rows i-1, i, i of the small one; 2i, 2i+1, 2i+2 are i, i, i+1.
+    Returns kernels [row parity][column parity]: 4/9 of the multiplications.
+    """
+    first = torch.stack([weight[:, :, 0], weight[:, :, 1] + weight[:, :, 2]], 2)
+    second = torch.stack([weight[:, :, 0] + weight[:, :, 1], weight[:, :, 2]], 2)
+    return [
+        [
+            torch.stack([kernel[..., 0], kernel[..., 1] + kernel[..., 2]], 3),
+            torch.stack([kernel[..., 0] + kernel[..., 1], kernel[..., 2]], 3),
+        ]
+        for kernel in (first, second)
+    ]
+
+
+def conv_nearest(rows: Tensor, kernels: list[list[Tensor]], bias: Tensor | None) -> Tensor:
+    """Apply fold_nearest's kernels to (B,C,H+2,W): result (B,C_out,2H,2W)."""
+    height, width = rows.shape[2] - 2, rows.shape[3]
+    lines = []
+    for dy, pair in enumerate(kernels):
+        part = rows[:, :, dy : dy + height + 1]
+        halves = [F.conv2d(part, kernel, bias, padding=(0, 1)) for kernel in pair]
+        # the padded 2x2 convolution has one column too many: the last for the left position, the first for the right
+        lines.append(torch.stack([halves[0][..., :width], halves[1][..., 1:]], 4).flatten(3))
+    return torch.stack(lines, 3).flatten(2, 3)
 
 
 class Head(Layer):
@@ -427,6 +527,7 @@ class Head(Layer):
 
     def __init__(self, norm: RMSNorm, act: str) -> None:
         self.norm, self.act = norm, act
+        self.channels = norm.weight.numel()
         self.live, self.work, self.reach = 3 * norm.weight.numel(), norm.weight.numel(), 0
 
     def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
@@ -586,7 +687,9 @@ class DCAE(nn.Module):
         layers = self.layers(direction)
         h, w = (side // (self.config.spatial_factor if direction == "encode" else 1) for side in x.shape[2:])
         if strip == "auto":
-            strip, columns = choose_strip(self.config, h, w, self.dtype, free_memory(x.device), direction)
+            cache = CPU_WORKING_BYTES if x.device.type == "cpu" else None
+            strip, columns = choose_strip(self.config, h, w, self.dtype, free_memory(x.device), direction, cache)
+            strip = h if strip is None and x.shape[0] > 1 else strip  # the estimate is for one picture
         check_strip(strip, columns)
         if strip is not None and self.training and any(isinstance(m, nn.BatchNorm2d) for m in self.modules()):
             raise DCAEError("strips need fixed normalisation: call eval() on this DC-AE, or train it with strip=None")

@@ -22,6 +22,9 @@ OnStrip = Callable[[int, int, "Tensor | None"], None]  # (work done, work in all
 
 INDEX_LIMIT = 2**31 - 1  # many kernels count elements in int32
 PROGRESS_TOTAL = 1000
+CPU_WORKING_BYTES = 256 << 20
+KEEP_SHARE = 2
+MIN_COLUMNS = 8
 MIN_STEP_ROWS = 2  # a downsampling layer needs two rows for one
 
 
@@ -33,12 +36,12 @@ class Strip(NamedTuple):
 
 
 def budget(layers: Sequence[Layer], width: int, strip: int) -> int:
-    """Elements that the most expensive layer keeps alive for `strip` latent rows of a picture `width` wide at its input.
+    """Elements that the most expensive layer keeps alive for `strip` latent rows; `width` is that of the first input.
 
     Cheaper layers (all low-resolution ones) get as many rows as fit the same amount.
     """
     costs = [layer.live * w * rows for layer, w, rows in _sizes(layers, width)]
-    return max(int(cost * strip) for cost in costs)
+    return min(INDEX_LIMIT // 2, max(int(cost * strip) for cost in costs))
 
 
 def whole_budget(layers: Sequence[Layer], shape: torch.Size) -> int:
@@ -102,7 +105,7 @@ def stream(layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, limit: int, m
     chunks = source_rows(x, dtype, _rows(layers[0], height, width, limit))
     for layer in layers:
         chunks = regroup(chunks, _rows(layer, height, width, limit))
-        chunks = layer.stream(meter.layer_rows(layer, chunks), height)
+        chunks = layer.stream(meter.layer_rows(layer, chunks), height, limit)
         height, width = layer.size(height), layer.size(width)
     return chunks
 
@@ -143,9 +146,7 @@ def local_part(layers: Sequence[Layer], width: int, direction: str, factor: int)
     resolution is high: within 1/8 of the image size.
     """
     image = width * (factor if direction == "decode" else 1)
-    deep = [
-        index for index, (layer, w, _) in enumerate(_sizes(layers, width)) if layer.held or image > 8 * w
-    ]
+    deep = [index for index, (layer, w, _) in enumerate(_sizes(layers, width)) if layer.held or image > 8 * w]
     if direction == "decode":
         return deep[-1] + 1 if deep else 0
     return deep[0] if deep else len(layers)
@@ -171,11 +172,74 @@ def _layers_of(config: DCAEConfig, direction: str) -> tuple[Layer, ...]:
 def peak_bytes(
     config: DCAEConfig, h: int, w: int, dtype: torch.dtype, strip: Strip, direction: str, batch: int = 1
 ) -> int:
-    return 0
+    """Upper estimate of the activation memory of "encode" or "decode" at a latent size of h x w, in bytes.
+
+    result + inputs of the two largest neighbouring attention layers + rows carried between chunks + K * working set,
+    where the working set is `budget` and K = 2 (chunks of several layers wait while the deepest one works;
+    measured up to 1.5), or 1 for a whole picture. Weights, the input and a kernel's scratch space are not in it.
+    """
+    layers = _layers_of(config, direction)
+    factor = config.spatial_factor
+    height, width = (h * factor, w * factor) if direction == "encode" else (h, w)
+    sizes = _sizes(layers, width)
+    result = 3 * h * w * factor**2 if direction == "decode" else config.latent_channels * h * w
+    part = width if strip.columns is None else min(width, strip.columns * width // w)
+    whole = torch.Size((1, 3, height, width))
+    limit = whole_budget(layers, whole) if strip.rows is None else budget(layers, part, strip.rows)
+    held = []
+    for layer, columns, _ in sizes:
+        pixels = columns * columns * height // width
+        kept = layer.kept * pixels
+        held += [layer.fixed + layer.held * pixels + kept * (kept <= limit // KEEP_SHARE)] if layer.held else []
+    pair = max((first + second for first, second in zip(held, [*held[1:], 0], strict=False)), default=0)
+    if strip.rows is None:
+        return batch * dtype.itemsize * (result + pair + limit)
+    carried = sum(layer.carried * columns for layer, columns, _ in _sizes(layers, part))
+    middle = 0
+    if strip.columns is not None:
+        cut = local_part(layers, width, direction, factor)
+        if 0 < cut < len(layers):  # the picture that is handed over between the two parts
+            middle = layers[cut].channels * sizes[cut][1] ** 2 * height // width
+    # several pictures share only the results
+    return dtype.itemsize * (batch * result + pair + carried + middle + 2 * limit)
 
 
-def choose_strip(config: DCAEConfig, h: int, w: int, dtype: torch.dtype, free_bytes: int, direction: str) -> Strip:
-    return Strip(1)
+def choose_strip(
+    config: DCAEConfig,
+    h: int,
+    w: int,
+    dtype: torch.dtype,
+    free_bytes: int,
+    direction: str,
+    working_bytes: int | None = None,
+) -> Strip:
+    """The largest strip (latent rows, columns) whose peak_bytes fits in 90% of free_bytes, for a latent of h x w.
+
+    working_bytes also bounds the working set: on a CPU small strips are faster because they stay in its caches.
+    When nothing fits, the smallest strip there is: then the caller runs out of memory, or just gets by.
+    """
+    room = int(0.9 * free_bytes)
+    layers = _layers_of(config, direction)
+    width = w * config.spatial_factor if direction == "encode" else w
+    unit = budget(layers, width, 1) * dtype.itemsize
+    most = h if working_bytes is None else max(1, min(h, working_bytes // unit))
+    if most == h and peak_bytes(config, h, w, dtype, Strip(None), direction) <= room:
+        return Strip(None)
+    if peak_bytes(config, h, w, dtype, Strip(1), direction) <= room:
+        low = 1
+        while low < most:  # bisection: more rows never take less memory
+            middle = (low + most + 1) // 2
+            if peak_bytes(config, h, w, dtype, Strip(middle), direction) <= room:
+                low = middle
+            else:
+                most = middle - 1
+        return Strip(low)
+    columns = w
+    while columns > MIN_COLUMNS:
+        columns = max(MIN_COLUMNS, columns // 2)
+        if peak_bytes(config, h, w, dtype, Strip(1, columns), direction) <= room:
+            break
+    return Strip(1, columns) if columns < w else Strip(1)
 
 
 def free_memory(device: torch.device) -> int:

@@ -86,6 +86,13 @@ def _cut(held: list[Tensor], rows: int) -> Chunks:
     yield box.pop()
 
 
+def drain(items: list) -> Iterator:
+    """The items first to last, each forgotten once it is handed over."""
+    items.reverse()
+    while items:
+        yield items.pop()
+
+
 class Collector:
     """Put the chunks of a picture of `height` rows back together, in one buffer unless autograd is watching."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -60,5 +61,18 @@ def pair():
         model = DCAE(config).eval()
         model.load_state_dict(oracle.state_dict(), strict=True)
         return oracle, model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """A function variant name -> our model of tiny widths with random weights (made once)."""
+
+    @functools.cache
+    def make(name: str) -> DCAE:
+        model = DCAE(shrink(VARIANTS[name])).eval().requires_grad_(False)
+        randomise(model, 1)
+        return model
 
     return make

@@ -1,0 +1,177 @@
+"""Strips and panels give the untiled picture, within the memory they promise; cancel, progress, float16."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.peak_memory import PeakMemory
+from dcgen.dcae import DCAE, VARIANTS, DCAEError, Strip, choose_strip, peak_bytes
+
+# one of each architecture: the others differ in name and scale only
+FAMILIES = [
+    "dc-ae-f32c32-sana-1.0",
+    "dc-ae-lite-f32c32-sana-1.1",
+    "dc-ae-f32c32-in-1.0",
+    "dc-ae-f64c128-in-1.0",
+    "dc-ae-f128c512-in-1.0",
+    "dc-ae-1.5-f32c128",
+    "dc-ae-1.5-f64c128",
+]
+# Measured over 36 draws: at most 1.1e-6 of the largest value.
+TOLERANCE = 1e-5
+
+relaxed = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def far(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@relaxed
+@given(data=st.data())
+def test_any_strip_and_panel_equals_untiled(tiny_model, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(VARIANTS)))
+    model = tiny_model(name)
+    f = model.config.spatial_factor
+    most = max(2, 160 // f)
+    h, w = data.draw(st.integers(1, most)), data.draw(st.integers(1, most))
+    strip, columns = data.draw(st.integers(1, h + 1)), data.draw(st.none() | st.integers(1, w))
+    batch, seed = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 2**31))
+    image = torch.rand(batch, 3, h * f, w * f, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    with torch.no_grad():
+        latent = model.encode(image)
+        picture = model.decode(latent)
+        assert far(model.encode(image, strip, columns=columns), latent) < TOLERANCE
+        assert far(model.decode(latent, strip, columns=columns), picture) < TOLERANCE
+        assert far(model.decode(latent, "auto"), picture) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_pass_through_strips(tiny_model, name: str) -> None:
+    model = tiny_model(name)
+    f = model.config.spatial_factor
+    image = torch.rand(1, 3, 3 * f, f) * 2 - 1
+    grads = []
+    for strip in (None, 1):
+        x = image.clone().requires_grad_()
+        model.decode(model.encode(x, strip), strip).square().mean().backward()
+        grads.append(x.grad)
+    assert far(grads[1], grads[0]) < 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize(("size", "rows", "dtype"), [(512, 1, torch.float32), (1024, 3, torch.bfloat16)])
+def test_peak_memory_stays_below_the_formula(
+    name: str, direction: str, size: int, rows: int, dtype: torch.dtype
+) -> None:
+    peak = measured_peak(name, direction, size, rows, dtype)
+    f = VARIANTS[name].spatial_factor
+    promised = peak_bytes(VARIANTS[name], size // f, size // f, dtype, Strip(rows), direction)
+    assert peak <= promised <= 3 * peak
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decoding_4096_takes_less_than_2_gib(name: str) -> None:
+    f = VARIANTS[name].spatial_factor
+    strip = choose_strip(VARIANTS[name], 4096 // f, 4096 // f, torch.bfloat16, 2 << 30, "decode")
+    assert strip.columns is None
+    assert measured_peak(name, "decode", 4096, strip.rows, torch.bfloat16) <= 2 << 30
+
+
+def measured_peak(name: str, direction: str, size: int, rows: int | None, dtype: torch.dtype) -> int:
+    """Activation bytes counted on the meta device with the real widths."""
+    config = dataclasses.replace(VARIANTS[name], scaling_factor=1.0)
+    model = DCAE(config, dtype=dtype, device="meta").eval().requires_grad_(False)
+    f = config.spatial_factor
+    shape = (1, 3, size, size) if direction == "encode" else (1, config.latent_channels, size // f, size // f)
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    with torch.no_grad(), PeakMemory(x, *model.parameters(), *model.buffers()) as counter:
+        getattr(model, direction)(x, rows)
+    return counter.peak
+
+
+def test_a_very_wide_picture_is_cut_into_panels() -> None:
+    config = VARIANTS["dc-ae-f32c32-sana-1.0"]
+    strip = choose_strip(config, 32, 4096, torch.bfloat16, 7 << 30, "decode")
+    assert strip.rows == 1
+    assert strip.columns is not None
+    assert peak_bytes(config, 32, 4096, torch.bfloat16, strip, "decode") <= 7 << 30
+    assert peak_bytes(config, 32, 4096, torch.bfloat16, Strip(1), "decode") > 7 << 30
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_more_memory_never_gives_a_smaller_strip(direction: str) -> None:
+    config = VARIANTS["dc-ae-1.5-f64c128"]
+    found = [choose_strip(config, 64, 64, torch.bfloat16, gib << 28, direction) for gib in range(1, 80)]
+    rows = [64 if strip.rows is None else strip.rows for strip in found]
+    assert rows == sorted(rows)
+    assert found[0].rows == 1
+    assert found[-1].rows is None
+
+
+@torch.no_grad()
+def test_progress_reaches_the_end_and_hands_out_every_row(tiny_model) -> None:
+    model = tiny_model("dc-ae-f32c32-sana-1.0")
+    latent = torch.randn(2, model.config.latent_channels, 4, 3)
+    seen: list[tuple[int, int, torch.Tensor | None]] = []
+    picture = model.decode(latent, 1, on_strip=lambda *args: seen.append(args))
+    rows = torch.cat([rows for _, _, rows in seen if rows is not None], 2)
+    assert torch.equal(rows, torch.cat(list(picture.split(1)), 2))
+    done = [now for now, _, _ in seen]
+    assert done == sorted(done)
+    assert seen[-1][:2] == (seen[-1][1], seen[-1][1])
+    assert len(set(done)) > 20
+
+
+@torch.no_grad()
+def test_raising_in_on_strip_cancels_at_once(tiny_model) -> None:
+    calls = []
+
+    def stop(done: int, total: int, rows: torch.Tensor | None) -> None:
+        calls.append(done)
+        raise KeyboardInterrupt
+
+    model = tiny_model("dc-ae-f32c32-in-1.0")
+    with pytest.raises(KeyboardInterrupt):
+        model.decode(torch.randn(1, model.config.latent_channels, 4, 4), 1, on_strip=stop)
+    assert len(calls) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("scale", [1.0, 1e3, 6e4])
+def test_float16_is_never_nan_or_black(tiny_model, name: str, scale: float) -> None:
+    full = tiny_model(name)
+    half = DCAE(full.config, dtype=torch.float16).eval().requires_grad_(False)
+    half.load_state_dict({k: v.half() if v.is_floating_point() else v for k, v in full.state_dict().items()})
+    latent = torch.randn(1, full.config.latent_channels, 3, 2).mul(scale).clamp(-6e4, 6e4)
+    picture = half.decode(latent.half(), 1)
+    assert picture.isfinite().all()
+    assert picture.float().std() > 0
+    if scale == 1.0:
+        assert far(picture.float(), full.decode(latent)) < 0.05
+    image = (torch.rand(1, 3, 2 * full.config.spatial_factor, full.config.spatial_factor) * 2 - 1) * scale
+    assert half.encode(image.half()).isfinite().all()
+
+
+def test_refusals_come_before_any_compute(tiny_model) -> None:
+    model = tiny_model("dc-ae-f32c32-in-1.0")
+    with pytest.raises(DCAEError, match=r"multiples of 32; the image is 96x40.*96x32"):
+        model.encode(torch.zeros(1, 3, 40, 96))
+    with pytest.raises(DCAEError, match="decodes latents of 16 channels, this one has 4"):
+        model.decode(torch.zeros(1, 4, 8, 8))
+    for strip in (0, -1, 1.5, "all"):
+        with pytest.raises(DCAEError, match="strip is"):
+            model.decode(torch.zeros(1, 16, 2, 2), strip)
+    with pytest.raises(DCAEError, match="needs strip="):
+        model.decode(torch.zeros(1, 16, 2, 2), columns=2)
+    training = DCAE(model.config).train()
+    with pytest.raises(DCAEError, match="fixed normalisation"):
+        training.decode(torch.zeros(1, 16, 2, 2), 1)
