@@ -30,6 +30,7 @@ from train.run import run_recipe
 from train.toy.pictures import ToyPictures
 
 WORKFLOW = Path("workflows/api/dcgen_toy.json")
+COPY = "demo-adapter.safetensors"
 PIXELS = 128
 STEPS = 20
 SEED = 11
@@ -114,10 +115,10 @@ def in_comfyui(recipe: Recipe, output: Path, prompt: str, wanted: bool) -> dict[
     if not WORKFLOW.is_file():
         return {"ran": False, "why": f"{WORKFLOW} is missing"}
     exported = next((recipe.folder / "export").glob("*.safetensors"))
-    graph = with_prompt(read_json(WORKFLOW), prompt, exported.name)
+    graph = with_prompt(read_json(WORKFLOW), prompt, COPY)  # a name of its own: the shipped adapter has the recipe's
     try:
         with ComfyServer(comfyui) as server:
-            target = server.folder / "models" / "model_patches" / exported.name
+            target = server.folder / "models" / "model_patches" / COPY
             target.write_bytes(exported.read_bytes())
             result = server.run(graph)
     except (RuntimeError, TimeoutError, OSError) as error:

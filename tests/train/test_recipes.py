@@ -18,10 +18,9 @@ def releases(debug_run, tmp_path_factory):
     """Narrow releases by backbone: a base, and one that already works on the new latent."""
     folder = tmp_path_factory.mktemp("sana")
     run_recipe(load_recipe("debug-sana", [f"output={folder}"]))
-    return {
-        backbone: {"base": run / "tiny" / "release", "moved": run / "export" / "release", "autoencoder": run / "tiny" / "dc-ae"}
-        for backbone, run in (("flux", debug_run), ("sana", folder))
-    }  # fmt: skip
+    runs = {"flux": debug_run, "sana": folder}
+    parts = {"base": "tiny/release", "moved": "export/release", "autoencoder": "tiny/dc-ae"}
+    return {backbone: {part: run / path for part, path in parts.items()} for backbone, run in runs.items()}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -40,11 +39,9 @@ def test_one_step_of_every_stage(name, releases, debug_run, tmp_path):
         if config.kind == "finetune":
             fields |= {"rank": 2, "alpha": 2}
         keeps_ends = "align" not in published.stages
-        moved = narrow["moved"] if keeps_ends else narrow["base"]
-        for key, value in (
-            ("base", moved),
-            ("autoencoder", narrow["moved"] / "vae" if keeps_ends else narrow["autoencoder"]),
-        ):
+        base = narrow["moved"] if keeps_ends else narrow["base"]
+        autoencoder = narrow["moved"] / "vae" if keeps_ends else narrow["autoencoder"]
+        for key, value in (("base", base), ("autoencoder", autoencoder)):
             if key in fields:
                 fields[key] = str(value)
         stages[stage] = fields
