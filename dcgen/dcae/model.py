@@ -38,6 +38,7 @@ from .plan import (
 from .stream import Chunks, Collector, Window, drain, in_rows
 
 FP16_MAX = 65504.0
+FOLD_MOST = 512 * 512
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
@@ -465,10 +466,13 @@ class Up(nn.Module, Layer):
         self.channels = c_in
         self.scale, self.live, self.carried = 2.0, 4 * c_in + 16 * c_out, 2 * c_in
         self.work = self.conv.weight.numel() * (4 if interpolate else 1)
+        # folded kernels are 16/9 of the weights: not worth it for the wide layers, which see few pixels
+        self.fold = interpolate and c_in * c_out <= FOLD_MOST
+        self.fixed = 24 * c_in * c_out if self.fold else 0
 
     def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
         window = Window(3, 1, 1, 1)
-        folded = fold_nearest(self.conv.weight) if self.interpolate and plain(self.conv) else None
+        folded = fold_nearest(self.conv.weight) if self.fold and plain(self.conv) else None
 
         def step(x: Tensor, last: bool) -> Tensor | None:
             rows = window(x, last)

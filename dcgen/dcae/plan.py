@@ -195,6 +195,7 @@ def peak_bytes(
     if strip.rows is None:
         return batch * dtype.itemsize * (result + pair + limit)
     carried = sum(layer.carried * columns for layer, columns, _ in _sizes(layers, part))
+    carried += sum(layer.fixed for layer in layers if not layer.held)
     middle = 0
     if strip.columns is not None:
         cut = local_part(layers, width, direction, factor)
