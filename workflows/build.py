@@ -43,6 +43,14 @@ FILES = {
 SOCKETS = {"MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE", "MASK", "SIGMAS", "GUIDER", "NOISE", "SAMPLER"}
 
 
+# No node smaller than its widgets ask for; those given room (pictures, prompts, notes) keep it.
+FIT = """(node) => {
+  const need = node.computeSize();
+  const tall = node.size[1] > 150 ? node.size[1] : 0;
+  node.setSize([Math.max(node.size[0], need[0]), Math.max(tall, need[1])]);
+}"""
+
+
 class Workflow:
     """Nodes and links of one graph, placed by hand on a grid of columns."""
 
@@ -64,7 +72,7 @@ class Workflow:
         for spec in self.nodes:
             kind = kinds.get(spec["kind"])
             sockets, widgets = [], []
-            names = _inputs(kind) if kind else [("text", "STRING", {})]
+            names = list(_inputs(kind)) if kind else [("text", "STRING", {})]
             for name, type_, options in names:
                 value = spec["inputs"].get(name)
                 if type_ in SOCKETS:
@@ -228,8 +236,8 @@ def adapter_4k() -> Workflow:
     w = Workflow(
         "FLUX 4K from an adapter",
         "## 4096 x 4096 from plain FLUX.1 Krea and a DC-Gen adapter\n\n"
-        "The adapter goes into `models/model_patches`; train one with `python -m train.run`, or take it out of a merged "
-        "release with `python -m dcgen.convert extract`. The autoencoder is the one it was made for, in `models/vae`."
+        "The adapter goes into `models/model_patches`; train one with `python -m train.run`, or take it out of a "
+        "merged release with `python -m dcgen.convert extract`. The autoencoder it was made for goes into `models/vae`."
         "\n\nAny loader may stand in for the model's: GGUF, fp8, LoRA before or after the adapter.",
     )
     model, clip = krea_base(w)
@@ -279,9 +287,9 @@ def refine() -> Workflow:
 def inpaint() -> Workflow:
     w = Workflow(
         "FLUX inpaint",
-        "## Inpaint on a deep latent\n\nPaint the mask in LoadImage's mask editor. A mask pixel of the latent is 32 (f32) "
-        "or 64 (f64) image pixels wide, so paint generously; the picture's sides must be multiples of that. Needs "
-        f"`models/diffusers/{KREA_1K}`.",
+        "## Inpaint on a deep latent\n\nPaint the mask in LoadImage's mask editor. A mask pixel of the latent is 32 "
+        "(f32) or 64 (f64) image pixels wide, so paint generously; the picture's sides must be multiples of that. "
+        f"Needs `models/diffusers/{KREA_1K}`.",
     )
     load = w.node("DCGenReleaseLoader", at=(0, 0), release=KREA_1K)
     image = w.node("LoadImage", at=(0, 160), size=(330, 330), image="example.png")
@@ -319,8 +327,8 @@ def side_by_side() -> Workflow:
 def four_bit() -> Workflow:
     w = Workflow(
         "FLUX 4K, 4-bit",
-        "## 4K from one 4-bit file\n\nOne .safetensors in `models/diffusion_models` with core's nvfp4 layout (also fp8, "
-        "mxfp8); native 4-bit speed needs a Blackwell GPU, other devices compute in 16 bit. For nunchaku, put its "
+        "## 4K from one 4-bit file\n\nOne .safetensors in `models/diffusion_models` with core's nvfp4 layout (or "
+        "fp8); native 4-bit speed needs a Blackwell GPU, other devices compute in 16 bit. For nunchaku, put its "
         "loader before DCGenApply instead; see that node's help.",
     )
     name = "dcgen-flux1-krea-4k-nvfp4.safetensors"
@@ -364,21 +372,19 @@ def build(url: str, names: list[str]) -> None:
     with urllib.request.urlopen(f"{url}/object_info") as answer:
         kinds = json.loads(answer.read())
     module = _browser()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         page = module.Browser(module.find_chromium(), Path(folder))
         try:
             page.open(url)
-            page.until(
-                "!!(window.app && window.app.extensionManager && window.LiteGraph.registered_node_types.KSampler)"
-            )
+            ready = "window.app && window.app.extensionManager && window.LiteGraph.registered_node_types.DCGenApply"
+            page.until(f"!!({ready})")
             for name in names:
                 graph = JOBS[name]().ui(kinds)
                 page.js(f"app.loadGraphData({json.dumps(graph)}, true, true, {json.dumps(name)})")
                 missing = page.js("app.graph._nodes.filter(n => n.has_errors).map(n => n.type)")
                 if missing:
                     raise SystemExit(f"{name}: unknown nodes {missing}")
-                page.js("app.graph._nodes.forEach(n => { const s = n.computeSize(); "
-                        "n.setSize([Math.max(n.size[0], s[0]), Math.max(s[1], n.size[1] > 150 ? n.size[1] : s[1])]) })")  # fmt: skip
+                page.js(f"app.graph._nodes.forEach({FIT})")
                 ui = page.js("app.graph.serialize()")
                 api = page.js("app.graphToPrompt().then(p => p.output)")
                 ui["extra"] = {}

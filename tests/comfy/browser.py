@@ -125,16 +125,21 @@ class Browser:
             time.sleep(0.2)
         raise TimeoutError(f"never true: {expression}")
 
-    def mouse(self, kind: str, x: float, y: float) -> None:
-        button = "none" if kind == "mouseMoved" else "left"
-        self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, buttons=1, clickCount=1)
+    def mouse(self, kind: str, x: float, y: float, held: bool = False) -> None:
+        """One mouse event ("mouseMoved", "mousePressed", "mouseReleased"); held: the left button is down."""
+        button = "none" if kind == "mouseMoved" and not held else "left"
+        clicks = 0 if kind == "mouseMoved" else 1
+        event = {"x": x, "y": y, "button": button, "buttons": int(held), "clickCount": clicks}
+        self.call("Input.dispatchMouseEvent", type=kind, **event)
 
     def drag(self, start: tuple[float, float], end: tuple[float, float], steps: int = 8) -> None:
         """Press, move in steps, release, as a hand does."""
-        self.mouse("mousePressed", *start)
+        self.mouse("mouseMoved", *start)
+        self.mouse("mousePressed", *start, held=True)
         for i in range(1, steps + 1):
             share = i / steps
-            self.mouse("mouseMoved", *(a + (b - a) * share for a, b in zip(start, end, strict=True)))
+            self.mouse("mouseMoved", *(a + (b - a) * share for a, b in zip(start, end, strict=True)), held=True)
+            time.sleep(0.03)  # a frame, so that the page sees a movement and not a jump
         self.mouse("mouseReleased", *end)
 
     def screenshot(self, file: Path) -> Path:

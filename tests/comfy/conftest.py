@@ -6,8 +6,8 @@ COMFYUI_PATH, the ComfyUI this pack is installed in, ~/ComfyUI, ~/comfy/ComfyUI.
 
 from __future__ import annotations
 
-import base64
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -139,33 +139,21 @@ class Listener:
     def __init__(self, port: int, client_id: str):
         self.previews: list[np.ndarray] = []
         self.messages: list[dict] = []
-        self.socket = socket.create_connection(("127.0.0.1", port))
-        key = base64.b64encode(os.urandom(16)).decode()
-        self.socket.sendall(
-            f"GET /ws?clientId={client_id} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\n"
-            f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
-        )
-        self.stream = self.socket.makefile("rb")
-        while self.stream.readline().strip():
-            pass
+        self.socket = _helper("browser").WebSocket("127.0.0.1", port, f"/ws?clientId={client_id}")
         self.thread = threading.Thread(target=self._read, daemon=True)
         self.thread.start()
 
     def _read(self) -> None:
         with contextlib.suppress(OSError, ValueError, struct.error):
             while True:
-                head, size = struct.unpack(">BB", self.stream.read(2))
-                if size > 125:
-                    size = struct.unpack(">H" if size == 126 else ">Q", self.stream.read(2 if size == 126 else 8))[0]
-                data = self.stream.read(size)
-                if head & 15 == 1:
+                kind, data = self.socket.receive()
+                if kind == 1:
                     self.messages.append(json.loads(data))
-                elif head & 15 == 2 and (start := data.find(b"\xff\xd8")) >= 0:  # a JPEG after the event's header
+                elif kind == 2 and (start := data.find(b"\xff\xd8")) >= 0:  # a JPEG after the event's header
                     self.previews.append(np.asarray(Image.open(io.BytesIO(data[start:])).convert("RGB")))
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
         self.thread.join(5)
 
 
@@ -297,6 +285,27 @@ def comfy() -> Comfy:
     if root is None:
         pytest.skip("no ComfyUI found: set COMFYUI_PATH, or put one in ~/ComfyUI")
     return Comfy(root)
+
+
+def _helper(name: str):
+    """A module of this folder (test files cannot import each other under importlib mode)."""
+    spec = importlib.util.spec_from_file_location(f"comfy_tests_{name}", Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory):
+    """A headless Chromium; skips where there is none."""
+    module = _helper("browser")
+    program = module.find_chromium()
+    if program is None:
+        pytest.skip("no Chromium found: install chromium, or set CHROMIUM_PATH")
+    page = module.Browser(program, tmp_path_factory.mktemp("chromium"))
+    yield page
+    page.close()
 
 
 @pytest.fixture(scope="session")
