@@ -7,8 +7,12 @@ t = 1-sigma and v = x1 - x0 with x1 the data, which is the same line with the op
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+Scale = TypeVar("Scale", Tensor, float)
 
 
 def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -22,7 +26,7 @@ def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
     return noise - x0
 
 
-def guidance_scale(w: Tensor | float) -> Tensor | float:
+def guidance_scale(w: Scale) -> Scale:
     """What the guidance embedding of a distilled model takes for the paper's w: g = 1 + w (FLUX's 3.5 is w = 2.5)."""
     return 1 + w
 

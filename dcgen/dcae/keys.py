@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -201,13 +202,14 @@ def _note(stage: _Stage, index: int, leaf: str, shape: torch.Size) -> None:
 
 
 def _config_of(stages: dict[str, dict[int, _Stage]], shapes: Mapping[str, torch.Size], kind: str) -> DCAEConfig:
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     for side, found in stages.items():
         count = max(found) + 1
         listed = [found.get(index) for index in range(count)]
+        widths = [stage.width if stage else 0 for stage in listed]
         # the width of an empty stage 0 leaves no trace and has no effect; published files have half of stage 1
         values[f"{side}_block_out_channels"] = tuple(
-            stage.width if stage else listed[min(index + 1, count - 1)].width // 2 for index, stage in enumerate(listed)
+            width or widths[min(index + 1, count - 1)] // 2 for index, width in enumerate(widths)
         )
         values[f"{side}_layers_per_block"] = tuple(len(stage.kinds) if stage else 0 for stage in listed)
         values[f"{side}_block_types"] = tuple(_kind(stage) for stage in listed)
@@ -224,10 +226,10 @@ def _config_of(stages: dict[str, dict[int, _Stage]], shapes: Mapping[str, torch.
     attends = {
         side: any("EfficientViTBlock" in s.kinds.values() for s in found.values()) for side, found in stages.items()
     }
-    first = min(index for index, stage in enc.items() if stage.conv is not None)
-    values["downsample_block_type"] = "pixel_unshuffle" if enc[first].conv[0] * 4 == enc[first + 1].width else "Conv"
-    first = min(index for index, stage in dec.items() if stage.conv is not None)
-    values["upsample_block_type"] = "interpolate" if dec[first].conv[0] == dec[first].width else "pixel_shuffle"
+    first, conv = min((index, stage.conv) for index, stage in enc.items() if stage.conv is not None)
+    values["downsample_block_type"] = "pixel_unshuffle" if conv[0] * 4 == enc[first + 1].width else "Conv"
+    first, conv = min((index, stage.conv) for index, stage in dec.items() if stage.conv is not None)
+    values["upsample_block_type"] = "interpolate" if conv[0] == dec[first].width else "pixel_shuffle"
     if kind == "original":
         shortcuts = ("encoder.project_out.main.op_list.0.conv.weight", "decoder.project_in.main.conv.weight")
         values["encoder_out_shortcut"], values["decoder_in_shortcut"] = (key in shapes for key in shortcuts)

@@ -80,7 +80,7 @@ class AutoencoderStage(Stage):
                 kl = 0.5 * (z.square() + logvar.exp() - 1 - logvar).mean()
                 z = z + (0.5 * logvar).exp() * noise
             y = self.model.decode(z).sample.float()
-        l1 = sum(F.l1_loss(F.avg_pool2d(y, s), F.avg_pool2d(x, s)) for s in (1, 2, 4, 8)) / 4
+        l1 = torch.stack([F.l1_loss(F.avg_pool2d(y, s), F.avg_pool2d(x, s)) for s in (1, 2, 4, 8)]).mean()
         edges = F.l1_loss(y.diff(dim=2), x.diff(dim=2)) + F.l1_loss(y.diff(dim=3), x.diff(dim=3))
         total = l1 + self.config.edges * edges + self.config.kl * kl
         return total, {"l1": l1.detach(), "edges": edges.detach(), "kl": kl.detach(), "psnr": psnr(x, y)}

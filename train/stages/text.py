@@ -116,8 +116,9 @@ class TextStage(Stage):
             shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
             max_image_seq_len=4096,
         ).save_pretrained(folder / "scheduler")  # fmt: skip
-        self.model["clip"].save_pretrained(folder / "text_encoder")
-        self.model["t5"].save_pretrained(folder / "text_encoder_2")
+        for name, part in (("clip", "text_encoder"), ("t5", "text_encoder_2")):
+            encoder: Any = self.model[name]
+            encoder.save_pretrained(folder / part)
         for name in ("tokenizer", "tokenizer_2"):
             shutil.copytree(self.scratch / name, folder / name)
         versions = {"_class_name": "FluxPipeline", "_diffusers_version": diffusers.__version__}

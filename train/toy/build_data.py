@@ -8,6 +8,7 @@ import json
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -108,7 +109,7 @@ def build(packs: Path, out: Path) -> None:
     codes = {entry["label"]: entry["hexcode"].lower() for entry in labels}
     # Each colour lacks S/K subjects and each subject one colour: an eighth of all pairs is never trained on.
     held_out = [(s, (5 * s + s // len(COLORS) + 3) % len(COLORS)) for s in range(len(SUBJECTS))]
-    described = {
+    described: dict[str, Any] = {
         "template": TEMPLATE,
         "subjects": [{"name": name, "file": f"{codes[name]}.webp"} for name in SUBJECTS],
         "colors": [{"name": name, "rgb": rgb} for name, rgb in COLORS.items()],
@@ -133,7 +134,7 @@ def build(packs: Path, out: Path) -> None:
 def _member(tar: tarfile.TarFile, name: str) -> io.BytesIO:
     handle = tar.extractfile(name)
     if handle is None:
-        raise ValueError(f"{tar.name}: no file {name}")
+        raise ValueError(f"{tar.name!r}: no file {name}")
     return io.BytesIO(handle.read())
 
 
