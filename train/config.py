@@ -91,7 +91,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError naming the field, the value and the nearest valid name.
     """
     path = find_recipe(source)
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    raw = _yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with `name` and `stages`, found {type(raw).__name__}")
     for item in overrides:
@@ -168,7 +168,14 @@ def _override(raw: dict[str, Any], item: str) -> None:
         if not isinstance(node.get(part), dict):
             node[part] = {}
         node = node[part]
-    node[parts[-1]] = yaml.safe_load(text) if text else ""
+    node[parts[-1]] = _yaml(text, f"override {item!r}") if text else ""
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not YAML ({error})") from None
 
 
 def _validate(model: type[Strict], fields: dict[str, Any], where: str) -> Any:

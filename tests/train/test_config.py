@@ -32,6 +32,7 @@ def test_every_recipe_parses_and_says_what_it_is(name):
         ("align.kind=algn", r"unknown kind 'algn'; did you mean 'align'"),
         ("defaults.autoencodr=x", r"defaults\.autoencodr is a field of no stage here; did you mean 'autoencoder'"),
         ("steps", r"'steps' is not key=value"),
+        ("finetune.steps=[1", r"override 'finetune.steps=\[1': not YAML"),
     ],
 )
 def test_mistakes_name_the_field_the_value_and_the_nearest_name(override, words):
