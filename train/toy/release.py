@@ -11,13 +11,22 @@ from safetensors.torch import load_file, save_file
 
 from train.files import read_json, write_folder, write_json
 
-DCAE_NAME = "toy-dc-ae-f32"
+VAE_NAME, DCAE_NAME = "toy-vae-f8", "toy-dc-ae-f32"
 
 
 def assemble(base: Path, dcae: Path, out: Path) -> None:
     """Write out/flux-base and out/dc-ae-f32, each whole or not at all."""
-    write_folder(out / "flux-base", lambda folder: _copy(base, folder))
-    write_folder(out / "dc-ae-f32", lambda folder: _copy_dcae(dcae, folder))
+
+    def write_base(folder: Path) -> None:
+        _copy(base, folder)
+        _name(folder / "vae", VAE_NAME)
+
+    def write_dcae(folder: Path) -> None:
+        _copy(dcae, folder)
+        _name(folder, DCAE_NAME)
+
+    write_folder(out / "flux-base", write_base)
+    write_folder(out / "dc-ae-f32", write_dcae)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -32,10 +41,10 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copyfile(path, place)
 
 
-def _copy_dcae(source: Path, target: Path) -> None:
-    _copy(source, target)
-    config = read_json(target / "config.json")
-    write_json(target / "config.json", {**config, "_name_or_path": DCAE_NAME})
+def _name(autoencoder: Path, name: str) -> None:
+    """Say in an autoencoder's config what its latent space is called."""
+    config = read_json(autoencoder / "config.json")
+    write_json(autoencoder / "config.json", {**config, "_name_or_path": name})
 
 
 def _half(tensor: torch.Tensor) -> torch.Tensor:
