@@ -164,6 +164,10 @@ class Server:
         self.base = base
         for name in ("custom_nodes", "user", "output"):
             (base / name).mkdir(parents=True)
+        # Else the first page opens with the template browser over the canvas.
+        settings = base / "user" / "default" / "comfy.settings.json"
+        settings.parent.mkdir()
+        settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}))
         (base / "custom_nodes" / PACK_NAME).symlink_to(PACK, target_is_directory=True)
         (base / "custom_nodes" / "test_dump").mkdir()
         (base / "custom_nodes" / "test_dump" / "__init__.py").write_text(DUMP_NODE)

@@ -60,6 +60,13 @@ def test_opens_in_the_frontend(page, name):
     assert page.errors == []
 
 
+def test_template_browser_lists_them_with_pictures(server):
+    listed = server.get("/workflow_templates")["ComfyUI-DC-Gen"]
+    assert sorted(listed) == NAMES
+    for name in NAMES:
+        assert server.raw(f"/api/workflow_templates/ComfyUI-DC-Gen/{name}.jpg")[:2] == b"\xff\xd8"
+
+
 def toy_adapter(server, tiny_files):
     """The shipped toy adapter, or a random one of the same shape where it has not been trained."""
     listed = server.get("/object_info/DCGenApply")["DCGenApply"]["input"]["required"]["adapter_name"][1]["options"]
@@ -103,6 +110,7 @@ def test_built_by_hand(server, page, base_release):
           };
           window.hand = { load: put("DCGenReleaseLoader", 100, 150), empty: put("DCGenEmptyLatent", 600, 150) };
           hand.load.widgets[0].value = "tiny-hand";
+          await new Promise((done) => setTimeout(done, 1000)); // the page moves the view after loading a graph
           app.canvas.ds.scale = 1;
           app.canvas.ds.offset = [0, 0];
           app.canvas.draw(true, true);
