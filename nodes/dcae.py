@@ -1,11 +1,19 @@
-"""The deep autoencoder as a VAE."""
+"""The deep compression autoencoder: load, encode, decode."""
 
 from __future__ import annotations
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
+from ..dcgen.dcae.quality import common_part, psnr
 from .bridge import vae_files
+from .bridge.latent_format import check_stamp, stamped
+from .bridge.vae import as_dcae
 from .model import CATEGORY
+
+STRIP_TIP = (
+    "Latent rows computed at a time; it bounds memory and never changes the result. 0 = as many as free memory allows. "
+    "After an out-of-memory it halves by itself."
+)
 
 
 class DCAELoader(io.ComfyNode):
@@ -17,18 +25,119 @@ class DCAELoader(io.ComfyNode):
             node_id="DCAELoader",
             display_name="Load DC-AE",
             category=CATEGORY,
-            description="Loads a deep compression autoencoder as a VAE that every core VAE node works with.",
+            description="Loads a deep compression autoencoder (f32, f64, f128) as a VAE. All of core's VAE nodes work "
+            "with it; the tiled ones too give the exact result.",
             inputs=[
                 io.Combo.Input(
                     "vae_name",
                     options=vae_files.names(),
-                    tooltip="A DC-AE in models/vae: a .safetensors file (diffusers or original keys), or a folder with "
-                    "its config.json. The variant is found from the file.",
-                )
+                    tooltip="Folders with a DC-AE config.json, then files, from models/vae. Original and diffusers "
+                    "key names are both read.",
+                ),
+                io.Float.Input(
+                    "scaling_factor",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.0001,
+                    optional=True,
+                    tooltip="0 = as the file or its config.json says. Needed only for a bare file that several "
+                    "published autoencoders fit; the error then lists them with their factors.",
+                ),
             ],
             outputs=[io.Vae.Output()],
         )
 
     @classmethod
-    def execute(cls, vae_name: str) -> io.NodeOutput:
-        return io.NodeOutput(vae_files.load(vae_name))
+    def execute(cls, vae_name: str, scaling_factor: float = 0.0) -> io.NodeOutput:
+        return io.NodeOutput(vae_files.load(vae_name, scaling_factor or None))
+
+
+class DCAEEncode(io.ComfyNode):
+    """IMAGE to LATENT, in exact strips."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCAEEncode",
+            display_name="DC-AE Encode",
+            category=CATEGORY,
+            description="Image to latent with a DC-AE, in strips of constant memory at any size. Sides are cropped "
+            "around the middle to multiples of the autoencoder's factor.",
+            inputs=[
+                io.Image.Input("image", tooltip="Any size from one latent pixel (32, 64 or 128 pixels) up."),
+                io.Vae.Input("vae", tooltip="A DC-AE, from DCAELoader or a release."),
+                io.Int.Input("strip", default=0, min=0, max=4096, tooltip=STRIP_TIP),
+            ],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, image, vae, strip: int) -> io.NodeOutput:
+        vae = as_dcae(vae, "VAEEncode")
+        samples = vae.encode_strips(image, strip)
+        latent = {"samples": samples, "downscale_ratio_spacial": vae.downscale_ratio}
+        return io.NodeOutput(stamped(latent, vae.space))
+
+
+class DCAEDecode(io.ComfyNode):
+    """LATENT to IMAGE, in exact strips, with a preview that grows."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCAEDecode",
+            display_name="DC-AE Decode",
+            category=CATEGORY,
+            description="Latent to image with a DC-AE, in strips of constant memory: no tiles, no seams, 4096x4096 in "
+            "about 1 GB beside the weights. The preview fills from the top while it works.",
+            inputs=[
+                io.Latent.Input("samples", tooltip="A latent of this autoencoder; one of another is refused by name."),
+                io.Vae.Input("vae", tooltip="A DC-AE, from DCAELoader or a release."),
+                io.Int.Input("strip", default=0, min=0, max=4096, tooltip=STRIP_TIP),
+            ],
+            outputs=[io.Image.Output()],
+        )
+
+    @classmethod
+    def execute(cls, samples, vae, strip: int) -> io.NodeOutput:
+        vae = as_dcae(vae, "VAEDecode")
+        check_stamp(samples, vae.space, "this autoencoder")
+        return io.NodeOutput(vae.decode_strips(samples["samples"], strip, preview=True))
+
+
+class DCAEDifference(io.ComfyNode):
+    """What a round trip through an autoencoder changed."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCAEDifference",
+            display_name="Difference and PSNR (DC-Gen)",
+            category=CATEGORY,
+            description="The absolute difference of two images and their PSNR in dB (higher is closer, 30 and up is "
+            "hard to see). Images of different sizes are compared in their common middle.",
+            inputs=[
+                io.Image.Input("image_a", tooltip="For example the original."),
+                io.Image.Input("image_b", tooltip="For example what the autoencoder made of it. As many as image_a."),
+                io.Float.Input(
+                    "gain",
+                    default=4.0,
+                    min=1.0,
+                    max=100.0,
+                    step=0.5,
+                    tooltip="Brightens the difference image; it has no effect on the PSNR.",
+                ),
+            ],
+            outputs=[io.Image.Output("difference"), io.Float.Output("psnr")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, image_a, image_b, gain: float) -> io.NodeOutput:
+        first, second = common_part(image_a, image_b)
+        if first.shape != second.shape:
+            raise ValueError(f"cannot compare {image_a.shape[0]} image(s) with {image_b.shape[0]}")
+        value = psnr(first, second)
+        difference = ((first - second).abs() * gain).clamp(0, 1)
+        return io.NodeOutput(difference, value, ui=ui.PreviewText(f"PSNR {value:.2f} dB"))

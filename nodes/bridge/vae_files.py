@@ -39,12 +39,14 @@ def _with_config(root: Path) -> Iterator[Path]:
 
 def _is_dcae(config: Path) -> bool:
     try:
-        return json.loads(config.read_text(encoding="utf-8")).get("_class_name") == "AutoencoderDC"
+        values = json.loads(config.read_text(encoding="utf-8"))
+        # diffusers' class, or the name that mit-han-lab and dc-ai repositories give
+        return values.get("_class_name") == "AutoencoderDC" or str(values.get("model_name")).startswith("dc-ae")
     except (OSError, ValueError, AttributeError):
         return False
 
 
-def load(name: str) -> DCAEVAE:
+def load(name: str, scaling_factor: float | None = None) -> DCAEVAE:
     """VAE of a name from names(); errors name the file."""
-    folder = _folders().get(name)
-    return make_vae(folder if folder is not None else folder_paths.get_full_path_or_raise("vae", name))
+    path = _folders().get(name) or folder_paths.get_full_path_or_raise("vae", name)
+    return make_vae(path, scaling_factor=scaling_factor)
