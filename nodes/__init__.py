@@ -6,7 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .bridge import routes, toy
 from .compare import DCGenCompare
-from .dcae import DCAELoader
+from .dcae import DCAEDecode, DCAEDifference, DCAEEncode, DCAELoader
 from .latent import DCGenEmptyLatent
 from .model import DCGenApply, DCGenModelLoader, DCGenReleaseLoader
 from .sampling import DCGen4KSampler, DCGenScheduler
@@ -16,6 +16,9 @@ NODES: list[type[io.ComfyNode]] = [
     DCGenModelLoader,
     DCGenApply,
     DCAELoader,
+    DCAEEncode,
+    DCAEDecode,
+    DCAEDifference,
     DCGenEmptyLatent,
     DCGenScheduler,
     DCGen4KSampler,
