@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
+import comfy.quant_ops
 import comfy.utils
+import comfyui_version
 import torch
 from torch import Tensor
 
@@ -22,10 +24,12 @@ from ...dcgen.release import CONFIG_KEY, SCHEDULE_KEY, Model
 from ...dcgen.tensors import Tensors
 from .flux import FLUX, finish
 from .latent_format import ModelInfo, latent_format
+from .lora import reporting
 
 T = TypeVar("T")
 Parts = Callable[[], Iterable[dict[str, Tensor]]]
-QUANTIZED = (".comfy_quant", ".weight_scale", ".scale_weight")
+NOTE, NOTES = ".comfy_quant", "_quantization_metadata"
+QUANTIZED = (NOTE, ".weight_scale", ".scale_weight")
 
 
 def load_flux(
@@ -51,7 +55,7 @@ def load_flux(
 def is_quantized(path: Path) -> bool:
     """Whether a file holds core's quantized layers (comfy_quant, _quantization_metadata, scaled fp8)."""
     tensors = Tensors.open(path)
-    return "_quantization_metadata" in tensors.metadata or any(key.endswith(QUANTIZED) for key in tensors.entries)
+    return NOTES in tensors.metadata or any(key.endswith(QUANTIZED) for key in tensors.entries)
 
 
 def load_quantized_flux(path: Path, space: LatentSpace | None, options: dict[str, Any]):
@@ -60,11 +64,12 @@ def load_quantized_flux(path: Path, space: LatentSpace | None, options: dict[str
     space: the latent, if the file does not say. ValueError when it is not known, or the keys are not FLUX's.
     """
     tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
-    metadata = metadata or {}
+    metadata = _bare_notes(metadata or {})
     tensors, metadata = comfy.utils.convert_old_quants(dict(FLUX.bare_keys(tensors)), "", metadata=metadata)
     logical = _unpacked(tensors)
     if not FLUX.matches(logical) or not FLUX.is_native(logical):
         raise ValueError(f"{path}: a quantized model must be a FLUX with the original key names (double_blocks. ...).")
+    _check_formats(tensors, path)
     config = json.loads(metadata[CONFIG_KEY]) if CONFIG_KEY in metadata else FLUX.detect(logical)
     space = LatentSpace.from_metadata(metadata) if METADATA_KEY in metadata else space
     if space is None:
@@ -76,6 +81,26 @@ def load_quantized_flux(path: Path, space: LatentSpace | None, options: dict[str
         return ({key: tensors[key] for key in keys} for keys in by_module(tensors, str))
 
     return _build(tensors, parts, config, info, path, options)
+
+
+def _bare_notes(metadata: dict[str, str]) -> dict[str, str]:
+    """Layer names in the metadata without the prefix that some files put before every key."""
+    if NOTES not in metadata:
+        return metadata
+    notes = json.loads(metadata[NOTES])
+    return {**metadata, NOTES: json.dumps({**notes, "layers": dict(FLUX.bare_keys(notes["layers"]))})}
+
+
+def _check_formats(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """ValueError when this ComfyUI lacks a format of the file."""
+    known = comfy.quant_ops.QUANT_ALGOS
+    notes = [json.loads(tensor.numpy().tobytes()) for key, tensor in tensors.items() if key.endswith(NOTE)]
+    missing = sorted({str(note.get("format")) for note in notes} - set(known))
+    if missing:
+        raise ValueError(
+            f"{path} has layers in the format {', '.join(missing)}, which this ComfyUI ({comfyui_version.__version__}) "
+            f"does not know; it reads {', '.join(sorted(known))}. Update ComfyUI, or use a file in one of those."
+        )
 
 
 def _unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,17 +138,18 @@ def _build(
         patch_size=info.patch_size,
     )
     model_config.latent_format = latent_format(info.space)
-    _set_dtype(model_config, shapes, options)
+    set_dtype(model_config, shapes, options)
     model = model_config.get_model(dict(shapes), "").to(comfy.model_management.unet_offload_device())
     for part in parts():
-        _fill(model.diffusion_model, model_config.process_unet_state_dict(part))
+        _fill(model.diffusion_model, model_config.process_unet_state_dict(part), path)
     finish(model, info)
     kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    kind = reporting(kind) if info.patch_size == 1 else kind
     load_device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     return kind(model, load_device=load_device, offload_device=offload)
 
 
-def _set_dtype(model_config: Any, shapes: Mapping[str, Tensor], options: dict[str, Any]) -> None:
+def set_dtype(model_config: Any, shapes: Mapping[str, Tensor], options: dict[str, Any]) -> None:
     device = comfy.model_management.get_torch_device()
     supported = list(model_config.supported_inference_dtypes)
     quantized = model_config.quant_config is not None
@@ -144,20 +170,20 @@ def by_module(items: Iterable[T], name: Callable[[T], str]) -> list[list[T]]:
     """Items grouped by the block (or top-level module) that their native key belongs to."""
     groups: dict[str, list[T]] = {}
     for item in items:
-        groups.setdefault(_module(name(item)), []).append(item)
+        groups.setdefault(module_of(name(item)), []).append(item)
     return list(groups.values())
 
 
-def _module(key: str) -> str:
+def module_of(key: str) -> str:
     pieces = key.split(".")
     return ".".join(pieces[: 2 if pieces[0].endswith("_blocks") else 1])
 
 
-def _fill(network: torch.nn.Module, part: dict[str, Tensor]) -> None:
+def _fill(network: torch.nn.Module, part: dict[str, Tensor], file: Path) -> None:
     """Load whole modules into the network, strictly: a key too many or too few is an error that names it."""
     for keys in by_module(part, str):
-        path = _module(keys[0])
+        path = module_of(keys[0])
         try:
             network.get_submodule(path).load_state_dict({key[len(path) + 1 :]: part[key] for key in keys})
         except (AttributeError, RuntimeError) as error:
-            raise ValueError(f"the weights of {path} do not fit this FLUX: {error}") from error
+            raise ValueError(f"{file}: the weights of {path} do not fit this FLUX: {error}") from error

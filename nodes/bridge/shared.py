@@ -19,6 +19,8 @@ import comfy.model_patcher
 import comfy.ops
 from torch import Tensor, nn
 
+from . import lora
+
 LENDER = "dcgen_lender"
 
 
@@ -61,17 +63,21 @@ class BorrowingPatcher(comfy.model_patcher.ModelPatcher):
         return self.get_additional_models_with_key(LENDER)[0]
 
     def add_patches(self, patches: Mapping, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
-        """As the core's; a patch that cannot fit a new layer (a LoRA made for the base's embedder) is left out."""
+        """As the core's, on whoever owns the weight; says in the log what was left out (bridge.lora)."""
         shapes = {key: tuple(value.shape) for key, value in self.model.named_parameters()}
-        ours, theirs = {}, {}
-        for key, value in patches.items():
-            name = key if isinstance(key, str) else key[0]
-            if name not in shapes:
-                theirs[key] = value
-            elif _fits(value, shapes[name]):
-                ours[key] = value
+        kept, misfits = lora.split_patches(patches, shapes)
+        ours = {key: value for key, value in kept.items() if (key if isinstance(key, str) else key[0]) in shapes}
+        theirs = {key: value for key, value in kept.items() if key not in ours}
         added = super().add_patches(ours, strength_patch, strength_model) if ours else []
-        return added + self.lender.add_patches(theirs, strength_patch, strength_model)
+        added += self.lender.add_patches(theirs, strength_patch, strength_model)
+        lora.log(lora.report(patches, misfits, added))
+        return added
+
+    def model_size(self) -> int:
+        """Bytes of the new layers. The state dict lists the borrowed ones too; the lender's patcher counts those."""
+        if not self.size:
+            self.size = sum(value.nbytes for value in (*self.model.parameters(), *self.model.buffers()))
+        return self.size
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict:
         """Weights with their patches, own and borrowed (model merging and saving read these)."""
@@ -83,15 +89,6 @@ class BorrowingPatcher(comfy.model_patcher.ModelPatcher):
     def model_patches_models(self) -> list:
         """Models the core loads together with this one, also outside sampling."""
         return [*super().model_patches_models(), self.lender]
-
-
-def _fits(patch: Any, shape: tuple[int, ...]) -> bool:
-    """Whether a LoRA patch has the rows and columns of a weight. Patches of other kinds are the core's business."""
-    weights = getattr(patch, "weights", None)
-    if weights is None or getattr(patch, "name", "") != "lora" or len(shape) != 2:
-        return True
-    up, down = weights[0], weights[1]
-    return up.shape[0] == shape[0] and down.flatten(1).shape[1] == shape[1]
 
 
 def borrowing_patcher(base: comfy.model_patcher.ModelPatcher, network: nn.Module, config: Any) -> BorrowingPatcher:

@@ -29,7 +29,9 @@ def everything(pack, tensors, params):
         for file_name in ("lora", "blocks", "foreign"):
             ears = _Listening()
             logging.getLogger().addHandler(ears)
-            found = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(params[file_name]), 0.7, 0)[0]
+            found = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(params[file_name]), 0.7, 0)[
+                0
+            ]
             out |= cases(tensors, found, f"{model_name}-{file_name}-")
             logging.getLogger().removeHandler(ears)
             said[f"{model_name}-{file_name}"] = [

@@ -1,0 +1,89 @@
+"""Core's quantized formats in DCGenModelLoader and under DCGenApply, against the same models with expanded weights."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+STYLES = ("float8_e4m3fn", "float8_e5m2", "nvfp4", "metadata", "scaled_fp8", "prefixed", "cast")
+CASES = ("deep4x4", "deep3x5")
+
+
+@pytest.fixture(scope="module")
+def helper():
+    spec = importlib.util.spec_from_file_location("comfy_tests_adapters", Path(__file__).with_name("adapters.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def ran(comfy, helper, tiny, base_release, deep_release, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized")
+    base, deep = base_release[1].transformer, deep_release[1].transformer
+    helper.make_adapter(folder / "adapter.safetensors", base, tiny.transformer(8, seed=77))
+    configs = [
+        json.dumps({key: value for key, value in dict(model.config).items() if not key.startswith("_")})
+        for model in (deep, base)
+    ]
+    params = {
+        "release": str(base_release[0]),
+        "deep": str(deep_release[0]),
+        "folder": str(folder),
+        "adapter": str(folder / "adapter.safetensors"),
+        "lora": helper.make_lora(folder / "user.safetensors", helper.pairs(helper.targets(deep), 4, seed=3)),
+        "config": configs[0],
+        "base_config": configs[1],
+    }
+    return comfy.run("quantized:everything", folder, helper.cases(), params)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_files_in_every_layout(ran, helper, style):
+    """Without a low-precision matmul on the CPU, core expands each weight: equal up to the order of float32 sums."""
+    found, facts = ran
+    assert facts["kinds"][style] == ("Parameter" if style == "cast" else "QuantizedTensor")
+    for case in CASES:
+        assert helper.relative(found[f"{style}-{case}"], found[f"{style}={case}"]) < 1e-5, case
+        # The rounding of the weights themselves shows, so this was not the unquantized model.
+        assert 5e-3 < helper.relative(found[f"{style}-{case}"], found[f"whole-{case}"]) < 0.1, case
+
+
+@pytest.mark.parametrize("style", ["float8_e4m3fn", "float8_e5m2", "nvfp4"])
+def test_lora_on_top(ran, helper, style):
+    """Core merges a LoRA and rounds the sum again, up or down at random: 0.04 (fp8) to 0.06 (nvfp4) in the velocity
+    here, against 0.35 for the LoRA itself. Unloading it gives the file's own weights back."""
+    found, _ = ran
+    for case in CASES:
+        wanted = found[f"{style}=lora-{case}"]
+        assert helper.relative(wanted, found[f"{style}={case}"]) > 0.3
+        assert helper.relative(found[f"{style}-lora-{case}"], wanted) < 0.1, case
+        assert found[f"{style}-after-{case}"].equal(found[f"{style}-{case}"])
+
+
+@pytest.mark.parametrize("style", ["float8_e4m3fn", "nvfp4"])
+def test_adapter_on_a_quantized_base(ran, helper, style):
+    """Exact without LoRA (strength 0); with it, core's second rounding (0.05 and 0.08 here, the LoRA being larger)."""
+    found, facts = ran
+    for case in CASES:
+        aligned, full = (found[f"{style}=applied{strength}-{case}"] for strength in (0, 1))
+        assert helper.relative(found[f"{style}-applied0-{case}"], aligned) < 1e-5
+        assert helper.relative(full, aligned) > 0.45
+        assert helper.relative(found[f"{style}-applied1-{case}"], full) < 0.15
+    for case in ("base4x4", "base3x5"):
+        assert helper.relative(found[f"{style}-base-{case}"], found[f"{style}=base-{case}"]) < 1e-5
+    assert facts["kept"][style], "the base's weights were replaced"
+
+
+def test_files_this_comfyui_cannot_read(ran):
+    _, facts = ran
+    wanted = {
+        "format": ["zfp7", *facts["known"], "Update ComfyUI"],
+        "smoothed": ["pre_quant_scale", "do not fit"],
+        "diffusers names": ["original key names"],
+    }
+    assert set(facts["refused"]) == set(wanted)
+    for name, parts in wanted.items():
+        for part in (f"bad-{name}.safetensors", *parts):
+            assert part in facts["refused"][name], facts["refused"][name]
