@@ -76,3 +76,9 @@ def tiny_model():
         return model
 
     return make
+
+
+@pytest.fixture
+def shrunk():
+    """A function variant name -> its config at tiny widths."""
+    return lambda name: shrink(VARIANTS[name])
