@@ -2,14 +2,16 @@
 
     python workflows/build.py http://127.0.0.1:8188
 
-needs a running ComfyUI with this pack and a Chromium. Each job becomes NAME.json (what the template browser shows)
-and api/NAME.json (the same for scripts that POST to /prompt).
+needs a running ComfyUI with this pack and a Chromium. Each job becomes NAME.json (what the template browser shows),
+NAME.jpg (its picture there) and api/NAME.json (the same for scripts that POST to /prompt).
 """
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
+import math
 import sys
 import tempfile
 import urllib.request
@@ -43,12 +45,38 @@ FILES = {
 SOCKETS = {"MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE", "MASK", "SIGMAS", "GUIDER", "NOISE", "SAMPLER"}
 
 
-# No node smaller than its widgets ask for; those given room (pictures, prompts, notes) keep it.
-FIT = """(node) => {
+# No node smaller than its widgets ask for; those given room (pictures, prompts, notes) keep it. Then each column is
+# pushed down where nodes would touch. 30 is the height of a title bar.
+LAY_OUT = """
+const columns = {};
+for (const node of app.graph._nodes) {
   const need = node.computeSize();
-  const tall = node.size[1] > 150 ? node.size[1] : 0;
+  const tall = node.size[1] > 150 || node.type === "MarkdownNote" ? node.size[1] : 0;
   node.setSize([Math.max(node.size[0], need[0]), Math.max(tall, need[1])]);
-}"""
+  (columns[node.pos[0]] ??= []).push(node);
+}
+for (const column of Object.values(columns)) {
+  let free = -Infinity;
+  for (const node of column.sort((a, b) => a.pos[1] - b.pos[1])) {
+    node.pos = [node.pos[0], Math.max(node.pos[1], free)];
+    free = node.pos[1] + node.size[1] + 30 + 25;
+  }
+}
+"""
+
+
+# Fits the graph into the free part of the page; the rectangle it then fills.
+FRAME = """
+const boxes = app.graph._nodes.map((n) => [n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]);
+const [left, top] = [0, 1].map((i) => Math.min(...boxes.map((box) => box[i])) - 20);
+const [right, bottom] = [2, 3].map((i) => Math.max(...boxes.map((box) => box[i])) + 20);
+const scale = Math.min(1480 / (right - left), 740 / (bottom - top));
+app.canvas.ds.scale = scale;
+app.canvas.ds.offset = [80 / scale - left, 100 / scale - top];
+app.canvas.low_quality_zoom_threshold = 0.1;
+app.canvas.draw(true, true);
+return [80, 100, (right - left) * scale, (bottom - top) * scale];
+"""
 
 
 class Workflow:
@@ -57,13 +85,18 @@ class Workflow:
     def __init__(self, title: str, note: str):
         self.title, self.nodes, self.links = title, [], []
         self.groups: list[dict] = []
-        self.node("MarkdownNote", at=(0, -330), size=(660, 280), text=note)
+        lines = sum(math.ceil(len(part) / 95) + 0.6 for part in note.split("\n") if part)
+        height = int(70 + 17 * lines)
+        self.node("MarkdownNote", at=(0, -height - 70), box=(660, height), text=note)
         self.nodes[-1]["title"] = title
 
-    def node(self, kind: str, at: tuple[int, int], size: tuple[int, int] | None = None, **inputs) -> Callable:
-        """Add a node; inputs are widget values or outputs of other nodes. Returns output(i)."""
+    def node(self, kind: str, at: tuple[int, int], box: tuple[int, int] | None = None, **inputs) -> Callable:
+        """Add a node; inputs are widget values, or outputs of other nodes. box: room beyond its widgets' need.
+
+        Returns output(i), to be given to other nodes as input.
+        """
         number = len(self.nodes) + 1
-        self.nodes.append({"id": number, "kind": kind, "at": at, "size": size, "inputs": inputs})
+        self.nodes.append({"id": number, "kind": kind, "at": at, "box": box, "inputs": inputs})
         return lambda slot=0: (number, slot)
 
     def ui(self, kinds: dict) -> dict:
@@ -89,7 +122,7 @@ class Workflow:
             if unknown:
                 raise SystemExit(f"{self.title}: {spec['kind']} has no input {sorted(unknown)}")
             node = {"id": spec["id"], "type": spec["kind"], "pos": list(spec["at"]), "flags": {}, "order": spec["id"]}
-            node |= {"mode": 0, "inputs": sockets, "widgets_values": widgets, "size": list(spec["size"] or (330, 120))}
+            node |= {"mode": 0, "inputs": sockets, "widgets_values": widgets, "size": list(spec["box"] or (330, 120))}
             node["outputs"] = [{"name": n, "type": t, "links": []} for n, t in _outputs(kind)] if kind else []
             node["properties"] = {"Node name for S&R": spec["kind"]} if kind else {}
             files = [value for value in widgets if isinstance(value, str) and value in FILES]
@@ -138,13 +171,13 @@ def _default(type_: str, options: dict):
 
 
 def prompt_box(w: Workflow, clip, text: str, at=(380, 0)):
-    return w.node("CLIPTextEncode", at=at, size=(400, 160), clip=clip, text=text)
+    return w.node("CLIPTextEncode", at=at, box=(400, 160), clip=clip, text=text)
 
 
 def save(w: Workflow, samples, vae, at, prefix: str, decode: str = "DCAEDecode"):
     strip = {"strip": 0} if decode == "DCAEDecode" else {}
     image = w.node(decode, at=at, samples=samples, vae=vae, **strip)
-    w.node("SaveImage", at=(at[0] + 360, at[1]), size=(420, 460), images=image(), filename_prefix=prefix)
+    w.node("SaveImage", at=(at[0] + 360, at[1]), box=(420, 460), images=image(), filename_prefix=prefix)
     return image
 
 
@@ -258,7 +291,7 @@ def image_to_image() -> Workflow:
         f"Needs `models/diffusers/{KREA_4K}`.",
     )
     load = w.node("DCGenReleaseLoader", at=(0, 0), release=KREA_4K)
-    image = w.node("LoadImage", at=(0, 320), size=(330, 330), image="example.png")
+    image = w.node("LoadImage", at=(0, 320), box=(330, 330), image="example.png")
     text = prompt_box(w, load(1), PROMPT_4K)
     empty = w.node("DCGenEmptyLatent", at=(0, 160), model=load(0), size="4K: 4096 x 4096")
     latent = one_sampler(w, load(0), text(), empty(), (820, 0), denoise=0.6, image=image(), vae=load(2))
@@ -292,7 +325,7 @@ def inpaint() -> Workflow:
         f"Needs `models/diffusers/{KREA_1K}`.",
     )
     load = w.node("DCGenReleaseLoader", at=(0, 0), release=KREA_1K)
-    image = w.node("LoadImage", at=(0, 160), size=(330, 330), image="example.png")
+    image = w.node("LoadImage", at=(0, 160), box=(330, 330), image="example.png")
     text = prompt_box(w, load(1), PROMPT_4K)
     encoded = w.node("DCAEEncode", at=(380, 220), image=image(), vae=load(2), strip=0)
     masked = w.node("SetLatentNoiseMask", at=(380, 340), samples=encoded(), mask=image(1))
@@ -320,7 +353,7 @@ def side_by_side() -> Workflow:
     dcgen = one_sampler(w, apply(), text(), empty_deep(), (820, 420))
     first = w.node("VAEDecode", at=(1190, 0), samples=base(), vae=plain())
     second = w.node("DCAEDecode", at=(1190, 420), samples=dcgen(), vae=deep(), strip=0)
-    w.node("DCGenCompare", at=(1560, 0), size=(520, 600), image_a=first(), image_b=second())
+    w.node("DCGenCompare", at=(1560, 0), box=(520, 600), image_a=first(), image_b=second())
     return w
 
 
@@ -368,6 +401,17 @@ def _browser():
     return module
 
 
+def _picture(page, file: Path) -> None:
+    """The graph as a JPEG of 640 pixels' width."""
+    x, y, width, height = page.js(f"(() => {{ {FRAME} }})()")
+    page.js("new Promise((done) => setTimeout(done, 600))")
+    page.js(f"(() => {{ {FRAME} }})()")
+    page.js("new Promise((done) => setTimeout(done, 600))")
+    clip = {"x": x, "y": y, "width": width, "height": height, "scale": 640 / width}
+    found = page.call("Page.captureScreenshot", format="jpeg", quality=82, clip=clip)
+    file.write_bytes(base64.b64decode(found["data"]))
+
+
 def build(url: str, names: list[str]) -> None:
     with urllib.request.urlopen(f"{url}/object_info") as answer:
         kinds = json.loads(answer.read())
@@ -378,18 +422,21 @@ def build(url: str, names: list[str]) -> None:
             page.open(url)
             ready = "window.app && window.app.extensionManager && window.LiteGraph.registered_node_types.DCGenApply"
             page.until(f"!!({ready})")
+            for setting in ("Comfy.Minimap.Visible", "Comfy.Workflow.ShowMissingModelsWarning"):
+                page.js(f"app.extensionManager.setting.set('{setting}', false)")
             for name in names:
                 graph = JOBS[name]().ui(kinds)
                 page.js(f"app.loadGraphData({json.dumps(graph)}, true, true, {json.dumps(name)})")
                 missing = page.js("app.graph._nodes.filter(n => n.has_errors).map(n => n.type)")
                 if missing:
                     raise SystemExit(f"{name}: unknown nodes {missing}")
-                page.js(f"app.graph._nodes.forEach({FIT})")
+                page.js(f"(() => {{ {LAY_OUT} }})()")
                 ui = page.js("app.graph.serialize()")
                 api = page.js("app.graphToPrompt().then(p => p.output)")
                 ui["extra"] = {}
                 (HERE / f"{name}.json").write_text(json.dumps(ui, indent=1, ensure_ascii=False) + "\n")
                 (HERE / "api" / f"{name}.json").write_text(json.dumps(api, indent=1, ensure_ascii=False) + "\n")
+                _picture(page, HERE / f"{name}.jpg")
                 print(name, len(ui["nodes"]), "nodes")
         finally:
             page.close()

@@ -164,10 +164,11 @@ class Server:
         self.base = base
         for name in ("custom_nodes", "user", "output"):
             (base / name).mkdir(parents=True)
-        # Else the first page opens with the template browser over the canvas.
+        # Else dialogs lie over the canvas: the template browser at first, then offers to download models.
         settings = base / "user" / "default" / "comfy.settings.json"
         settings.parent.mkdir()
-        settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}))
+        quiet = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
+        settings.write_text(json.dumps(quiet))
         (base / "custom_nodes" / PACK_NAME).symlink_to(PACK, target_is_directory=True)
         (base / "custom_nodes" / "test_dump").mkdir()
         (base / "custom_nodes" / "test_dump" / "__init__.py").write_text(DUMP_NODE)
@@ -523,3 +524,47 @@ def deep_release(tmp_path_factory: pytest.TempPathFactory):
     """(folder, pipeline) of a tiny random merged DC-Gen FLUX on an f32 DC-AE, its transformer in several shards."""
     folder = tmp_path_factory.mktemp("releases") / "tiny-dcgen-flux"
     return folder, make_release(folder, deep=True, seed=20, shard="100KB")
+
+
+# The tiny releases and an adapter between them, installed in the server
+
+
+@pytest.fixture(scope="session")
+def deep_name(server, deep_release):
+    """The tiny DC-Gen release in the server's models/diffusers."""
+    target = server.base / "models" / "diffusers" / "tiny-dcgen"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.symlink_to(deep_release[0], target_is_directory=True)
+    return target.name
+
+
+@pytest.fixture(scope="session")
+def base_name(server, base_release):
+    target = server.base / "models" / "diffusers" / "tiny-base"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.symlink_to(base_release[0], target_is_directory=True)
+    return target.name
+
+
+@pytest.fixture(scope="session")
+def adapter_name(server, base_release, tiny):
+    """A random adapter for the tiny base, whose latent is that of the tiny DC-Gen release's autoencoder."""
+    from dcgen.adapter import Adapter, LoraPair, save_adapter
+    from dcgen.backbones import BACKBONES
+    from dcgen.latent import LatentSpace
+
+    new = tiny.transformer(8, seed=5).state_dict()
+    keys = ("x_embedder.weight", "x_embedder.bias", "proj_out.weight", "proj_out.bias")
+    factors = tuple((0.3 * (i % 3 == 0), 0.3 * (i % 3 == 1), 0.3 * (i % 3 == 2)) for i in range(8))
+    adapter = Adapter(
+        "flux",
+        {key: new[key] for key in keys},
+        {"transformer_blocks.0.attn.to_q": LoraPair(torch.randn(4, 32), torch.randn(32, 4), 4.0)},
+        LatentSpace("", 8, 32, 0.37, rgb_factors=factors),
+        BACKBONES["flux"].fingerprint(dict(base_release[1].transformer.config)),
+        {"rule": "flux2"},
+    )
+    folder = server.base / "models" / "model_patches"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_adapter(folder / "tiny.safetensors", adapter)
+    return "tiny.safetensors"

@@ -67,15 +67,6 @@ def diffusers_loop(pipe, tiny, width, height, batch=1):
     return ((pixels.movedim(1, -1) + 1) / 2).clamp(0, 1).numpy()
 
 
-@pytest.fixture(scope="module")
-def deep_name(server, deep_release):
-    """The tiny DC-Gen release in the server's models/diffusers."""
-    target = server.base / "models" / "diffusers" / "tiny-dcgen"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.symlink_to(deep_release[0], target_is_directory=True)
-    return target.name
-
-
 @pytest.mark.parametrize(("width", "height", "batch"), [(64, 64, 1), (96, 64, 2), (32, 160, 1)])
 def test_pixels_equal_a_plain_diffusers_loop(server, deep_name, deep_release, tiny, width, height, batch):
     entry = server.queue(text_to_image(deep_name, width, height, batch))
@@ -86,38 +77,6 @@ def test_pixels_equal_a_plain_diffusers_loop(server, deep_name, deep_release, ti
     assert wanted.std() > 0.02, "a flat picture would prove nothing"
     saved = np.stack(server.images(entry)["save"]).astype(np.float32) / 255
     assert np.abs(saved - wanted).max() < 1.5 / 255
-
-
-@pytest.fixture(scope="module")
-def base_name(server, base_release):
-    target = server.base / "models" / "diffusers" / "tiny-base"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.symlink_to(base_release[0], target_is_directory=True)
-    return target.name
-
-
-@pytest.fixture(scope="module")
-def adapter_name(server, base_release, tiny):
-    """A random adapter for the tiny base, whose latent is that of the tiny DC-Gen release's autoencoder."""
-    from dcgen.adapter import Adapter, LoraPair, save_adapter
-    from dcgen.backbones import BACKBONES
-    from dcgen.latent import LatentSpace
-
-    new = tiny.transformer(8, seed=5).state_dict()
-    keys = ("x_embedder.weight", "x_embedder.bias", "proj_out.weight", "proj_out.bias")
-    factors = tuple((0.3 * (i % 3 == 0), 0.3 * (i % 3 == 1), 0.3 * (i % 3 == 2)) for i in range(8))
-    adapter = Adapter(
-        "flux",
-        {key: new[key] for key in keys},
-        {"transformer_blocks.0.attn.to_q": LoraPair(torch.randn(4, 32), torch.randn(32, 4), 4.0)},
-        LatentSpace("", 8, 32, 0.37, rgb_factors=factors),
-        BACKBONES["flux"].fingerprint(dict(base_release[1].transformer.config)),
-        {"rule": "flux2"},
-    )
-    folder = server.base / "models" / "model_patches"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_adapter(folder / "tiny.safetensors", adapter)
-    return "tiny.safetensors"
 
 
 def both(base_name, adapter_name, deep_name, seed):

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.json"))
@@ -36,6 +38,50 @@ def test_files_fit_together(name):
         for second, x2, y2, w2, h2 in boxes[:i]:
             apart = x + w <= x2 or x2 + w2 <= x or y + h <= y2 - 30 or y2 + h2 <= y - 30
             assert apart, f"nodes {first} and {second} overlap"
+
+
+def small(api, deep, base, adapter):
+    """An API prompt with tiny random files in place of the weights it names, at a small size."""
+    stand_ins = {"UNETLoader": 0, "DualCLIPLoader": 1, "VAELoader": 2}
+    moved = {key: stand_ins[node["class_type"]] for key, node in api.items() if node["class_type"] in stand_ins}
+    values = {
+        "DCGenReleaseLoader": {"release": deep},
+        "DCGenModelLoader": {"model_name": deep},
+        "DCGenApply": {"adapter_name": adapter},
+        "DCAELoader": {"vae_name": "tiny-dcae"},
+        "DCGenEmptyLatent": {"width": 96, "height": 64, "batch_size": 1, "size": "width x height below"},
+        "DCGen4KSampler": {"steps": 2},
+        "LoadImage": {"image": "tests.png"},
+    }
+    out = {}
+    for key, node in api.items():
+        if key in moved:
+            out[key] = {"class_type": "DCGenReleaseLoader", "inputs": {"release": base}}
+            continue
+        inputs = {**node["inputs"], **values.get(node["class_type"], {})}
+        for name, value in inputs.items():
+            if isinstance(value, list) and value[0] in moved:
+                inputs[name] = [value[0], moved[value[0]]]
+        out[key] = {"class_type": node["class_type"], "inputs": inputs}
+    return out
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TOY])
+def test_runs_with_tiny_files(server, name, deep_name, base_name, adapter_name, deep_release):
+    vae = server.base / "models" / "vae" / "tiny-dcae"
+    vae.parent.mkdir(parents=True, exist_ok=True)
+    if not vae.exists():
+        vae.symlink_to(deep_release[0] / "vae", target_is_directory=True)
+    noise = np.random.default_rng(1).integers(0, 256, (64, 96, 4), dtype=np.uint8)
+    (server.base / "input").mkdir(exist_ok=True)
+    Image.fromarray(noise, "RGBA").save(server.base / "input" / "tests.png")
+    api = json.loads((FOLDER / "api" / f"{name}.json").read_text())
+    entry = server.queue(small(api, deep_name, base_name, adapter_name))
+    saved = [image for images in server.images(entry).values() for image in images]
+    shown = [node for node in entry["outputs"].values() if "a_images" in node]
+    assert len(saved) == sum(node["class_type"] == "SaveImage" for node in api.values())
+    assert len(shown) == sum(node["class_type"] == "DCGenCompare" for node in api.values())
+    assert all(image.shape == (64, 96, 3) and image.std() > 3 for image in saved)
 
 
 @pytest.fixture(scope="module")

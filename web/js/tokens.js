@@ -17,7 +17,7 @@ export function line(node, changed) {
   const empty = node.comfyClass === "DCGenEmptyLatent" ? node : source(node, "latent");
   if (empty?.comfyClass !== "DCGenEmptyLatent") return "tokens: as the latent";
   const latent = latentOf(api, node, changed) ?? latentOf(api, empty, changed);
-  if (!latent) return "connect a model to count tokens";
+  if (!latent) return source(node, "model") ? "this model says nothing of its tokens yet" : "connect a model to count tokens";
   const [width, height] = pixels(empty);
   const side = latent.factor * latent.patch;
   if (width % side || height % side) return `${width} x ${height}: this model needs multiples of ${side}`;
