@@ -10,6 +10,7 @@ from .dcae import DCAEDecode, DCAEDifference, DCAEEncode, DCAELoader
 from .latent import DCGenEmptyLatent
 from .model import DCGenApply, DCGenModelLoader, DCGenReleaseLoader
 from .sampling import DCGen4KSampler, DCGenScheduler
+from .sana import DCGenSanaTextEncode
 
 NODES: list[type[io.ComfyNode]] = [
     DCGenReleaseLoader,
@@ -22,6 +23,7 @@ NODES: list[type[io.ComfyNode]] = [
     DCGenEmptyLatent,
     DCGenScheduler,
     DCGen4KSampler,
+    DCGenSanaTextEncode,
     DCGenCompare,
 ]
 

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..dcgen.adapter import load_adapter
 from .bridge import release as releases
-from .bridge.flux import apply_adapter
+from .bridge.apply import apply_adapter
 
 CATEGORY = "DC-Gen"
 

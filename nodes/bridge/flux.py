@@ -77,7 +77,7 @@ def apply_adapter(
     `model` is not changed and shares its weights with the result. strength 0 = alignment only.
     """
     check_adapter(adapter, model, name)
-    info = ModelInfo(adapter.latent, adapter.patch_size, dict(adapter.schedule), _pixels(adapter))
+    info = ModelInfo(adapter.latent, adapter.patch_size, dict(adapter.schedule), image_side(adapter))
     foreign = nunchaku.is_nunchaku(model)
     if foreign:
         network = nunchaku.network(model, adapter, info, strength)
@@ -91,7 +91,7 @@ def apply_adapter(
     return patcher
 
 
-def _pixels(adapter: Adapter) -> int | None:
+def image_side(adapter: Adapter) -> int | None:
     """Image side from the public key modelspec.resolution ("1024x1024"), if the file has it."""
     side = adapter.metadata.get("modelspec.resolution", "").partition("x")[0]
     return int(side) if side.isdecimal() else None

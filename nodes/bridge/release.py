@@ -19,6 +19,8 @@ from ...dcgen.release import Model, open_model
 from .flux import FLUX
 from .flux_loader import is_quantized, load_flux, load_quantized_flux
 from .kl_vae import load_kl_vae
+from .sana import SANA, load_sana
+from .sana_text import load_sana_text
 from .text import load_flux_text
 from .vae import make_vae
 
@@ -59,13 +61,16 @@ def find_release(name: str) -> Path:
 
 
 def load_release(name: str) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    """MODEL, CLIP and VAE of a FLUX or DC-Gen FLUX release folder."""
+    """MODEL, CLIP and VAE of a FLUX or SANA release folder, DC-Gen or base."""
     folder = find_release(name)
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     kind = index.get("transformer", [None, None])[1]
-    if kind != FLUX.diffusers_class:
-        raise ValueError(f"{folder}: its transformer is a {kind}; this node loads {FLUX.diffusers_class} (FLUX).")
+    if kind not in (FLUX.diffusers_class, SANA.diffusers_class):
+        known = f"{FLUX.diffusers_class} (FLUX) and {SANA.diffusers_class} (SANA)"
+        raise ValueError(f"{folder}: its transformer is a {kind}; this node loads {known}.")
     model = _known(open_model(folder), FROM_FILE, folder)
+    if model.backbone is SANA:
+        return load_sana(model), load_sana_text(folder, index), load_vae(folder)
     return load_flux(model, native_pixels(folder)), load_flux_text(folder, index), load_vae(folder)
 
 
@@ -104,8 +109,10 @@ def load_model(name: str, weight_dtype: str, autoencoder: str) -> comfy.model_pa
     if not folder and is_quantized(path):
         return load_quantized_flux(path, SPACES.get(autoencoder), WEIGHT_DTYPES[weight_dtype])
     model = _known(open_model(path), autoencoder, path)
+    if model.backbone is SANA:
+        return load_sana(model, WEIGHT_DTYPES[weight_dtype])
     if model.backbone is not FLUX:
-        raise ValueError(f"{path} is a {model.backbone.name} model; this node loads FLUX.")
+        raise ValueError(f"{path} is a {model.backbone.name} model; this node loads FLUX and SANA.")
     return load_flux(model, native_pixels(path) if folder else None, WEIGHT_DTYPES[weight_dtype])
 
 

@@ -50,7 +50,10 @@ def borrow(lender: nn.Module, **own: Any) -> nn.Module:
     nn.Module.__init__(module)
     module.__dict__["_lender"] = lender  # not a registered child: whoever loads the lender moves it
     for name, value in own.items():
-        setattr(module, name, value)
+        if isinstance(value, nn.Parameter):  # which setattr refuses: the lender has one of that name
+            module._parameters[name] = value
+        else:
+            setattr(module, name, value)
     return module.eval()
 
 

@@ -30,22 +30,22 @@ def load_flux_text(release: Path, index: dict[str, Any]) -> comfy.sd.CLIP:
     T5 is padded to tokenizer_2's own length (512 in the published releases), cut there, and not masked; of CLIP only
     the pooled vector is used. Weights keep the dtype of the files.
     """
-    tokenizers = [_tokenizer(release / name, index.get(name)) for name in ("tokenizer", "tokenizer_2")]
+    tokenizers = [load_tokenizer(release / name, index.get(name)) for name in ("tokenizer", "tokenizer_2")]
     configs = [_config(release / name, kind) for name, kind in (("text_encoder", "clip"), ("text_encoder_2", "t5"))]
     _check_clip_end(configs[0], tokenizers[0], release)
     weights = [Tensors.open(release / name) for name in ("text_encoder", "text_encoder_2")]
     target = comfy.supported_models_base.ClipTarget(_tokenizer_class(tokenizers), _model_class(configs, tokenizers))
-    target.params = {"dtypes": [_dtype(files) for files in weights]}
+    target.params = {"dtypes": [stored_dtype(files) for files in weights]}
     size = sum(tensor.numel() for files in weights for tensor in files.meta().values())
     embeddings = folder_paths.get_folder_paths("embeddings")
     clip = comfy.sd.CLIP(target, embedding_directory=embeddings, parameters=size)
     model = clip.cond_stage_model
-    _fill(model.clip_l.transformer, _clip_keys(_read(weights[0])), release / "text_encoder")
-    _fill(model.t5xxl.transformer, _t5_keys(_read(weights[1])), release / "text_encoder_2")
+    fill(model.clip_l.transformer, _clip_keys(read_all(weights[0])), release / "text_encoder")
+    fill(model.t5xxl.transformer, _t5_keys(read_all(weights[1])), release / "text_encoder_2")
     return clip
 
 
-def _dtype(weights: Tensors) -> torch.dtype:
+def stored_dtype(weights: Tensors) -> torch.dtype:
     """The dtype most numbers are stored in."""
     sizes: dict[torch.dtype, int] = {}
     for entry in weights.entries.values():
@@ -53,11 +53,11 @@ def _dtype(weights: Tensors) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def _read(weights: Tensors) -> dict[str, torch.Tensor]:
+def read_all(weights: Tensors) -> dict[str, torch.Tensor]:
     return {name: weights.get(name) for name in weights.entries}
 
 
-def _tokenizer(folder: Path, entry: list[str] | None) -> transformers.PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, entry: list[str] | None) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer class that model_index.json names, as diffusers loads it; else what the folder says."""
     kind = getattr(transformers, entry[1], None) if entry and entry[0] == "transformers" else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)):
@@ -101,7 +101,7 @@ def _check_clip_end(config: dict[str, Any], tokenizer: Any, release: Path) -> No
         )
 
 
-class _Padded(SDTokenizer):
+class LoadedTokenizer(SDTokenizer):
     """ComfyUI's tokenizer around one that is already loaded; `limit` cuts the prompt as the release's pipeline does."""
 
     def __init__(self, tokenizer: Any, limit: int | None, **kwargs: Any):
@@ -130,8 +130,10 @@ def _tokenizer_class(tokenizers: list) -> type:
     class ReleaseTokenizer(comfy.text_encoders.flux.FluxTokenizer):
         def __init__(self, embedding_directory: Any = None, tokenizer_data: dict | None = None):
             shared = {"embedding_directory": embedding_directory, "tokenizer_data": tokenizer_data or {}}
-            self.clip_l = _Padded(clip, None, max_length=clip.model_max_length, embedding_key="clip_l", **shared)
-            self.t5xxl = _Padded(
+            self.clip_l = LoadedTokenizer(
+                clip, None, max_length=clip.model_max_length, embedding_key="clip_l", **shared
+            )
+            self.t5xxl = LoadedTokenizer(
                 t5,
                 t5.model_max_length,
                 pad_with_end=False,
@@ -206,7 +208,7 @@ def _t5_keys(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+def fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

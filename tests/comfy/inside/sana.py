@@ -1,0 +1,151 @@
+"""Run inside ComfyUI: SANA from every kind of file, its text, LoRA, DCGenApply, refusals."""
+
+import importlib
+import json
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from flux import bridge, load_model, release_of
+
+
+def velocities(patcher, cases):
+    """The network's velocity through ComfyUI's own apply_model, which gives x0 = x - sigma * v."""
+    comfy.model_management.load_models_gpu([patcher])
+    out = {}
+    for name, of in cases.items():
+        conds = {"c_crossattn": of["context"], "attention_mask": of["mask"]}
+        if "guidance" in of:
+            conds["guidance"] = of["guidance"]
+        x0 = patcher.model.apply_model(of["x"], of["sigma"], **conds)
+        out[name] = (of["x"] - x0) / of["sigma"].reshape(-1, 1, 1, 1)
+    return out
+
+
+def cases(tensors, prefix):
+    """{"prefix/case/tensor": ...} -> {"case": {"tensor": ...}} of one prefix."""
+    found = {}
+    for key, value in tensors.items():
+        first, case, name = key.split("/")
+        if first == prefix:
+            found.setdefault(case, {})[name] = value
+    return found
+
+
+def named(prefix, tensors):
+    return {f"{prefix}/{key}": value for key, value in tensors.items()}
+
+
+def facts(patcher):
+    model = patcher.model
+    return {
+        "channels": model.latent_format.latent_channels,
+        "factor": model.dcgen.space.spatial_factor,
+        "scaling": model.latent_format.scale_factor,
+        "shift": model.model_sampling.shift,
+        "memory": model.memory_usage_factor,
+        "schedule": model.dcgen.schedule,
+    }
+
+
+def models(pack, tensors, params):
+    """Velocities of every model file; LoRA and adapter on the first."""
+    out, known = {}, {}
+    for folder in params["files"]:
+        folder_paths.add_model_folder_path("diffusion_models", folder)
+    release = bridge(pack, "release")
+    for name, (where, dtype) in params["models"].items():
+        if "/" in where:
+            patcher = load_model(pack, where, dtype)
+        else:
+            patcher = release.load_model(where, dtype, params["autoencoder"])
+        known[name] = facts(patcher)
+        out |= named(name, velocities(patcher, cases(tensors, name)))
+    base = load_model(pack, params["models"]["f32"][0])
+    adapters = importlib.import_module(f"{pack}.dcgen.adapter")
+    apply = bridge(pack, "apply").apply_adapter
+    adapter = adapters.load_adapter(params["adapter"])
+    lora = comfy.utils.load_torch_file(params["lora"])
+    with_lora = comfy.sd.load_lora_for_models(base, None, lora, 0.7, 0)[0]
+    deep = apply(base, adapter, 1.0)
+    known["deep"] = facts(deep)
+    turns = {
+        "lora": (with_lora, "f32"),
+        "deep": (deep, "deep"),
+        "again": (base, "f32"),
+        "aligned": (apply(base, adapter, 0.0), "deep"),
+        "deep-lora": (apply(with_lora, adapter, 1.0), "deep"),
+    }
+    for name, (patcher, inputs) in turns.items():
+        out |= named(name, velocities(patcher, cases(tensors, inputs)))
+    known["said"] = refusals(pack, params, base, deep, adapter)
+    known["shared"] = shared(base, deep)
+    return out, known
+
+
+def shared(base, deep):
+    """Whether every weight but the embedder and head is the base's own memory."""
+    ours, theirs = (dict(model.model.diffusion_model.state_dict()) for model in (deep, base))
+    own = ("patch_embed.", "proj_out.", "scale_shift_table")
+    return all(ours[key].data_ptr() == theirs[key].data_ptr() for key in theirs if not key.startswith(own))
+
+
+def refusals(pack, params, base, deep, adapter):
+    said = {}
+
+    def attempt(name, call):
+        try:
+            call()
+        except ValueError as error:
+            said[name] = str(error)
+
+    adapters, apply = importlib.import_module(f"{pack}.dcgen.adapter"), bridge(pack, "apply").apply_adapter
+    sampling = bridge(pack, "sampling")
+    attempt("f32 latent", lambda: sampling.check_latent(deep, {"samples": torch.zeros(1, 8, 2, 2)}))
+    attempt("flux adapter", lambda: apply(base, adapters.load_adapter(params["flux_adapter"]), 1.0))
+    attempt("sana adapter on flux", lambda: apply(load_model(pack, params["flux"]), adapter, 1.0))
+    attempt("twice", lambda: apply(deep, adapter, 1.0))
+    adapter.base = {**adapter.base, "num_layers": 19}
+    attempt("base", lambda: apply(base, adapter, 1.0))
+    text = {"cross_attn": torch.zeros(1, 300, 24), "attention_mask": torch.ones(1, 300)}
+    attempt("not SANA's text", lambda: base.model.extra_conds(**text))
+    wide = {"cross_attn": torch.zeros(1, 77, 768), "dcgen_text": "sana"}
+    attempt("other encoder", lambda: base.model.extra_conds(**wide))
+    joined = {**text, "cross_attn": torch.zeros(1, 600, 24), "dcgen_text": "sana"}
+    attempt("joined", lambda: base.model.extra_conds(**joined))
+    return said
+
+
+def text(pack, _tensors, params):
+    """Conditioning of each prompt from the release's Gemma and from core's CLIP."""
+    out, said = {}, {}
+    sana_text = bridge(pack, "sana_text")
+    folder = release_of(pack, params["release"])
+    index = json.loads((folder / "model_index.json").read_text())
+    clips = {"release": sana_text.load_sana_text(folder, index)}
+    sizes = {"gemma2_2b_model_config": {**params["sizes"], "vocab_size": 340}}
+    kind = comfy.sd.CLIPType.LUMINA2
+    clips["core"] = comfy.sd.load_clip([params["file"]], clip_type=kind, model_options=sizes)
+    for name, clip in clips.items():
+        for i, (prompt, instruction) in enumerate(params["prompts"]):
+            ((cond, extra),) = sana_text.encode(
+                clip, prompt, sana_text.INSTRUCTION if instruction is None else instruction
+            )
+            out |= {f"{name}/{i}/context": cond, f"{name}/{i}/mask": extra["attention_mask"]}
+        plain = clip.encode_from_tokens(clip.tokenize("a red cat"), return_dict=True)["cond"]
+        out[f"{name}/plain"] = plain
+    for name in ("no_norm", "flux"):
+        try:
+            broken = release_of(pack, params[name])
+            if name == "flux":
+                flux = bridge(pack, "text").load_flux_text(
+                    broken, json.loads((broken / "model_index.json").read_text())
+                )
+                sana_text.encode(flux, "a red cat", "")
+            else:
+                sana_text.load_sana_text(broken, index)
+        except ValueError as error:
+            said[name] = str(error)
+    return out, {"said": said, "instruction": sana_text.INSTRUCTION}
