@@ -76,12 +76,11 @@ class ModelInfo:
 
 
 def space_of_vae(vae: Any) -> LatentSpace:
-    """Latent space of a VAE: ours says all of it, any other its channels and factor (scaling is then unknown: 0)."""
-    config = getattr(getattr(vae, "dcae", None), "config", None)
-    if config is None:
-        return LatentSpace("", vae.latent_channels, int(vae.spacial_compression_decode()), 1.0)
-    name = config.name.rstrip("/").rsplit("/", 1)[-1].removesuffix("-diffusers")
-    return LatentSpace(name, config.latent_channels, config.spatial_factor, config.scaling_factor)
+    """Latent space of a VAE: a DC-AE says all of it; of any other only channels and factor are known."""
+    space = getattr(vae, "space", None)
+    if isinstance(space, LatentSpace):
+        return space
+    return LatentSpace("", vae.latent_channels, int(vae.spacial_compression_decode()), 1.0)
 
 
 def stamped(latent: dict[str, Any], space: LatentSpace) -> dict[str, Any]:

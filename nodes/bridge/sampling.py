@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ...dcgen.schedule import sigmas as schedule
 from .latent_format import ModelInfo, check_stamp, info_of, space_of_vae
-
-SAMPLER_NAMES: list[str] = comfy.samplers.SAMPLER_NAMES
+from .samplers import sampler_object
 
 
 def check_latent(model: Any, latent: dict[str, Any]) -> ModelInfo:
@@ -50,16 +49,19 @@ def encoded(model: Any, latent: dict[str, Any], image: Tensor, vae: Any) -> dict
     wrong = _vae_differences(vae, info)
     if wrong:
         raise ValueError(f"this vae does not belong to the model. Different: {'; '.join(wrong)}.")
-    rows, columns = latent["samples"].shape[2:]
-    factor = info.space.spatial_factor
-    pixels = comfy.utils.common_upscale(image.movedim(-1, 1), columns * factor, rows * factor, "lanczos", "center")
+    height, width = (side * info.space.spatial_factor for side in latent["samples"].shape[2:])
+    pixels = image.movedim(-1, 1)
+    if pixels.shape[2:] != (height, width):
+        # Not lanczos, which goes through 8 bits.
+        method = "bicubic" if height > pixels.shape[2] else "area"
+        pixels = comfy.utils.common_upscale(pixels, width, height, method, "center").clamp(0, 1)
     samples = vae.encode(pixels.movedim(1, -1)[..., :3])
     return {**latent, "samples": comfy.utils.repeat_to_batch_size(samples, latent["samples"].shape[0])}
 
 
 def _vae_differences(vae: Any, info: ModelInfo) -> list[str]:
     space = space_of_vae(vae)
-    if getattr(vae, "dcae", None) is None:  # core's VAEs keep the scaling to the model
+    if not hasattr(vae, "space"):  # core's VAEs leave the scaling to the model
         space = replace(space, scaling_factor=info.space.scaling_factor, shift_factor=info.space.shift_factor)
     return space.differences(info.space)
 
@@ -90,6 +92,7 @@ def sample(
     Without `negative` the model runs once a step; with it and cfg != 1, twice.
     """
     check_latent(model, latent)
+    sampler = sampler_object(sampler_name, model)
     image = latent["samples"]
     noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
     guider = comfy.samplers.CFGGuider(model)
@@ -101,7 +104,7 @@ def sample(
     samples = guider.sample(
         noise,
         image,
-        comfy.samplers.sampler_object(sampler_name),
+        sampler,
         sigmas,
         denoise_mask=latent.get("noise_mask"),
         callback=latent_preview.prepare_callback(model, sigmas.shape[-1] - 1),

@@ -178,6 +178,115 @@ def test_wrong_sizes_and_latents_are_refused(server, deep_name):
     assert "8 channels at f32" in server.error(entry)
 
 
+def image_to_image(release, denoise, **changes):
+    """A picture of the release's own, encoded, and sampled again from `denoise`."""
+    first = text_to_image(release, 96, 64)
+    del first["save"], first["dump"]
+    graph = {
+        **first,
+        "encode": node("DCAEEncode", image=["decode", 0], vae=["load", 2], strip=0),
+        "again": node(
+            "DCGen4KSampler",
+            model=["load", 0],
+            positive=["text", 0],
+            latent=["encode", 0],
+            seed=SEED + 1,
+            steps=STEPS,
+            guidance=GUIDANCE,
+            sampler_name="euler",
+            denoise=denoise,
+        ),
+        "shown": node("VAEDecode", samples=["again", 0], vae=["load", 2]),
+        "dump": node("TestDump", images=["shown", 0], name="again"),
+        "start": node("TestDump", images=["decode", 0], name="start"),
+    }
+    return {**graph, **changes}
+
+
+def noised_loop(pipe, tiny, start, denoise):
+    """Image to image as the maths has it: the encoded picture and the noise are mixed in the model's own space."""
+    scale = pipe.vae.config.scaling_factor
+    total = int(STEPS / denoise)
+    ratio = math.sqrt(2 * 3 * 8 / 4096)
+    grid = [1 - i / total for i in range(total + 1)][-(STEPS + 1) :]
+    sigmas = [ratio * s / (1 + (ratio - 1) * s) for s in grid]
+    with torch.no_grad():
+        clean = pipe.vae.encode(torch.from_numpy(start).movedim(-1, 1) * 2 - 1).latent * scale
+        noise = torch.randn(clean.shape, generator=torch.manual_seed(SEED + 1))
+        context, pooled, _ = pipe.encode_prompt(PROMPT, PROMPT, max_sequence_length=tiny.t5_tokens)
+        x = sigmas[0] * noise + (1 - sigmas[0]) * clean
+        for now, then in itertools.pairwise(sigmas):
+            case = {"x": x, "sigma": torch.tensor([now]), "context": context, "pooled": pooled}
+            velocity = tiny.velocity(pipe.transformer, {**case, "guidance": torch.tensor([GUIDANCE])}, 1)
+            x = x + (then - now) * velocity
+        pixels = pipe.vae.decode(x / scale).sample
+    return ((pixels.movedim(1, -1) + 1) / 2).clamp(0, 1).numpy()
+
+
+@pytest.mark.parametrize("denoise", [0.3, 0.5, 0.8])
+def test_image_to_image_mixes_noise_in_model_space(server, deep_name, deep_release, tiny, denoise):
+    server.queue(image_to_image(deep_name, denoise))
+    wanted = noised_loop(deep_release[1], tiny, server.dumped("start"), denoise)
+    assert np.abs(server.dumped("again") - wanted).max() < 1e-3
+
+
+def test_image_input_refines_like_an_encoded_latent(server, deep_name):
+    """The sampler's own image input scales to the latent's size, encodes, and samples as a latent would be."""
+    graph = image_to_image(deep_name, 0.5)
+    server.queue(graph)
+    by_latent = server.dumped("again")
+    graph["again"]["inputs"] |= {"latent": ["latent", 0], "image": ["decode", 0], "vae": ["load", 2]}
+    server.queue(graph)
+    assert np.abs(server.dumped("again") - by_latent).max() < 1e-5
+    graph["latent"]["inputs"] |= {"width": 192, "height": 128}
+    server.queue(graph)
+    assert server.dumped("again").shape == (1, 128, 192, 3)
+
+
+def test_zero_denoise_returns_the_picture(server, deep_name):
+    server.queue(image_to_image(deep_name, 0.0))
+    reconstructed = image_to_image(deep_name, 0.0)
+    reconstructed["shown"]["inputs"]["samples"] = ["encode", 0]
+    kept = server.dumped("again")
+    server.queue(reconstructed)
+    assert np.abs(server.dumped("again") - kept).max() < 1e-6
+
+
+def test_negative_is_true_guidance(server, deep_name, deep_release, tiny):
+    """x0 guided by cfg from two prompts, against the sum written out; cfg 1 never runs the negative."""
+    graph = text_to_image(deep_name, 64, 64)
+    graph["no"] = node("CLIPTextEncode", clip=["load", 1], text="an apple, a pear")
+    sampler = {"seed": SEED, "steps": 1, "guidance": GUIDANCE, "sampler_name": "euler", "denoise": 1.0}
+    links = {"model": ["load", 0], "positive": ["text", 0], "latent": ["latent", 0], "negative": ["no", 0]}
+    found = {}
+    for cfg in (1.0, 2.5):
+        graph["sample"] = node("DCGen4KSampler", **sampler, **links, cfg=cfg)
+        server.queue(graph)
+        found[cfg] = server.dumped("picture")
+    pipe = deep_release[1]
+    noise = torch.randn((1, 8, 2, 2), generator=torch.manual_seed(SEED))
+    velocities = []
+    for prompt in (PROMPT, "an apple, a pear"):
+        with torch.no_grad():
+            context, pooled, _ = pipe.encode_prompt(prompt, prompt, max_sequence_length=tiny.t5_tokens)
+        case = {"x": noise, "sigma": torch.ones(1), "context": context, "pooled": pooled}
+        velocities.append(tiny.velocity(pipe.transformer, {**case, "guidance": torch.tensor([GUIDANCE])}, 1))
+    for cfg, pixels in found.items():
+        x0 = noise - (velocities[1] + cfg * (velocities[0] - velocities[1]))
+        with torch.no_grad():
+            wanted = pipe.vae.decode(x0 / pipe.vae.config.scaling_factor).sample
+        assert np.abs(pixels - ((wanted.movedim(1, -1) + 1) / 2).clamp(0, 1).numpy()).max() < 1e-3
+    assert np.abs(found[1.0] - found[2.5]).max() > 1e-3
+
+
+def test_a_vae_of_another_model_is_refused(server, deep_name, base_name):
+    graph = image_to_image(deep_name, 0.5, other=node("DCGenReleaseLoader", release=base_name))
+    graph["again"]["inputs"] |= {"latent": ["latent", 0], "image": ["decode", 0], "vae": ["other", 2]}
+    assert "does not belong to the model" in server.error(server.try_queue(graph))
+    del graph["again"]["inputs"]["vae"]
+    assert "connect the autoencoder" in server.error(server.try_queue(graph))
+
+
 def test_cancel_leaves_comfyui_usable(server, deep_name):
     graph = text_to_image(deep_name, 512, 512)
     graph["sigmas"]["inputs"]["steps"] = 1000
