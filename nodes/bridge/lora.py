@@ -34,10 +34,10 @@ class LoraReport:
         if self.misfits:
             text += f" Left out, made for another latent: {', '.join(map(_public, self.misfits))}."
         if self.unknown:
-            text += f" This model has no {', '.join(map(_public, self.unknown[:8]))}"
-            text += f" and {len(self.unknown) - 8} more." if len(self.unknown) > 8 else "."
-            if not self.applied:
-                text += " A nunchaku model takes LoRA from nunchaku's own loader only, placed before Apply DC-Gen."
+            more = f" and {len(self.unknown) - 8} more" if len(self.unknown) > 8 else ""
+            text += f" Not in this model: {', '.join(map(_public, self.unknown[:8]))}{more}."
+        if not self.applied:
+            text += " A nunchaku model takes LoRA from nunchaku's own loader only, placed before Apply DC-Gen."
         return text
 
 
@@ -62,7 +62,8 @@ def report(patches: Mapping[Any, Any], misfits: Iterable[str], added: Iterable[A
 
 def log(said: LoraReport) -> None:
     """One line, a warning when something was left out."""
-    logging.log(logging.WARNING if said.misfits or said.unknown else logging.INFO, "%s", said)
+    whole = said.applied and not said.misfits and not said.unknown
+    logging.log(logging.INFO if whole else logging.WARNING, "%s", said)
 
 
 class _Reporting:
@@ -108,7 +109,7 @@ def _layer(key: Any) -> str:
 
 
 def _names(keys: Iterable[Any]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(map(_name, keys)))
+    return tuple(sorted(set(map(_name, keys))))  # the core's own order changes from run to run
 
 
 def _public(name: str) -> str:

@@ -9,6 +9,8 @@ loader's own MODEL, which shares the transformer, is never changed. LoRA go thro
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,36 @@ import folder_paths
 import torch
 from safetensors.torch import save_file
 
-from ...dcgen.adapter import Adapter
+from ...dcgen.adapter import Adapter, LoraPair, merge_tensor
+from ...dcgen.backbones import BACKBONES
 from ...dcgen.files import replacing
+from ...dcgen.tensors import Tensors
 from .latent_format import ModelInfo
 from .shared import borrow, linear
 
 WRAPPER = "ComfyFluxWrapper"
-# nunchaku's kernels: ranks in steps of 16, and q, k, v of separate LoRA stack on top of the model's own rank 32.
-RANK_STEP, RANK_ROOM, OWN_RANK = 16, 1024, 32
+# nunchaku's kernels take ranks in steps of 16 up to 1024, unchecked above; all LoRA of a layer, and each of separate
+# q, k, v, stack on top of the model's own rank 32.
+RANK_STEP, RANK_ROOM, OWN_RANK, STACKED = 16, 1024, 32, 3
+# Layers that are one layer in nunchaku's files; its converter fails when a LoRA has only some of them.
+TOGETHER = (
+    ("attn.to_q", "attn.to_k", "attn.to_v"),
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    ("ff.net.0.proj", "ff.net.2"),
+    ("ff_context.net.0.proj", "ff_context.net.2"),
+    ("proj_mlp", "proj_out"),
+)
+BLOCKS = "transformer_blocks."
+
+
+class _NotCopied(dict):
+    """What nunchaku's later nodes rebuild a MODEL from, and would lose DC-Gen by it."""
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(
+            "nunchaku's LoRA and PuLID nodes build the model anew, without DC-Gen. Put them between nunchaku's loader "
+            "and Apply DC-Gen."
+        )
 
 
 def is_nunchaku(model: comfy.model_patcher.ModelPatcher) -> bool:
@@ -43,10 +67,12 @@ def network(
 ) -> torch.nn.Module:
     """A wrapper of its own around the same transformer, with the adapter's layers and LoRA."""
     wrapper = model.model.diffusion_model
+    # merge_tensor gives an adapter's own tensors back as they are: here they are the base, and its LoRA goes on them.
+    own = replace(adapter, tensors={})
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in adapter.tensors.items():
         path, _, suffix = key.rpartition(".")
-        layers.setdefault(path, {})[suffix] = tensor
+        layers.setdefault(path, {})[suffix] = merge_tensor(key, tensor, own, strength)
     made = {path: linear(weights, wrapper.dtype, model.offload_device) for path, weights in layers.items()}
     before = wrapper.customized_forward
 
@@ -60,9 +86,10 @@ def network(
             for path, layer in kept.items():
                 _exchange(transformer, path, layer)
 
-    loras = list(wrapper.loras)
-    if strength and adapter.lora:
-        loras.append((str(_lora_file(adapter)), strength))
+    loras, lora = list(wrapper.loras), _completed(adapter)
+    if strength and lora:
+        _check_ranks(lora, [file for file, _ in loras])
+        loras.append((str(_lora_file(lora)), strength))
     sizes = {"patch_size": info.patch_size, "in_channels": info.space.channels, "out_channels": info.space.channels}
     return borrow(
         wrapper,
@@ -70,7 +97,7 @@ def network(
         config={**wrapper.config, **sizes},
         loras=loras,
         customized_forward=forward,
-        patch_size=info.patch_size,
+        ctx_for_copy=_NotCopied(),
         _prev_timestep=None,
         _cache_context=None,
     )
@@ -85,19 +112,55 @@ def _exchange(transformer: torch.nn.Module, path: str, layer: torch.nn.Module) -
     setattr(transformer.get_submodule(parent), name, layer)
 
 
-def _lora_file(adapter: Adapter) -> Path:
-    """The adapter's LoRA as a file of its own, which is how nunchaku takes LoRA; alpha/rank is folded into B."""
-    ranks = {pair.rank for pair in adapter.lora.values()}
-    rank = max(ranks)
-    if any(r % RANK_STEP for r in ranks) or 3 * rank + OWN_RANK > RANK_ROOM:
+def _check_ranks(lora: Mapping[str, LoraPair], others: list[str]) -> None:
+    """ValueError when the LoRA stacked on one layer are more than nunchaku's kernels have room for."""
+    ranks = {pair.rank for pair in lora.values()}
+    room = RANK_ROOM - OWN_RANK
+    if any(rank % RANK_STEP for rank in ranks) or STACKED * max(ranks) > room:
         raise ValueError(
-            f"this adapter's LoRA has rank {rank}; nunchaku takes multiples of {RANK_STEP} up to "
-            f"{(RANK_ROOM - OWN_RANK) // 3 // RANK_STEP * RANK_STEP}. Extract it anew with a smaller rank "
+            f"this adapter's LoRA has rank {max(ranks)}; nunchaku takes multiples of {RANK_STEP} up to "
+            f"{room // STACKED // RANK_STEP * RANK_STEP}. Extract it anew with a smaller rank "
             "(python -m dcgen.convert extract), or merge it and quantize the merged model."
         )
+    stacked = {file: STACKED * _rank(file) for file in others}
+    if STACKED * max(ranks) + sum(stacked.values()) > room:
+        raise ValueError(
+            f"too many LoRA for nunchaku: the adapter's rank {max(ranks)} and "
+            f"{', '.join(f'{Path(file).name} (rank {rank // STACKED})' for file, rank in stacked.items())} may add up "
+            f"to {room // STACKED} (its kernels take {RANK_ROOM} in all, with q, k and v apart). Leave one out, or "
+            "extract the adapter with a smaller rank (python -m dcgen.convert extract)."
+        )
+
+
+def _rank(file: str) -> int:
+    """The largest rank in a LoRA file, as nunchaku pads it."""
+    downs = (".lora_A.weight", ".lora_down.weight", ".lora_A", ".lora.down.weight")
+    ranks = [entry.shape[0] for key, entry in Tensors.open(file).entries.items() if key.endswith(downs)]
+    return -(-max(ranks, default=0) // RANK_STEP) * RANK_STEP
+
+
+def _completed(adapter: Adapter) -> dict[str, LoraPair]:
+    """The LoRA without the layers that the adapter brings whole, with zeros where nunchaku needs a partner."""
+    whole = {key.rpartition(".")[0] for key in adapter.tensors}
+    lora = {path: pair for path, pair in adapter.lora.items() if path not in whole}
+    shapes = BACKBONES["flux"].linears(adapter.base)
+    for path, pair in list(lora.items()):
+        for group in TOGETHER:
+            own = next((name for name in group if BLOCKS in path and path.endswith(f".{name}")), None)
+            for name in group if own else ():
+                partner = path.removesuffix(own) + name
+                if partner in shapes and partner not in lora:
+                    out, width = shapes[partner][:2]
+                    zeros = pair.A.new_zeros(pair.rank, width), pair.B.new_zeros(out, pair.rank)
+                    lora[partner] = LoraPair(*zeros, pair.alpha)
+    return lora
+
+
+def _lora_file(lora: Mapping[str, LoraPair]) -> Path:
+    """LoRA as a file of its own, which is how nunchaku takes LoRA; alpha/rank is folded into B."""
     tensors = {}
     digest = hashlib.sha256()
-    for module, pair in sorted(adapter.lora.items()):
+    for module, pair in sorted(lora.items()):
         tensors[f"transformer.{module}.lora_A.weight"] = pair.A.contiguous()
         tensors[f"transformer.{module}.lora_B.weight"] = (pair.B * pair.scale).to(pair.B.dtype).contiguous()
     for key, tensor in tensors.items():

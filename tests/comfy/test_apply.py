@@ -1,8 +1,5 @@
 """DCGenApply: one base model, two ways of running it, against merged weights in diffusers."""
 
-import json
-from dataclasses import replace
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -67,8 +64,6 @@ def setting(tiny, base_release, tmp_path_factory):
         {"rule": "flux"},
     )
     save_adapter(folder / "test.safetensors", adapter)
-    wide = LoraPair(torch.randn((16, 32), generator=generator), torch.randn((32, 16), generator=generator), 16.0)
-    save_adapter(folder / "wide.safetensors", replace(adapter, lora={"transformer_blocks.0.attn.to_q": wide}))
     user_file = {f"transformer.{name}.lora_A.weight": a for name, (a, _) in user.items()}
     user_file |= {f"transformer.{name}.lora_B.weight": b for name, (_, b) in user.items()}
     # What a LoRA trained on plain FLUX may hold, and what cannot fit the new embedder.
@@ -104,7 +99,6 @@ def setting(tiny, base_release, tmp_path_factory):
         "lora_before": merged(new, 1.0, USER_STRENGTH),
     }
     files = {"adapter": str(folder / "test.safetensors"), "lora": str(folder / "user.safetensors")}
-    files["adapter16"] = str(folder / "wide.safetensors")
     return models, files
 
 
@@ -204,28 +198,3 @@ def test_every_layer_is_on_the_device(comfy, tmp_path, base_release, setting):
     assert len(facts["seen"]) == 4
     for case, places in facts["seen"].items():
         assert places == [["meta"]] * len(order), case
-
-
-def test_models_of_other_packs_and_formats(comfy, tmp_path, tiny, base_release, deep_release, setting, inputs):
-    """GGUF and nunchaku by stand-ins (neither runs on a CPU), fp8 and nvfp4 through core's own operations."""
-    models, files = setting
-    config = {k: v for k, v in dict(deep_release[1].transformer.config).items() if not k.startswith("_")}
-    params = {"release": str(base_release[0]), "deep": str(deep_release[0]), "folder": str(tmp_path), **files}
-    found, facts = comfy.run("foreign:everything", tmp_path, inputs, {**params, "config": json.dumps(config)})
-
-    assert facts["gguf"][0] == "GGUFModelPatcher", "the base's own patcher must go on loading the blocks"
-    for name, prefix in (("full", "deep"), ("base", "base")):
-        for case, velocity in expected(tiny, models, inputs, name).items():
-            # 16-bit integer weights: the stand-in's own rounding
-            assert relative(found[f"gguf-{case}"], velocity) < 2e-3, (prefix, case)
-
-    assert relative(found["nunchaku"], found["nunchaku wanted"]) < 1e-5
-    assert facts["nunchaku base unchanged"]
-    assert facts["nunchaku lora"] == [[".safetensors", 0.5]]
-    assert facts["nunchaku preview channels"] == 8
-    assert "multiples of 16" in facts["nunchaku refused"]
-
-    for name in ("float8_e4m3fn", "nvfp4"):
-        assert facts[name] == "QuantizedTensor"
-        for case in ("deep4x4", "deep3x5"):
-            assert relative(found[f"{name}-{case}"], found[f"{name}={case}"]) < 1e-2, (name, case)
