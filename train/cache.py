@@ -119,10 +119,11 @@ class Cache:
         return self.spaces[side].normalize(torch.stack(rows).float())
 
     def text(self, captions: Sequence[int]) -> dict[str, Tensor]:
-        """Text conditioning (B,...) float32 by name, of captions given by number; 0 is the empty prompt."""
+        """Conditioning (B,...), float32 or integer, by name, of captions given by number; 0 is the empty prompt."""
         places = [self._caption_place[number] for number in captions]
         names = self._tensors(places[0][0])
-        return {name: torch.stack([self._row(file, name, row) for file, row in places]).float() for name in names}
+        found = {name: torch.stack([self._row(file, name, row) for file, row in places]) for name in names}
+        return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
     def caption_numbers(self, indices: Sequence[int]) -> list[int]:
         """Which caption each sample has."""

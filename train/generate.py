@@ -14,7 +14,7 @@ from dcgen import schedule
 from dcgen.adapter import load_adapter, merge
 from train.autoencoders import Autoencoder, load_autoencoder
 from train.files import read_json
-from train.models import base_backbone, base_patch_size, fresh_ends, load_network, replace_ends
+from train.models import base_backbone, base_patch_size, load_network, moved_network
 from train.sample import euler, seeded_noise
 from train.text import load_text
 
@@ -42,26 +42,25 @@ class Pipeline:
             raise ValueError("a moved model needs both adapter= and autoencoder=; the base needs neither")
         self.backbone, config = base_backbone(base)
         self.distilled = bool(config.get("guidance_embeds"))
-        self.model = load_network(base, dtype, device)
+        self.dtype = dtype
         self.autoencoder: Autoencoder = load_autoencoder(autoencoder or base / "vae", device, dtype)
         self.schedule = base_schedule(base)
         self.patch_size = base_patch_size(config, self.autoencoder.space.channels)
-        if adapter is not None:
-            self._move(Path(adapter), config, strength)
-        self.model.eval()
+        self.model = (
+            load_network(base, dtype, device) if adapter is None else self._moved(base, Path(adapter), strength)
+        )
+        self.model.to(device).eval()
         self.text = load_text(base, device, dtype, text_tokens)
         self.device = device
 
-    def _move(self, path: Path, config: dict[str, Any], strength: float) -> None:
+    def _moved(self, base: Path, path: Path, strength: float) -> torch.nn.Module:
         adapter = load_adapter(path)
-        adapter.check_base(self.backbone.fingerprint(config), "the base")
+        adapter.check_base(self.backbone.fingerprint(base_backbone(base)[1]), str(base))
         adapter.check_latent(self.autoencoder.space, str(self.autoencoder.folder))
-        moved, embedder, head = fresh_ends(self.backbone, config, adapter.latent.channels, adapter.patch_size, 0)
-        replace_ends(self.model, self.backbone, moved, embedder, head)
-        self.model.load_state_dict(merge(self.model.state_dict(), adapter, strength))
-        first = next(self.model.parameters())
-        self.model.to(first.device, first.dtype)
         self.schedule, self.patch_size = dict(adapter.schedule), adapter.patch_size
+        model, _ = moved_network(base, adapter.latent.channels, adapter.patch_size, 0, self.dtype)
+        model.load_state_dict(merge(model.state_dict(), adapter, strength))
+        return model.to(self.dtype)
 
     def tokens(self, height: int, width: int) -> int:
         """Image tokens of a picture of that size in pixels."""

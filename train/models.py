@@ -106,12 +106,30 @@ def fresh_ends(
     return moved, ends[0], ends[1]
 
 
-def replace_ends(
-    model: nn.Module, backbone: Backbone, config: dict[str, Any], embedder: nn.Module, head: nn.Module
-) -> None:
-    """Put a new embedder and head into a base network, and its config with them."""
-    for path, module in ((backbone.embedder, embedder), (backbone.head, head)):
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, module)
-    network: Any = model
-    network.register_to_config(**config)
+def moved_network(
+    base: str | Path, channels: int, patch_size: int, seed: int, dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, Any]]:
+    """(the base's frozen network on a new latent, its config): fresh float32 ends, everything else the base's own.
+
+    The network is built anew because patch size and positions live in more places than the two ends.
+    """
+    from accelerate import init_empty_weights
+
+    backbone, config = base_backbone(base)
+    moved, embedder, head = fresh_ends(backbone, config, channels, patch_size, seed)
+    weights = {name: p.data for name, p in load_network(base, dtype, "cpu").named_parameters()}
+    for path, end in ((backbone.embedder, embedder), (backbone.head, head)):
+        weights |= {f"{path}.{name}": p.data for name, p in end.named_parameters()}
+    with init_empty_weights(include_buffers=False):
+        model = network_class(backbone).from_config(moved)
+    expected = {name for name, _ in model.named_parameters()}
+    if expected != set(weights):
+        raise ValueError(
+            f"{base}: the network on the new latent has other weights: {sorted(expected ^ set(weights))[:6]}"
+        )
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        if parameter.shape != weights[name].shape:
+            raise ValueError(f"{base}: {name} is {tuple(weights[name].shape)}, expected {tuple(parameter.shape)}")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(weights[name], requires_grad=False))
+    return model, moved

@@ -44,7 +44,9 @@ class Timesteps(Strict):
 class Objective(Strict):
     """Eq. 2 or Eq. 7 and everything in them that the paper leaves open."""
 
-    loss: Literal["guided", "flow"] = Field("guided", description="guided = Eq. 7 (distilled bases), flow = Eq. 2")
+    loss: Literal["guided", "flow", "ddpm"] = Field(
+        "guided", description="guided = Eq. 7 (distilled bases), flow = Eq. 2, ddpm = DiT's own (noise and variance)"
+    )
     w: tuple[float, float] = Field((0.0, 13.0), description="range of w, uniform; released code: g = 1+w in 1..14")
     guidance_embed: Literal["1+w", "w"] = Field("1+w", description="what the embedding gets (FLUX's 3.5 is w = 2.5)")
     uncond_embed: Literal["same", "one"] = Field(
@@ -110,7 +112,7 @@ def _corrected(
     kept = torch.nonzero(~dropped).flatten()
     if not len(kept):
         kept = torch.zeros(1, dtype=torch.long, device=noised.device)  # every rank must make the same forward calls
-    base = {name: value.to(noised).expand(len(kept), *value.shape[1:]) for name, value in empty.items()}
+    base = {name: value.to(noised.device).expand(len(kept), *value.shape[1:]) for name, value in empty.items()}
     other = scale[kept] if objective.uncond_embed == "same" else torch.ones_like(scale[kept])
     with contextlib.nullcontext() if objective.uncond_grad else torch.no_grad():
         v_uncond = velocity(noised[kept], sigma[kept], base, other)

@@ -176,7 +176,7 @@ def plan_cache(context: Context, config: Any) -> list[str]:
         return [*lines, f"{values * width / 1e3:.1f} kB of latents a picture; data is not there yet"]
     lines.append(f"{pictures} pictures; latents {_bytes(values * width * pictures)}")
     published = ARCHITECTURES.get(config.architecture)
-    if published and config.text == "cache":
+    if published and published.text[0] and config.text == "cache":
         tokens = config.text_tokens or published.text[0]
         lines.append(
             f"text embeddings up to {_bytes(tokens * published.text[1] * width * pictures)} (text: online needs none)"

@@ -47,6 +47,8 @@ def _write_scheduler(path: Path, schedule: dict[str, Any]) -> None:
     """A static shift replaces the base's; "flux" means FLUX.1's own rule, which its config already says."""
     config = read_json(path)
     shift = schedule.get("shift")
+    if "beta_schedule" in config and "flow_shift" not in config:
+        return  # a DDPM scheduler (DiT) knows no shift
     if schedule["rule"] == "static" and shift is not None:
         field = "flow_shift" if "flow_shift" in config else "shift"
         config |= {field: shift, "use_dynamic_shifting": False}

@@ -88,7 +88,29 @@ class SanaText:
         return {"prompt_embeds": embeds.float(), "mask": mask.float()}
 
 
-ENCODERS: dict[str, Callable[..., TextEncoder]] = {"flux": FluxText, "sana": SanaText}
+class ClassLabels:
+    """DiT's conditioning: captions are class numbers, or names out of the release's id2label; "" is no class."""
+
+    def __init__(self, base: Path, device: torch.device | str, dtype: torch.dtype, tokens: int | None) -> None:
+        self.none = base_backbone(base)[1]["num_embeds_ada_norm"]
+        labels = read_json(base / "model_index.json").get("id2label", {})
+        self.numbers = {word.strip(): int(n) for n, words in labels.items() for word in [words, *words.split(",")]}
+        self.device = device
+
+    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """labels (B,) int64."""
+        return {"labels": torch.tensor([self._number(caption) for caption in captions], device=self.device)}
+
+    def _number(self, caption: str) -> int:
+        if not caption:
+            return self.none
+        number = int(caption) if caption.isdecimal() else self.numbers.get(caption)
+        if number is None or number >= self.none:
+            raise ValueError(f"caption {caption!r} is no class: a number below {self.none} or a name of id2label")
+        return number
+
+
+ENCODERS: dict[str, Callable[..., TextEncoder]] = {"flux": FluxText, "sana": SanaText, "dit": ClassLabels}
 
 
 def _load(base: Path, part: str, dtype: torch.dtype | None = None) -> Any:

@@ -33,6 +33,7 @@ def test_every_recipe_passes_a_dry_run(name, tmp_path, capsys):
         ("flux-2k", 11_901_801_600),
         ("sana-1.6b", 1_605_072_128),
         ("sana-4.8b", 4_722_256_128),
+        ("dit-xl-512", 749_881_792),
     ],
 )
 def test_parameter_totals_are_the_published_ones(recipe, total):

@@ -123,8 +123,9 @@ class CacheStage(Stage):
         if "text" not in encoders:
             encoders["text"] = load_text(self.base, self.device, self.dtype, self.config.text_tokens)
         parts = [encoders["text"]([captions[n] for n in part]) for part in _split(numbers, self.config.batch)]
+        found = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
         store = getattr(torch, self.config.store)
-        return {name: torch.cat([part[name] for part in parts]).to("cpu", store) for name in parts[0]}
+        return {name: value.to(store) if value.is_floating_point() else value for name, value in found.items()}
 
     def _finite(self, latents: Tensor, numbers: Sequence[int]) -> Tensor:
         bad = [self.source.name(n) for n, row in zip(numbers, latents, strict=True) if not row.isfinite().all()]

@@ -18,7 +18,7 @@ from train.alignment import resample_pair
 from train.cache import Cache
 from train.config import StageConfig
 from train.files import write_atomically
-from train.models import base_backbone, base_patch_size, fresh_ends, load_network, read_tensors, replace_ends
+from train.models import base_backbone, base_patch_size, load_network, moved_network, read_tensors
 from train.sample import seeded_noise
 from train.stages.base import Stage
 
@@ -63,9 +63,7 @@ class GapStage(Stage):
     def _moved(self, reference: str) -> nn.Module:
         """The base with new ends, and with what a stage wrote in place."""
         channels, p = self.cache.spaces["student"].channels, self.config.patch_size
-        moved, embedder, head = fresh_ends(self.backbone, self.base_config, channels, p, self.context.recipe.seed)
-        model = load_network(self.base, torch.float32, "cpu")
-        replace_ends(model, self.backbone, moved, embedder, head)
+        model, _ = moved_network(self.base, channels, p, self.context.recipe.seed, torch.float32)
         if not reference:
             return model
         folder = self.context.resolve(reference)
@@ -73,8 +71,8 @@ class GapStage(Stage):
             model.load_state_dict(merge(model.state_dict(), load_adapter(folder / "adapter.safetensors")))
             return model
         prefix = f"{self.backbone.embedder}."
-        wanted = {f"{prefix}{name}" for name in embedder.state_dict()}
-        tensors = read_tensors(folder, wanted)
+        embedder = model.get_submodule(self.backbone.embedder)
+        tensors = read_tensors(folder, {f"{prefix}{name}" for name in embedder.state_dict()})
         embedder.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
         return model
 

@@ -18,8 +18,9 @@ from train.autoencoders import latent_space, load_autoencoder
 from train.batches import Batch
 from train.cache import Cache
 from train.config import Optimizer, StageConfig
+from train.ddpm import ddpm_loss
 from train.lora import lora_pairs
-from train.models import base_backbone, fresh_ends, load_network, read_tensors, replace_ends
+from train.models import base_backbone, load_network, moved_network, read_tensors
 from train.objective import Objective, objective_loss
 from train.plan import plan_moved
 from train.sample import euler, grid, seeded_noise
@@ -58,6 +59,12 @@ class MovedStage(Stage):
     def check(self) -> list[str]:
         if self.context.pending(self.config.base):
             return []
+        if self.config.objective.loss == "ddpm" and not complaints(
+            base_backbone, self.context.resolve(self.config.base)
+        ):
+            found = base_backbone(self.context.resolve(self.config.base))[0].name
+            if found != "dit":
+                return [f"objective.loss: ddpm is DiT's; the base is {found}: use flow or guided"]
         return complaints(base_backbone, self.context.resolve(self.config.base))
 
     def describe_plan(self) -> list[str]:
@@ -80,16 +87,14 @@ class MovedStage(Stage):
         self.distilled = bool(base_config.get("guidance_embeds"))
         self.frozen_dtype = getattr(torch, c.dtype)
         seed = self.context.recipe.seed
-        self.model = load_network(self.base, self.frozen_dtype, "cpu")
         if c.start == KEEP:
             self._check_own_latent()
-            self.moved_config = base_config
+            self.model, self.moved_config = load_network(self.base, self.frozen_dtype, "cpu"), base_config
             for path in (self.backbone.embedder, self.backbone.head):
                 self.model.get_submodule(path).float()
         else:
-            moved, embedder, head = fresh_ends(self.backbone, base_config, self.space.channels, c.patch_size, seed)
-            replace_ends(self.model, self.backbone, moved, embedder, head)
-            self.moved_config = moved
+            place = (self.space.channels, c.patch_size, seed, self.frozen_dtype)
+            self.model, self.moved_config = moved_network(self.base, *place)
         self.prepare()
         if c.gradient_checkpointing:
             network: Any = self.model
@@ -135,10 +140,17 @@ class MovedStage(Stage):
         latents = self.cache.latents(batch.indices, "student").to(self.device)
         text = self._text(self.cache.caption_numbers(batch.indices))
         text = {name: value.to(self.device) for name, value in text.items()}
+        if self.config.objective.loss == "ddpm":
+            return ddpm_loss(self._raw_output, batch, latents, text, self.empty, self.config.objective.caption_dropout)
         return objective_loss(
             self.config.objective, self.velocity, batch, latents, text, self.empty,
             tokens=self._tokens(latents), distilled=self.distilled,
         )  # fmt: skip
+
+    def _raw_output(self, x: Tensor, step: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """What DiT gives for DDPM latents at whole steps: noise, then variance."""
+        with self._autocast():
+            return self.model(x, timestep=step, class_labels=cond["labels"], return_dict=False)[0].float()
 
     def preview(self, step: int) -> dict[str, Tensor]:
         c = self.config

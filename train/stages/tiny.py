@@ -18,13 +18,15 @@ from train.stages.base import Stage
 
 WORDS = ["a", "red", "green", "blue", "yellow", "dark", "light", "square", "on", "the", "left", "right"]
 PIXELS = 64
+COLORS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (50, 60, 210), "yellow": (230, 220, 60)}
+SIDES = ("left", "right")
 
 
 class TinyStage(Stage):
     """Writes FOLDER/release (diffusers layout), FOLDER/dc-ae (f16) and FOLDER/pictures, all random from the seed."""
 
     class Config(StageConfig):
-        backbone: Literal["flux", "sana"] = "flux"
+        backbone: Literal["flux", "sana", "dit"] = "flux"
         pictures: int = Field(12, ge=1)
         guidance_embeds: bool = Field(True, description="whether the base takes a guidance scale (is distilled)")
 
@@ -103,7 +105,35 @@ def tiny_sana(folder: Path, config: TinyStage.Config) -> None:
     write_json(folder / "model_index.json", {"_class_name": "SanaPipeline", "_diffusers_version": "0.36.0", **parts})
 
 
-NETWORKS: dict[str, Callable[[Path, Any], None]] = {"flux": tiny_flux, "sana": tiny_sana}
+def tiny_dit(folder: Path, config: TinyStage.Config) -> None:
+    """A class-conditional DiT on the f4 VAE with a learned variance; classes are the captions."""
+    import diffusers
+
+    transformer: Any = diffusers.DiTTransformer2DModel(
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        num_attention_heads=1,
+        attention_head_dim=64,
+        num_embeds_ada_norm=8,
+        sample_size=16,
+        patch_size=2,
+        norm_type="ada_norm_zero",
+    )
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    transformer.save_pretrained(folder / "transformer")
+    tiny_kl().save_pretrained(folder / "vae")
+    diffusers.DDIMScheduler(beta_end=0.02, beta_start=0.0001, clip_sample=False).save_pretrained(folder / "scheduler")
+    captions = [f"a {color} square on the {side}" for side in SIDES for color in COLORS]
+    parts = {"transformer": ["diffusers", "DiTTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    parts |= {"scheduler": ["diffusers", "DDIMScheduler"]}
+    labels = {str(number): caption for number, caption in enumerate(captions)}
+    index = {"_class_name": "DiTPipeline", "_diffusers_version": "0.36.0", "id2label": labels, **parts}
+    write_json(folder / "model_index.json", index)
+
+
+NETWORKS: dict[str, Callable[[Path, Any], None]] = {"flux": tiny_flux, "sana": tiny_sana, "dit": tiny_dit}
 
 
 def tiny_kl() -> Any:
@@ -222,12 +252,11 @@ def _word_tokenizer(length: int) -> Any:
 def _pictures(folder: Path, count: int, seed: int) -> None:
     """Coloured squares with captions beside them."""
     rng = np.random.default_rng(seed)
-    colors = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (50, 60, 210), "yellow": (230, 220, 60)}
     for number in range(count):
-        name = list(colors)[number % len(colors)]
-        side = ("left", "right")[number // len(colors) % 2]
+        name = list(COLORS)[number % len(COLORS)]
+        side = SIDES[number // len(COLORS) % 2]
         array = rng.integers(0, 60, (PIXELS, PIXELS, 3), dtype=np.uint8) + (0 if number % 2 else 150)
         start = 6 if side == "left" else PIXELS - 30
-        array[20:44, start : start + 24] = colors[name]
+        array[20:44, start : start + 24] = COLORS[name]
         Image.fromarray(array.astype(np.uint8)).save(folder / f"{number:03d}.png")
         (folder / f"{number:03d}.txt").write_text(f"a {name} square on the {side}", encoding="utf-8")

@@ -1,0 +1,94 @@
+"""DiT's own training loss along the DDPM path: noise prediction and learned variance.
+
+arXiv:2212.09748 trains with the hybrid objective of arXiv:2102.09672: mean squared error of the noise plus the
+variational bound in bits, whose gradient reaches the variance alone.
+"""
+# B batch, C latent channels, h w latent rows and columns, t step in 0..999
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dcgen.backbones.dit import STEPS, alphas_cumprod
+from train.batches import Batch
+
+RawOutput = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
+BIN = 1 / 255  # half width of the last step's bins, as for pictures in -1..1
+
+
+def ddpm_loss(
+    model: RawOutput,
+    batch: Batch,
+    latents: Tensor,
+    cond: dict[str, Tensor],
+    empty: dict[str, Tensor],
+    dropout: float,
+) -> tuple[Tensor, dict[str, float | Tensor]]:
+    """Noise MSE, plus the bound where the model gives a variance, for latents (B,C,h,w) at uniform steps.
+
+    `model(x_t, t, cond)` gives (B,C,h,w) or (B,2C,h,w). Rows whose condition was dropped are logged as loss_uncond.
+    """
+    step = batch.integers("step", STEPS)
+    noise = batch.normal("noise", latents.shape[1:])
+    dropped = batch.uniform("drop") < dropout
+    cond = {n: torch.where(dropped.reshape(-1, *[1] * (v.ndim - 1)), empty[n].to(v), v) for n, v in cond.items()}
+    level = _at(alphas_cumprod(), step)
+    noised = level.sqrt() * latents + (1 - level).sqrt() * noise
+    output = model(noised, step, cond)
+    channels = latents.shape[1]
+    errors = (output[:, :channels] - noise).square().flatten(1).mean(1)
+    metrics: dict[str, float | Tensor] = {
+        "loss_cond": errors.detach()[~dropped].mean(),
+        "loss_uncond": errors.detach()[dropped].mean(),
+    }
+    loss = errors.mean()
+    if output.shape[1] == 2 * channels:
+        bound = variational_bound(output[:, :channels].detach(), output[:, channels:], latents, noised, step).mean()
+        loss, metrics["bound"] = loss + bound, bound.detach()
+    return loss, metrics
+
+
+def variational_bound(noise: Tensor, variance: Tensor, latents: Tensor, noised: Tensor, step: Tensor) -> Tensor:
+    """(B,) bits a value: KL(q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t)), at t = 0 the likelihood of x_0 in bins.
+
+    noise: predicted; variance: in -1..1 between the two bounds of the log-variance (arXiv:2102.09672 Eq. 15).
+    """
+    bar = alphas_cumprod()
+    before = torch.cat([bar.new_ones(1), bar[:-1]])
+    beta = 1 - bar / before
+    true_log = (beta * (1 - before) / (1 - bar)).clamp_min(1e-300).log()
+    true_log[0] = true_log[1]
+    level, floor, ceiling = _at(bar, step), _at(true_log, step), _at(beta.log(), step)
+    share = (variance + 1) / 2
+    log_variance = share * ceiling + (1 - share) * floor
+    guess = (noised - (1 - level).sqrt() * noise) / level.sqrt()
+    of_x0, of_xt = before.sqrt() * beta / (1 - bar), (1 - beta).sqrt() * (1 - before) / (1 - bar)
+    true_mean = _at(of_x0, step) * latents + _at(of_xt, step) * noised
+    mean = _at(of_x0, step) * guess + _at(of_xt, step) * noised
+    divergence = 0.5 * (
+        log_variance - floor + (floor - log_variance).exp() + (true_mean - mean).square() * (-log_variance).exp() - 1
+    )
+    first = -_log_likelihood(latents, mean, 0.5 * log_variance)
+    chosen = torch.where((step == 0).reshape(-1, 1, 1, 1), first, divergence)
+    return chosen.flatten(1).mean(1) / math.log(2)
+
+
+def _log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Log of a Gaussian's mass in the bin around x, open at -1 and 1 as for pictures."""
+    inverse = (-log_scale).exp()
+    upper, lower = _cdf(inverse * (x - mean + BIN)), _cdf(inverse * (x - mean - BIN))
+    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return mass.clamp_min(1e-12).log()
+
+
+def _cdf(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def _at(table: Tensor, step: Tensor) -> Tensor:
+    """(1000,) at steps (B,) -> (B,1,1,1) float32."""
+    return table.to(step.device)[step].float().reshape(-1, 1, 1, 1)
