@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .bridge import sampling
+from .bridge import samplers, sampling
 from .model import CATEGORY
 
 SEED_MAX = 0xFFFFFFFFFFFFFFFF
@@ -55,7 +55,7 @@ class DCGen4KSampler(io.ComfyNode):
             description="Guidance, schedule and sampling in one node, for text-to-image and image-to-image up to 4K. "
             "The same picture, bit for bit, as core's sampler given the same sigmas.",
             inputs=[
-                io.Model.Input("model", tooltip="A DC-Gen model (or a base FLUX model with its own latent)."),
+                io.Model.Input("model", tooltip="A DC-Gen model (or a base FLUX or SANA model with its own latent)."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Latent.Input(
                     "latent",
@@ -80,7 +80,11 @@ class DCGen4KSampler(io.ComfyNode):
                     tooltip="FLUX's distilled guidance, 3.5 as published. It replaces the conditioning's own. Ignored "
                     "by models without a guidance embedding (schnell).",
                 ),
-                io.Combo.Input("sampler_name", options=sampling.SAMPLER_NAMES, tooltip="euler as published."),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=samplers.SAMPLER_NAMES,
+                    tooltip="As published: euler for FLUX, flow_dpmpp_2m for SANA.",
+                ),
                 io.Float.Input(
                     "denoise",
                     default=1.0,

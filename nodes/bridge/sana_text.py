@@ -72,10 +72,10 @@ def encode(clip: comfy.sd.CLIP, text: str, instruction: str) -> list:
         length += len(_tokens(clip, name, instruction)) - 2
     padding = (gemma.special_tokens["pad"], 1.0)
     tokens = [*tokens, *([padding] * (length - len(tokens)))][:length]
-    normed = clip.clone()
-    normed.clip_layer(-gemma.num_layers - 1)  # further back than there are layers: the output, with the final norm
-    with _softcapped(gemma):
-        out = normed.encode_from_tokens({name: [tokens]}, return_pooled=True, return_dict=True)
+    clip = clip.clone()
+    clip.layer_idx = None  # SANA reads the last layer, whatever CLIPSetLastLayer was told
+    with _as_trained(gemma):
+        out = clip.encode_from_tokens({name: [tokens]}, return_pooled=True, return_dict=True)
     found, mask = (
         torch.cat((part[:, :1], part[:, 1 - POSITIONS :]), 1) for part in (out["cond"], out["attention_mask"])
     )
@@ -102,17 +102,22 @@ def _tokens(clip: comfy.sd.CLIP, name: str, text: str) -> list[tuple]:
 
 
 @contextlib.contextmanager
-def _softcapped(gemma: nn.Module) -> Iterator[None]:
-    """Gemma's own attention in this encoder's layers while the context lasts."""
+def _as_trained(gemma: Any) -> Iterator[None]:
+    """While the context lasts, this encoder gives its last layer through the final norm, with Gemma's own attention."""
 
     def swap(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, {**kwargs, "optimized_attention": attention}
 
     layers = [layer.self_attn for layer in gemma.transformer.model.layers]
     handles = [layer.register_forward_pre_hook(swap, with_kwargs=True) for layer in layers]
+    # Not by CLIP.clip_layer: the core goes back to the default layer when it sets the device.
+    defaults = gemma.options_default
+    gemma.options_default = ("last", None, *defaults[2:])
     try:
         yield
     finally:
+        gemma.options_default = defaults
+        gemma.reset_clip_options()
         for handle in handles:
             handle.remove()
 

@@ -11,6 +11,13 @@ import torch
 from flux import bridge, load_model, release_of
 
 
+def everything(pack, tensors, params):
+    """In one process, whose start costs more than the work."""
+    out, known = models(pack, tensors, params)
+    found, known["text"] = text(pack, None, params["text"])
+    return out | found, known
+
+
 def velocities(patcher, cases):
     """The network's velocity through ComfyUI's own apply_model, which gives x0 = x - sigma * v."""
     comfy.model_management.load_models_gpu([patcher])

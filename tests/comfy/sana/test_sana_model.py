@@ -14,6 +14,16 @@ DEEP = LatentSpace("tiny-f64", 16, 64, 0.31)
 QK = "rms_norm_across_heads"
 
 
+PROMPTS = [
+    ("a red cat on a blue background", None),
+    ("  A Red CAT (x:1.3), wérds \n no token covers ", None),
+    ("", ""),
+    ("ugly red cat", ""),
+    ("a red cat " * 60, None),
+    ("a red cat", "given a user prompt: "),
+]
+
+
 def case(channels, rows, columns, seed, batch=2, tokens=7):
     """Inputs with a mask that hides the ends of the captions."""
     draw = torch.Generator().manual_seed(seed)
@@ -84,6 +94,16 @@ def write_files(folder, tiny, sana, sana_release, base_release):
     return native, own
 
 
+def without_norm(folder, release):
+    """A copy of the release whose Gemma has lost its final norm."""
+    broken = folder / "no-norm"
+    shutil.copytree(release, broken)
+    weights = load_file(broken / "text_encoder" / "model.safetensors")
+    del weights["norm.weight"]
+    save_file(weights, broken / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+    return broken
+
+
 @pytest.fixture(scope="module")
 def found(comfy, tmp_path_factory, tiny, sana, sana_release, deep_sana_release, base_release):
     folder = tmp_path_factory.mktemp("sana-files")
@@ -110,9 +130,17 @@ def found(comfy, tmp_path_factory, tiny, sana, sana_release, deep_sana_release, 
         "lora": str(folder / "lora.safetensors"),
         "flux_adapter": str(folder / "flux.safetensors"),
         "flux": str(base_release[0]),
+        "text": {
+            "release": str(sana_release[0]),
+            "file": str(sana_release[2]),
+            "sizes": sana.gemma_sizes,
+            "prompts": PROMPTS,
+            "no_norm": str(without_norm(folder, sana_release[0])),
+            "flux": str(base_release[0]),
+        },
     }
     tensors = {f"{m}/{c}/{n}": t for m, of in inputs.items() for c, case in of.items() for n, t in case.items()}
-    out, facts = comfy.run("sana:models", tmp_path_factory.mktemp("job"), tensors, params)
+    out, facts = comfy.run("sana:everything", tmp_path_factory.mktemp("job"), tensors, params)
     state = base.state_dict()
     adapted = {**state, **own}
     oracle = {
@@ -178,33 +206,9 @@ def test_refusals(found):
     assert {name: text in said.get(name, "") for name, text in wanted.items()} == dict.fromkeys(wanted, True), said
 
 
-PROMPTS = [
-    ("a red cat on a blue background", None),
-    ("  A Red CAT (x:1.3), wérds \n no token covers ", None),
-    ("", ""),
-    ("ugly red cat", ""),
-    ("a red cat " * 60, None),
-    ("a red cat", "given a user prompt: "),
-]
-
-
-def test_text_equals_the_pipeline(comfy, tmp_path, sana, sana_release, base_release):
+def test_text_equals_the_pipeline(found, sana, sana_release):
     """Instruction or none, longer than the window, upper case, both kinds of CLIP; and the mask, exactly."""
-    folder, pipe, file = sana_release
-    broken = tmp_path / "no-norm"
-    shutil.copytree(folder, broken)
-    weights = load_file(broken / "text_encoder" / "model.safetensors")
-    del weights["norm.weight"]
-    save_file(weights, broken / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
-    params = {
-        "release": str(folder),
-        "file": str(file),
-        "sizes": sana.gemma_sizes,
-        "prompts": PROMPTS,
-        "no_norm": str(broken),
-        "flux": str(base_release[0]),
-    }
-    out, facts = comfy.run("sana:text", tmp_path, None, params)
+    out, pipe, facts = found[0], sana_release[1], found[2]["text"]
     assert facts["instruction"] == "\n".join(sana.instruction())
     for i, (prompt, instruction) in enumerate(PROMPTS):
         lines = sana.instruction() if instruction is None else instruction.split("\n") if instruction else None

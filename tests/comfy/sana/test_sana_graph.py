@@ -1,0 +1,136 @@
+"""SANA's graphs, queued through /prompt as the frontend does, against diffusers' SanaPipeline."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+PROMPT, NEGATIVE, SEED, CFG = "a red cat on a blue background", "ugly", 5, 4.5
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+def graph(release, width, height, steps, **changes):
+    """Release -> two prompts -> empty latent -> DCGen4KSampler -> VAEDecode."""
+    nodes = {
+        "load": node("DCGenReleaseLoader", release=release),
+        "positive": node("DCGenSanaTextEncode", clip=["load", 1], text=PROMPT),
+        "negative": node("DCGenSanaTextEncode", clip=["load", 1], text=NEGATIVE, negative=True),
+        "latent": node("DCGenEmptyLatent", model=["load", 0], width=width, height=height, batch_size=1),
+        "sample": node(
+            "DCGen4KSampler",
+            model=["load", 0],
+            positive=["positive", 0],
+            negative=["negative", 0],
+            latent=["latent", 0],
+            seed=SEED,
+            steps=steps,
+            guidance=3.5,
+            cfg=CFG,
+            sampler_name="flow_dpmpp_2m",
+            denoise=1.0,
+        ),
+        "decode": node("VAEDecode", samples=["sample", 0], vae=["load", 2]),
+        "dump": node("TestDump", images=["decode", 0], name="sana"),
+    }
+    return {**nodes, **changes}
+
+
+def noise(pipe, width, height):
+    factor, channels = pipe.vae_scale_factor, pipe.transformer.config.in_channels
+    return torch.randn((1, channels, height // factor, width // factor), generator=torch.manual_seed(SEED))
+
+
+def pipeline_picture(pipe, width, height, steps):
+    """(B,H,W,3) from SanaPipeline itself."""
+    return pipe(
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=CFG,
+        latents=noise(pipe, width, height),
+        use_resolution_binning=False,
+        output_type="np",
+    ).images
+
+
+def install(server, folder, name):
+    target = server.base / "models" / "diffusers" / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        target.symlink_to(folder, target_is_directory=True)
+    return name
+
+
+@pytest.fixture(scope="module")
+def sana_name(server, sana_release):
+    return install(server, sana_release[0], "tiny-sana")
+
+
+@pytest.fixture(scope="module")
+def deep_name(server, deep_sana_release):
+    return install(server, deep_sana_release[0], "tiny-dcgen-sana")
+
+
+@pytest.mark.parametrize(("deep", "width", "height", "steps"), [(False, 96, 64, 6), (True, 128, 256, 5)])
+def test_pixels_equal_the_pipeline(
+    server, sana, sana_name, deep_name, sana_release, deep_sana_release, deep, width, height, steps
+):
+    """Its own solver, guidance, mask and decoder: f32 without positions at shift 3, f64 with positions at shift 6."""
+    pipe = (deep_sana_release if deep else sana_release)[1]
+    wanted = pipeline_picture(pipe, width, height, steps)
+    server.queue(graph(deep_name if deep else sana_name, width, height, steps))
+    found = server.dumped("sana")
+    assert found.shape == wanted.shape == (1, height, width, 3)
+    assert np.abs(found - wanted).max() < 1e-3
+    assert wanted.std() > 0.02, "a flat picture would prove nothing"
+
+
+def test_core_sampler_at_the_models_own_shift(server, sana, sana_name, sana_release):
+    """Core's KSampler with euler and the simple schedule against the same steps written out with diffusers."""
+    steps, pipe = 5, sana_release[1]
+    sampler = node(
+        "KSampler",
+        model=["load", 0],
+        positive=["positive", 0],
+        negative=["negative", 0],
+        latent_image=["latent", 0],
+        seed=SEED,
+        steps=steps,
+        cfg=CFG,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
+    server.queue(graph(sana_name, 64, 96, steps, sample=sampler))
+    grid = [1 - i / steps for i in range(steps + 1)]
+    sigmas = [3 * s / (1 + 2 * s) for s in grid]
+    with torch.no_grad():
+        embeds, mask, negative, negative_mask = pipe.encode_prompt(
+            PROMPT, True, NEGATIVE, complex_human_instruction=sana.instruction()
+        )
+        x = noise(pipe, 64, 96)
+        for now, then in itertools.pairwise(sigmas):
+            of = {"x": x, "sigma": torch.tensor([now])}
+            positive = sana.velocity(pipe.transformer, {**of, "context": embeds, "mask": mask})
+            other = sana.velocity(pipe.transformer, {**of, "context": negative, "mask": negative_mask})
+            x = x + (then - now) * (other + CFG * (positive - other))
+        pixels = pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample
+    wanted = ((pixels.movedim(1, -1) + 1) / 2).clamp(0, 1).numpy()
+    assert np.abs(server.dumped("sana") - wanted).max() < 1e-3
+
+
+def test_refused_before_anything_runs(server, sana_name, deep_name):
+    """A latent of the base in the deep model, a prompt through CLIPTextEncode."""
+    other = node("DCGenReleaseLoader", release=sana_name)
+    small = node("DCGenEmptyLatent", model=["other", 0], width=128, height=128, batch_size=1)
+    entry = server.try_queue(graph(deep_name, 128, 128, 2, other=other, latent=small))
+    assert "16 channels at f64" in server.error(entry)
+    plain = node("CLIPTextEncode", clip=["load", 1], text=PROMPT)
+    entry = server.try_queue(graph(sana_name, 64, 64, 2, positive=plain))
+    assert "without Gemma's final norm" in server.error(entry)
