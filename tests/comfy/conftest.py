@@ -354,23 +354,28 @@ def tiny_transformer(packed_channels: int, seed: int = 0, **changes):
     return randomize(diffusers.FluxTransformer2DModel(in_channels=packed_channels, **sizes), seed)
 
 
-def tiny_dcae(seed: int = 0, channels: int = 8):
-    """An f32 DC-AE with attention in both halves, with every published kind of block but the widths of a toy."""
+def tiny_dcae(seed: int = 0, channels: int = 8, factor: int = 32):
+    """A DC-AE with attention in both halves, with every published kind of block but the widths of a toy."""
     import diffusers
 
+    plain = factor.bit_length() - 2  # stages: one more than halvings; the last two attend
+    widths = (8, 8) + (16,) * plain
+    types = ("ResBlock",) * plain + ("EfficientViTBlock",) * 2
+    scales = ((),) * plain + ((5,), (5,))
     ae = diffusers.AutoencoderDC(
         latent_channels=channels,
         attention_head_dim=8,
-        encoder_block_types=("ResBlock",) * 4 + ("EfficientViTBlock",) * 2,
-        decoder_block_types=("ResBlock",) * 4 + ("EfficientViTBlock",) * 2,
-        encoder_block_out_channels=(8, 8, 16, 16, 16, 16),
-        decoder_block_out_channels=(8, 8, 16, 16, 16, 16),
-        encoder_layers_per_block=(1, 1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1, 1, 1),
-        encoder_qkv_multiscales=((), (), (), (), (5,), (5,)),
-        decoder_qkv_multiscales=((), (), (), (), (5,), (5,)),
+        encoder_block_types=types,
+        decoder_block_types=types,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=(1,) * len(widths),
+        decoder_layers_per_block=(1,) * len(widths),
+        encoder_qkv_multiscales=scales,
+        decoder_qkv_multiscales=scales,
         scaling_factor=0.37,
     )
+    assert ae.spatial_compression_ratio == factor
     return randomize(ae, seed)
 
 
@@ -423,8 +428,10 @@ def _t5_tokenizer(folder: Path):
     return transformers.T5TokenizerFast.from_pretrained(raw)
 
 
-def make_release(folder: Path, *, deep: bool, seed: int = 0, shard: str | None = None):
-    """Write a tiny random FLUX release (deep: on an f32 DC-AE, patch 1; else on an f8 VAE, patch 2); its pipeline back.
+def make_release(folder: Path, *, deep: int = 0, seed: int = 0, shard: str | None = None):
+    """Write a tiny random FLUX release and give its pipeline back.
+
+    deep: factor of the DC-AE it is on (32, 64; patch 1); 0 for an f8 VAE (patch 2).
 
     shard: largest size of one transformer shard, e.g. "100KB".
     """
@@ -452,7 +459,7 @@ def make_release(folder: Path, *, deep: bool, seed: int = 0, shard: str | None =
         tokenizer_2=t5,
         transformer=tiny_transformer(8 if deep else 64, seed + 4),
     )
-    pipe.vae = tiny_dcae(seed + 1) if deep else tiny_kl_vae(seed + 1)
+    pipe.vae = tiny_dcae(seed + 1, factor=deep) if deep else tiny_kl_vae(seed + 1)
     for name in ("scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae"):
         getattr(pipe, name).save_pretrained(folder / name)
     pipe.transformer.save_pretrained(folder / "transformer", **({"max_shard_size": shard} if shard else {}))
@@ -516,34 +523,50 @@ def tiny() -> type[Tiny]:
 def base_release(tmp_path_factory: pytest.TempPathFactory):
     """(folder, pipeline) of a tiny random FLUX on an f8 VAE."""
     folder = tmp_path_factory.mktemp("releases") / "tiny-flux"
-    return folder, make_release(folder, deep=False, seed=10)
+    return folder, make_release(folder, seed=10)
 
 
 @pytest.fixture(scope="session")
 def deep_release(tmp_path_factory: pytest.TempPathFactory):
     """(folder, pipeline) of a tiny random merged DC-Gen FLUX on an f32 DC-AE, its transformer in several shards."""
     folder = tmp_path_factory.mktemp("releases") / "tiny-dcgen-flux"
-    return folder, make_release(folder, deep=True, seed=20, shard="100KB")
+    return folder, make_release(folder, deep=32, seed=20, shard="100KB")
+
+
+@pytest.fixture(scope="session")
+def deeper_release(tmp_path_factory: pytest.TempPathFactory):
+    """(folder, pipeline) of a tiny random merged DC-Gen FLUX on an f64 DC-AE."""
+    folder = tmp_path_factory.mktemp("releases") / "tiny-dcgen-flux-f64"
+    return folder, make_release(folder, deep=64, seed=30)
 
 
 # The tiny releases and an adapter between them, installed in the server
 
 
+def install(server: Server, folder: Path, name: str) -> str:
+    """Link a release folder into the server's models/diffusers."""
+    target = server.base / "models" / "diffusers" / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.symlink_to(folder, target_is_directory=True)
+    return name
+
+
 @pytest.fixture(scope="session")
 def deep_name(server, deep_release):
-    """The tiny DC-Gen release in the server's models/diffusers."""
-    target = server.base / "models" / "diffusers" / "tiny-dcgen"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.symlink_to(deep_release[0], target_is_directory=True)
-    return target.name
+    """The tiny f32 DC-Gen release in the server's models/diffusers."""
+    return install(server, deep_release[0], "tiny-dcgen")
+
+
+@pytest.fixture(scope="session")
+def deeper_name(server, deeper_release):
+    """The tiny f64 one."""
+    return install(server, deeper_release[0], "tiny-dcgen-f64")
 
 
 @pytest.fixture(scope="session")
 def base_name(server, base_release):
-    target = server.base / "models" / "diffusers" / "tiny-base"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.symlink_to(base_release[0], target_is_directory=True)
-    return target.name
+    """The tiny base release there."""
+    return install(server, base_release[0], "tiny-base")
 
 
 @pytest.fixture(scope="session")

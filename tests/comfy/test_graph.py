@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 import time
 
 import numpy as np
@@ -43,12 +44,19 @@ def text_to_image(release, width, height, batch=1, **changes):
     return {**graph, **changes}
 
 
+def published_ratio(factor, tokens):
+    """r of sigma' = r sigma / (1 + (r - 1) sigma): FLUX.2's rule for the f32 models, FLUX.1's for the f64 ones."""
+    if factor == 32:
+        return math.sqrt(tokens * 8 / 4096)
+    return math.exp((1.15 - 0.5) / (4096 - 256) * (tokens - 256) + 0.5)
+
+
 def diffusers_loop(pipe, tiny, width, height, batch=1):
     """The published pipeline's arithmetic, written out: encode, Euler over the shifted grid, AutoencoderDC decode."""
-    factor = 32
+    factor = pipe.vae.spatial_compression_ratio
     rows, columns = height // factor, width // factor
     noise = torch.randn((batch, 8, rows, columns), generator=torch.manual_seed(SEED))
-    ratio = math.sqrt(rows * columns * 8 / 4096)
+    ratio = published_ratio(factor, rows * columns)
     grid = [1 - i / STEPS for i in range(STEPS + 1)]
     sigmas = [ratio * s / (1 + (ratio - 1) * s) for s in grid]
     with torch.no_grad():
@@ -67,10 +75,21 @@ def diffusers_loop(pipe, tiny, width, height, batch=1):
     return ((pixels.movedim(1, -1) + 1) / 2).clamp(0, 1).numpy()
 
 
-@pytest.mark.parametrize(("width", "height", "batch"), [(64, 64, 1), (96, 64, 2), (32, 160, 1)])
-def test_pixels_equal_a_plain_diffusers_loop(server, deep_name, deep_release, tiny, width, height, batch):
-    entry = server.queue(text_to_image(deep_name, width, height, batch))
-    wanted = diffusers_loop(deep_release[1], tiny, width, height, batch)
+@pytest.mark.parametrize(
+    ("kind", "width", "height", "batch"),
+    [
+        ("deep", 64, 64, 1),
+        ("deep", 96, 64, 2),
+        ("deep", 32, 160, 1),
+        ("deeper", 128, 128, 1),
+        ("deeper", 192, 64, 2),
+        ("deeper", 64, 320, 1),
+    ],
+)
+def test_pixels_equal_a_plain_diffusers_loop(server, request, tiny, kind, width, height, batch):
+    name, (_, pipe) = (request.getfixturevalue(f"{kind}_{what}") for what in ("name", "release"))
+    entry = server.queue(text_to_image(name, width, height, batch))
+    wanted = diffusers_loop(pipe, tiny, width, height, batch)
     found = server.dumped("picture")
     assert found.shape == wanted.shape == (batch, height, width, 3)
     assert np.abs(found - wanted).max() < 1e-3
@@ -285,6 +304,44 @@ def test_a_vae_of_another_model_is_refused(server, deep_name, base_name):
     assert "does not belong to the model" in server.error(server.try_queue(graph))
     del graph["again"]["inputs"]["vae"]
     assert "connect the autoencoder" in server.error(server.try_queue(graph))
+
+
+def damaged(server, release, name, harm):
+    """A copy of a release with one thing wrong with it, in the server's models/diffusers."""
+    folder = server.base / "models" / "diffusers" / name
+    shutil.copytree(release[0], folder)
+    harm(folder)
+    return name
+
+
+def cut(folder):
+    shard = sorted((folder / "transformer").glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def lose(folder):
+    sorted((folder / "transformer").glob("*.safetensors"))[0].unlink()
+
+
+def mix(folder):
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps({**config, "latent_channels": 12}))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (cut, ["-00002-of-", "truncated"]),
+        (lose, ["-00001-of-", "download"]),
+        (mix, ["takes 8 values per token", "12 channels"]),
+    ],
+)
+def test_damaged_releases_are_refused_by_name(server, deep_release, harm, said):
+    name = damaged(server, deep_release, f"tiny-{harm.__name__}", harm)
+    error = server.error(server.try_queue(text_to_image(name, 64, 64)))
+    assert name in error
+    for part in said:
+        assert part in error
 
 
 def test_cancel_leaves_comfyui_usable(server, deep_name):
