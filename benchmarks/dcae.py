@@ -1,0 +1,196 @@
+"""DC-AE against diffusers' AutoencoderDC (whole and tiled): time and peak activation memory, encode and decode.
+
+    python benchmarks/dcae.py [--quick] [--variants NAME ...] [--sizes 512 1024] [--device cpu] [--dtype float32]
+
+All ways run in turn in one process on the same random weights and input; times are the best of `--repeats`, given as
+ratios to whole diffusers, because other work on the machine slows all of them (`--clock cpu` counts this process's CPU
+seconds, which it slows least). Memory is the peak of live tensors (weights and input left out), counted on the meta
+device, where it is the same number as on any other. --quick: two variants at 512 pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.peak_memory import PeakMemory
+from dcgen.dcae import DCAE, VARIANTS, Strip, choose_strip, peak_bytes
+
+# one of each network; the others are these under another name
+FAMILIES = (
+    "dc-ae-f32c32-sana-1.0",
+    "dc-ae-lite-f32c32-sana-1.1",
+    "dc-ae-f32c32-in-1.0",
+    "dc-ae-f64c128-in-1.0",
+    "dc-ae-f128c512-in-1.0",
+    "dc-ae-1.5-f32c128",
+    "dc-ae-1.5-f64c128",
+)
+QUICK = ("dc-ae-f32c32-sana-1.0", "dc-ae-1.5-f64c128")
+LARGE = 4096
+COLUMNS = "{:28} {:6} {:>5} {:>9} {:>7} {:>7} {:>7} {:>9} {:>7} {:>7} {:>8}"
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    rows = []
+    print(
+        COLUMNS.format(
+            "variant", "", "size", "diff. s", "tiled", "strip", "err", "diff. MiB", "tiled", "strip", "formula"
+        )
+    )
+    for name in args.variants:
+        pair, meta = models(name, args, args.device, args.dtype), models(name, args, "meta", args.dtype)
+        for direction in ("encode", "decode"):
+            for size in args.sizes:
+                rows.append(compare(name, pair, meta, direction, size, args))
+                show(rows[-1])
+        del pair
+        for direction in ("encode", "decode"):
+            rows.append(count(name, models(name, args, "meta", "bfloat16"), direction))
+            show(rows[-1])
+    if args.out:
+        facts = {"torch": torch.__version__, "machine": platform.machine(), "threads": args.threads}
+        facts |= {"load": os.getloadavg()[0], "dtype": args.dtype, "device": args.device}
+        facts |= {"clock": args.clock, "rows": rows}
+        Path(args.out).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--variants", nargs="+", choices=sorted(VARIANTS))
+    parser.add_argument("--sizes", nargs="+", type=int)
+    parser.add_argument("--repeats", type=int)
+    parser.add_argument("--strip", type=int, default=1, help="latent rows at a time")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--out", help="write all figures as JSON")
+    args = parser.parse_args()
+    args.variants = args.variants or (QUICK if args.quick else FAMILIES)
+    args.sizes = args.sizes or ((512,) if args.quick else (512, 1024, 2048))
+    args.repeats = args.repeats or (1 if args.quick else 2)
+    return args
+
+
+Models = tuple[AutoencoderDC, DCAE]
+
+
+def models(name: str, args: argparse.Namespace, device: str, dtype_name: str) -> Models:
+    """Both models on the same random weights."""
+    config = dataclasses.replace(VARIANTS[name], scaling_factor=1.0)
+    dtype = getattr(torch, dtype_name)
+    with torch.device(device):
+        oracle = AutoencoderDC.from_config(config.to_diffusers()).eval().requires_grad_(False).to(dtype)
+    model = DCAE(config, dtype=dtype, device="meta").eval().requires_grad_(False)
+    state = oracle.state_dict()
+    model.load_state_dict(
+        {k: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for k, v in state.items()},
+        assign=True,
+    )
+    return oracle, model
+
+
+def ways(pair: Models, x: torch.Tensor, direction: str, strip: int | None) -> dict[str, Callable[[], torch.Tensor]]:
+    """The three ways to the same picture."""
+    oracle, model = pair
+
+    def diffusers(tiled: bool) -> torch.Tensor:
+        oracle.use_tiling = tiled
+        return getattr(oracle, direction)(x)[0]
+
+    return {
+        "diffusers": lambda: diffusers(False),
+        "tiled": lambda: diffusers(True),
+        "strip": lambda: getattr(model, direction)(x, strip),
+    }
+
+
+@torch.no_grad()
+def compare(name: str, pair: Models, meta: Models, direction: str, size: int, args: argparse.Namespace) -> dict:
+    """Time and peak memory of whole diffusers, tiled diffusers and our strips."""
+    model = pair[1]
+    x = example(model, direction, size).to(args.device, model.dtype)
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    seconds: dict[str, list[float]] = {}
+    results = {}
+    for _ in range(args.repeats):  # in turn, so that a busy moment does not hit one of them only
+        for way, call in ways(pair, x, direction, args.strip).items():
+            start = clock()
+            results[way] = call()
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            seconds.setdefault(way, []).append(clock() - start)
+    scale = results["diffusers"].abs().max()
+    error = {way: ((results[way] - results["diffusers"]).abs().max() / scale).item() for way in ("tiled", "strip")}
+    best = {way: min(times) for way, times in seconds.items()}
+    memory = peaks(meta, x.to("meta"), direction, args.strip)
+    return row(name, direction, size, best, memory, error, args.strip, model)
+
+
+@torch.no_grad()
+def count(name: str, meta: Models, direction: str) -> dict:
+    """Peak memory at 4096 pixels in bfloat16; the strip is chosen for 2 GiB."""
+    model = meta[1]
+    side = LARGE // model.config.spatial_factor
+    strip = choose_strip(model.config, side, side, torch.bfloat16, 2 << 30, direction).rows
+    f = model.config.spatial_factor
+    shape = (1, 3, LARGE, LARGE) if direction == "encode" else (1, model.config.latent_channels, LARGE // f, LARGE // f)
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    return row(name, direction, LARGE, {}, peaks(meta, x, direction, strip), {}, strip, model)
+
+
+def example(model: DCAE, direction: str, size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(size)
+    if direction == "encode":
+        return torch.rand((1, 3, size, size), generator=generator) * 2 - 1
+    side = size // model.config.spatial_factor
+    return torch.randn((1, model.config.latent_channels, side, side), generator=generator)
+
+
+def peaks(meta: Models, x: torch.Tensor, direction: str, strip: int | None) -> dict[str, int]:
+    """Peak bytes of live tensors of each way, without weights and input."""
+    weights = [value for module in meta for value in (*module.parameters(), *module.buffers())]
+    found = {}
+    for way, call in ways(meta, x, direction, strip).items():
+        with PeakMemory(x, *weights) as counter:
+            call()
+        found[way] = counter.peak
+    return found
+
+
+def row(name, direction, size, seconds, memory, error, strip, model) -> dict:
+    side = size // model.config.spatial_factor
+    formula = peak_bytes(model.config, side, side, model.dtype, Strip(strip), direction)
+    return {
+        **{"variant": name, "direction": direction, "size": size, "strip": strip, "seconds": seconds},
+        **{"peak_bytes": memory, "relative_error": error, "formula_bytes": formula},
+    }
+
+
+def show(found: dict) -> None:
+    seconds, memory, error = found["seconds"], found["peak_bytes"], found["relative_error"]
+    whole = seconds.get("diffusers")
+    times = [f"{whole:.2f}", *(f"{seconds[way] / whole:.2f}x" for way in ("tiled", "strip"))] if whole else ["-"] * 3
+    shares = [f"{memory[way] / memory['diffusers']:.2f}x" if way in memory else "-" for way in ("tiled", "strip")]
+    cells = [found["variant"], found["direction"], found["size"], *times]
+    cells += [f"{error['strip']:.0e}" if error else "-", memory["diffusers"] >> 20, *shares]
+    print(COLUMNS.format(*cells, found["formula_bytes"] >> 20), flush=True)
+
+
+if __name__ == "__main__":
+    main()
