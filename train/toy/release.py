@@ -1,14 +1,16 @@
-"""Put the trained toy together: `python -m train.toy.release` copies the runs' results into toy/, in bfloat16."""
+"""Copy the runs' results into toy/, in bfloat16: `python -m train.toy.release models`, later `... release adapter`."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from dcgen.adapter import load_adapter, save_adapter
 from train.files import read_json, write_folder, write_json
 
 VAE_NAME, DCAE_NAME = "toy-vae-f8", "toy-dc-ae-f32"
@@ -27,6 +29,16 @@ def assemble(base: Path, dcae: Path, out: Path) -> None:
 
     write_folder(out / "flux-base", write_base)
     write_folder(out / "dc-ae-f32", write_dcae)
+
+
+def ship_adapter(source: Path, out: Path) -> None:
+    """Write out/adapter/toy-flux-dcgen.safetensors: the LoRA in bfloat16, embedder and head as they are."""
+    adapter = load_adapter(source)
+    adapter.lora = {
+        path: dataclasses.replace(pair, A=_half(pair.A), B=_half(pair.B)) for path, pair in adapter.lora.items()
+    }
+    (out / "adapter").mkdir(parents=True, exist_ok=True)
+    save_adapter(out / "adapter" / "toy-flux-dcgen.safetensors", adapter)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -53,11 +65,18 @@ def _half(tensor: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=["models", "adapter"])
     parser.add_argument("--base", type=Path, default=Path("runs/toy-base/distill/release"), help="FLUX release folder")
     parser.add_argument("--dcae", type=Path, default=Path("runs/toy-dcae/refine/model"), help="DC-AE folder")
+    parser.add_argument(
+        "--adapter", type=Path, default=Path("runs/toy-flux/export/toy-flux-dcgen.safetensors"), help="adapter file"
+    )
     parser.add_argument("--out", type=Path, default=Path("toy"))
     options = parser.parse_args()
-    assemble(options.base, options.dcae, options.out)
+    if options.part == "models":
+        assemble(options.base, options.dcae, options.out)
+    else:
+        ship_adapter(options.adapter, options.out)
 
 
 if __name__ == "__main__":
