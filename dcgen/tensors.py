@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +18,9 @@ from . import files
 from .files import DTYPES, Entry
 
 INDEX_SUFFIX = ".safetensors.index.json"
+# model.safetensors, model.bf16.safetensors, model.safetensors.index.json, model.safetensors.index.bf16.json
+_WEIGHTS = re.compile(r".+?(\.(?P<variant>\w+))?\.safetensors(\.index(\.(?P<of_index>\w+))?\.json)?")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
 # (name, first row, last row + 1) -> those rows; None = all
@@ -58,7 +62,17 @@ class Tensors:
 
 
 def _shards(folder: Path) -> list[Path]:
-    indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    """The files of one set of weights. Of several precisions (releases call them variants) the unnamed one, as in
+    diffusers, else bf16, else fp16.
+    """
+    sets: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("*.safetensors*")):
+        name = _WEIGHTS.fullmatch(file.name)
+        if name and not _SHARD.search(file.name):
+            sets.setdefault(name["variant"] or name["of_index"] or "", []).append(file)
+    variants = [variant for variant in ("", "bf16", "fp16") if variant in sets] or sorted(sets)
+    found = sets[variants[0]] if variants else sorted(folder.glob("*.safetensors"))
+    indexes = [file for file in found if file.suffix == ".json"]
     if len(indexes) > 1:
         raise ValueError(f"{folder}: {len(indexes)} weight indexes ({', '.join(i.name for i in indexes)}); keep one")
     if indexes:
@@ -67,7 +81,6 @@ def _shards(folder: Path) -> list[Path]:
         if absent:
             raise FileNotFoundError(f"{folder}: {indexes[0].name} names {', '.join(absent)}, not here: download them")
         return [folder / name for name in names]
-    found = sorted(folder.glob("*.safetensors"))
     if len(found) != 1:
         raise ValueError(
             f"{folder}: expected one .safetensors file or shards with their {INDEX_SUFFIX}, found {len(found)}"
