@@ -122,6 +122,10 @@ def tiny_dit(folder: Path, config: TinyStage.Config) -> None:
     )
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
+    # one time and class embedder, of which diffusers keeps a copy in every block
+    shared = transformer.transformer_blocks[0].norm1.emb.state_dict()
+    for block in transformer.transformer_blocks:
+        block.norm1.emb.load_state_dict(shared)
     transformer.save_pretrained(folder / "transformer")
     tiny_kl().save_pretrained(folder / "vae")
     diffusers.DDIMScheduler(beta_end=0.02, beta_start=0.0001, clip_sample=False).save_pretrained(folder / "scheduler")
