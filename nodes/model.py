@@ -22,7 +22,7 @@ class DCGenReleaseLoader(io.ComfyNode):
             display_name="Load Release (DC-Gen)",
             category=CATEGORY,
             description="Loads model, text encoders and autoencoder from one release folder in the diffusers layout: "
-            "DC-Gen FLUX, or the FLUX base that an adapter goes on.",
+            "DC-Gen FLUX and SANA, or the base that an adapter goes on.",
             inputs=[
                 io.Combo.Input(
                     "release",
@@ -40,7 +40,7 @@ class DCGenReleaseLoader(io.ComfyNode):
 
 
 class DCGenModelLoader(io.ComfyNode):
-    """MODEL from a merged DC-Gen FLUX, folder or single file."""
+    """MODEL from a merged DC-Gen FLUX or SANA (or a base SANA), folder or single file."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -48,7 +48,7 @@ class DCGenModelLoader(io.ComfyNode):
             node_id="DCGenModelLoader",
             display_name="Load Model (DC-Gen)",
             category=CATEGORY,
-            description="Loads a merged DC-Gen FLUX model: a release folder, or one .safetensors with diffusers or "
+            description="Loads a merged DC-Gen FLUX, or any SANA: a release folder, or one file with diffusers or "
             "original key names. The latent (f32c32, f64c128) is found from the file.",
             inputs=[
                 io.Combo.Input(
@@ -87,10 +87,10 @@ class DCGenApply(io.ComfyNode):
             node_id="DCGenApply",
             display_name="Apply DC-Gen",
             category=CATEGORY,
-            description="Moves a base FLUX model onto a deep latent: the adapter's new embedder and head around the "
+            description="Moves a base FLUX or SANA onto a deep latent: the adapter's new embedder and head around the "
             "base's own blocks, and its LoRA on them. The base MODEL stays usable beside it and no weight is copied.",
             inputs=[
-                io.Model.Input("model", tooltip="The base FLUX model, from any loader, with or without LoRA."),
+                io.Model.Input("model", tooltip="The base: FLUX from any loader, or a SANA; with or without LoRA."),
                 io.Combo.Input(
                     "adapter_name",
                     options=folder_paths.get_filename_list("model_patches"),
