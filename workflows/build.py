@@ -42,7 +42,20 @@ FILES = {
         f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors",
     ),
 }
-SOCKETS = {"MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE", "MASK", "SIGMAS", "GUIDER", "NOISE", "SAMPLER"}
+SOCKETS = {
+    "MODEL",
+    "CLIP",
+    "VAE",
+    "CONDITIONING",
+    "LATENT",
+    "IMAGE",
+    "MASK",
+    "SIGMAS",
+    "GUIDER",
+    "NOISE",
+    "SAMPLER",
+    "*",
+}
 
 
 # No node smaller than its widgets ask for; those given room (pictures, prompts, notes) keep it. Then each column is
@@ -377,7 +390,87 @@ def four_bit() -> Workflow:
     return w
 
 
+def round_trip() -> Workflow:
+    w = Workflow(
+        "DC-AE round trip",
+        "## What does a DC-AE lose?\n\nThe picture goes through the autoencoder and back; the wipe, the difference "
+        "(brightened) and the PSNR show what it costs. `dc-ae-f32` ships with the pack and knows emoji only: put a "
+        "published one into `models/vae` and choose it, for example `dc-ai/dc-ae-1.5-f64c128` or the `vae` folder of "
+        "`Efficient-Large-Model/Sana_1600M_1024px_diffusers`. Sides are cropped to multiples of 32, 64 or 128 pixels.",
+    )
+    image = w.node("LoadImage", at=(0, 0), box=(330, 330), image="example.png")
+    vae = w.node("DCAELoader", at=(0, 400), vae_name=TOY_VAE)
+    latent = w.node("DCAEEncode", at=(400, 0), image=image(), vae=vae(), strip=0)
+    again = w.node("DCAEDecode", at=(400, 160), samples=latent(), vae=vae(), strip=0)
+    lost = w.node("DCAEDifference", at=(400, 320), image_a=image(), image_b=again(), gain=4.0)
+    w.node("PreviewAny", at=(400, 480), source=lost(1))
+    w.node("DCGenCompare", at=(800, 0), box=(520, 600), image_a=image(), image_b=again())
+    w.node("SaveImage", at=(1360, 0), box=(420, 460), images=lost(), filename_prefix="dcgen/round-trip-difference")
+    return w
+
+
+SANA = "Sana_1600M_{}_BF16_diffusers"
+SANA_PROMPT = "a lighthouse on a cliff at dawn, long grass in the wind, film photograph, fine detail"
+
+
+def sana_parts(w: Workflow, model, clip, vae, size: str, prefix: str) -> Workflow:
+    """Both prompts, the latent, SANA's published settings, and the picture."""
+    positive = w.node("DCGenSanaTextEncode", at=(380, 0), box=(430, 330), clip=clip, text=SANA_PROMPT, negative=False)
+    negative = w.node("DCGenSanaTextEncode", at=(380, 380), box=(430, 330), clip=clip, text="", negative=True)
+    empty = w.node("DCGenEmptyLatent", at=(0, 460), model=model, size=size)
+    latent = one_sampler(
+        w, model, positive(), empty(), (850, 0), negative=negative(), cfg=4.5, sampler_name="flow_dpmpp_2m"
+    )
+    save(w, latent(), vae, (1220, 0), prefix)
+    return w
+
+
+def sana(pixels: str, size: str, prefix: str) -> Workflow:
+    """Text to image from a published SANA release folder."""
+    release = SANA.format(pixels)
+    w = Workflow(
+        f"SANA {size[:2]}",
+        f"## SANA {size[:2]}\n\nNeeds the release folder `models/diffusers/{release}`:\n\n```\n"
+        f"hf download Efficient-Large-Model/{release} --local-dir models/diffusers/{release}\n```\n\n"
+        "Published settings: flow_dpmpp_2m, 20 steps, cfg 4.5; the shift (3, at 4K 6) comes from the release. Prompts "
+        "go through SANA Text Encode, the negative one too. `guidance` is ignored: SANA has no guidance embedding.",
+    )
+    load = w.node("DCGenReleaseLoader", at=(0, 0), release=release)
+    return sana_parts(w, load(0), load(1), load(2), size, prefix)
+
+
+def deep_sana_adapter() -> Workflow:
+    """DC-Gen-SANA as an adapter on the published base."""
+    release = SANA.format("1024px")
+    w = Workflow(
+        "DC-Gen-SANA 1K",
+        "## SANA on an f64 latent: 256 tokens at 1K in place of 1,024\n\n"
+        f"Base: `models/diffusers/{release}`. Adapter: in `models/model_patches`; none is published, train one with "
+        "`python -m train.run` (the paper's recipe for SANA is among `--list`). Autoencoder: the f64 one it was "
+        "trained with, in `models/vae`. Text and sampler settings are the base's.",
+    )
+    load = w.node("DCGenReleaseLoader", at=(0, 0), release=release)
+    adapter = "sana-1.6b-dcgen-f64c128.safetensors"
+    apply = w.node("DCGenApply", at=(0, 150), model=load(0), adapter_name=adapter, strength=1.0)
+    vae = w.node("DCAELoader", at=(0, 310), vae_name="dc-ae-1.5-f64c128.safetensors")
+    return sana_parts(w, apply(), load(1), vae(), "1K: 1024 x 1024", "dcgen/dcgen-sana-1k")
+
+
+def deep_sana() -> Workflow:
+    """A merged DC-Gen-SANA release at 4K."""
+    release = "DC-Gen-SANA-1.6B-f64c128"
+    w = Workflow(
+        "DC-Gen-SANA 4K",
+        "## 4096 x 4096 from 4,096 tokens\n\n"
+        f"Needs a merged release in `models/diffusers/{release}`. None is published: train it with "
+        "`python -m train.run` and export the release. Sampler settings are SANA's.",
+    )
+    load = w.node("DCGenReleaseLoader", at=(0, 0), release=release)
+    return sana_parts(w, load(0), load(1), load(2), "4K: 4096 x 4096", "dcgen/dcgen-sana-4k")
+
+
 JOBS: dict[str, Callable[[], Workflow]] = {
+    "dcae_roundtrip": round_trip,
     "dcgen_toy": toy,
     "dcgen_toy_custom": toy_custom,
     "dcgen_flux_1k": lambda: release_job("FLUX 1K", KREA_1K, "1K: 1024 x 1024", "dcgen/flux-1k"),
@@ -389,6 +482,11 @@ JOBS: dict[str, Callable[[], Workflow]] = {
     "dcgen_flux_inpaint": inpaint,
     "dcgen_flux_side_by_side": side_by_side,
     "dcgen_flux_4k_4bit": four_bit,
+    "sana_1k": lambda: sana("1024px", "1K: 1024 x 1024", "dcgen/sana-1k"),
+    "sana_2k": lambda: sana("2Kpx", "2K: 2048 x 2048", "dcgen/sana-2k"),
+    "sana_4k": lambda: sana("4Kpx", "4K: 4096 x 4096", "dcgen/sana-4k"),
+    "dcgen_sana_1k": deep_sana_adapter,
+    "dcgen_sana_4k": deep_sana,
 }
 
 

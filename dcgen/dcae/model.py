@@ -716,9 +716,6 @@ class DCAE(nn.Module):
         if direction == "decode":
             middle = run(layers[:cut], x, self.dtype, limit, meter) if cut else x
             return run_panels(layers[cut:], middle, self.dtype, limit, columns * middle.shape[3] // x.shape[3], meter)
-        sizes = x.shape[3]
-        for layer in layers[:cut]:
-            sizes = layer.size(sizes)
         middle = run_panels(layers[:cut], x, self.dtype, limit, columns * factor, meter)
         return run(layers[cut:], middle, self.dtype, limit, meter) if layers[cut:] else middle
 

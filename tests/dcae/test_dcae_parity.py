@@ -31,3 +31,19 @@ def test_gradients_equal_diffusers(tiny: DCAEConfig, pair) -> None:
     expected = {name: value.grad for name, value in oracle.named_parameters()}
     for name, value in model.named_parameters():
         assert close(value.grad, expected[name], 1e-3), name
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_close_to_float32_as_diffusers(tiny: DCAEConfig, pair) -> None:
+    oracle, model = pair(tiny)
+    f = tiny.spatial_factor
+    latent = torch.randn(2, tiny.latent_channels, 4, 2)
+    image = torch.rand(1, 3, 2 * f, 2 * f) * 2 - 1
+    picture, code = oracle.decode(latent).sample, oracle.encode(image).latent
+    oracle, model = oracle.to(torch.bfloat16), model.to(torch.bfloat16)
+    theirs = [oracle.decode(latent.bfloat16()).sample, oracle.encode(image.bfloat16()).latent]
+    ours = [model.decode(latent.bfloat16(), 1), model.encode(image.bfloat16(), 1)]
+    for wanted, them, us in zip((picture, code), theirs, ours, strict=True):
+        assert us.dtype == torch.bfloat16
+        # measured over six networks: 0.95 to 1.08 times
+        assert (us.float() - wanted).norm() < 1.5 * (them.float() - wanted).norm()

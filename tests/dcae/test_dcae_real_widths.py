@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import pytest
 import torch
 from diffusers import AutoencoderDC
 
-from dcgen.dcae import VARIANTS, load_dcae
+from dcgen.dcae import VARIANTS, free_memory, load_dcae
 from dcgen.dcae.keys import rename_table, to_original
 
 # in and mix, sana 1.0 and 1.1, f32c128 1.1 and 1.5 are one network each under two names
@@ -30,10 +29,6 @@ def test_the_list_is_complete() -> None:
         assert not twin or VARIANTS[name].architecture == VARIANTS[twin].architecture
 
 
-def free_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_real_config_equals_diffusers(name: str) -> None:
@@ -41,7 +36,7 @@ def test_real_config_equals_diffusers(name: str) -> None:
     with torch.device("meta"):
         oracle = AutoencoderDC.from_config(config.to_diffusers()).eval()
     count = sum(value.numel() for value in oracle.parameters())
-    if free_bytes() < 12 * count:
+    if free_memory(torch.device("cpu")) < 12 * count:
         pytest.skip(f"{count * 4 >> 20} MiB of weights are too many for the free memory of this machine")
     state = {key: fill(key, value) for key, value in oracle.state_dict().items()}
     oracle.load_state_dict(state, assign=True)
