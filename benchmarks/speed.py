@@ -67,7 +67,7 @@ DCGEN = {
 
 @dataclass
 class Row:
-    """One model at one size; seconds on this machine, bytes of activations."""
+    """One model at one size; seconds on this machine (an image only where all its parts have their width), bytes."""
 
     method: str
     size: str
@@ -75,7 +75,7 @@ class Row:
     step_s: float
     text_s: float
     decode_s: float
-    image_s: float
+    image_s: float | None
     step_bytes: int
     decode_bytes: int
     cuda_bytes: int | None
@@ -308,7 +308,7 @@ def measure(at: Machine, sizes: Sequence[str], steps: int, repeats: int) -> list
                     step_s=step,
                     text_s=text,
                     decode_s=drawing,
-                    image_s=text + steps * step + drawing,
+                    image_s=text + steps * step + drawing if at.width == WIDTH else None,
                     step_bytes=(peaks := activation_bytes(latent, PIXELS[size]))[0],
                     decode_bytes=peaks[1],
                     cuda_bytes=torch.cuda.max_memory_allocated() if at.device.type == "cuda" else None,
@@ -322,7 +322,7 @@ def measure(at: Machine, sizes: Sequence[str], steps: int, repeats: int) -> list
 def line(row: Row) -> str:
     about = "~" if row.counted else " "
     parts = (row.step_s, row.text_s, row.decode_s, row.image_s)
-    seconds = "".join(f"{about + format(value, '.3g'):>11}" for value in parts)
+    seconds = "".join(f"{'-' if value is None else about + format(value, '.3g'):>11}" for value in parts)
     memory = "".join(f"{value / 2**30:>11.2f}" for value in (row.step_bytes, row.decode_bytes))
     cuda = "" if row.cuda_bytes is None else f"{row.cuda_bytes / 2**30:>11.2f}"
     return f"{row.size:4}{row.method:7}{row.tokens:>7}{seconds}{memory}{cuda}"
@@ -348,7 +348,7 @@ def ratios(rows: Sequence[Row], width: int) -> dict[str, dict[str, float]]:
             "step, multiplications at this width": multiplications(base.tokens, width)
             / multiplications(dcgen.tokens, width),
             "step, multiplications at FLUX's width": multiplications(base.tokens) / multiplications(dcgen.tokens),
-            "image": base.image_s / dcgen.image_s,
+            **({"image": base.image_s / dcgen.image_s} if base.image_s and dcgen.image_s else {}),
             **{f"paper, {name}": value for name, value in paper.items()},
         }
     return found
