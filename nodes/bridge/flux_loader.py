@@ -35,7 +35,7 @@ QUANTIZED = (NOTE, ".weight_scale", ".scale_weight")
 def load_flux(
     source: Model, pixels: int | None = None, options: dict[str, Any] | None = None
 ) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL from FLUX weights in either naming, read a block at a time: nothing is held twice.
+    """A MODEL from FLUX weights in either naming, read a layer or two at a time: nothing is held twice.
 
     source: its latent must be known; pixels: the image side it was made for, if known; options: dtype,
     fp8_optimizations, custom_operations as in comfy.sd.load_diffusion_model.
@@ -140,8 +140,12 @@ def _build(
     model_config.latent_format = latent_format(info.space)
     set_dtype(model_config, shapes, options)
     model = model_config.get_model(dict(shapes), "").to(comfy.model_management.unet_offload_device())
+    loaded: set[str] = set()
     for part in parts():
-        _fill(model.diffusion_model, model_config.process_unet_state_dict(part), path)
+        loaded |= _fill(model.diffusion_model, model_config.process_unet_state_dict(part), path)
+    absent = sorted({module_of(key) for key in model.diffusion_model.state_dict()} - loaded)
+    if absent:
+        raise ValueError(f"{path}: no weights for {', '.join(absent[:8])}. The file is incomplete; download it again.")
     finish(model, info)
     kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     kind = reporting(kind) if info.patch_size == 1 else kind
@@ -167,7 +171,7 @@ def set_dtype(model_config: Any, shapes: Mapping[str, Tensor], options: dict[str
 
 
 def by_module(items: Iterable[T], name: Callable[[T], str]) -> list[list[T]]:
-    """Items grouped by the block (or top-level module) that their native key belongs to."""
+    """Items grouped by the part of a block (or top-level module) that their native key belongs to."""
     groups: dict[str, list[T]] = {}
     for item in items:
         groups.setdefault(module_of(name(item)), []).append(item)
@@ -176,14 +180,17 @@ def by_module(items: Iterable[T], name: Callable[[T], str]) -> list[list[T]]:
 
 def module_of(key: str) -> str:
     pieces = key.split(".")
-    return ".".join(pieces[: 2 if pieces[0].endswith("_blocks") else 1])
+    return ".".join(pieces[: 3 if pieces[0].endswith("_blocks") else 1])
 
 
-def _fill(network: torch.nn.Module, part: dict[str, Tensor], file: Path) -> None:
-    """Load whole modules into the network, strictly: a key too many or too few is an error that names it."""
+def _fill(network: torch.nn.Module, part: dict[str, Tensor], file: Path) -> set[str]:
+    """Load whole modules into the network, strictly: a key too many or too few is an error. Returns which modules."""
+    loaded = set()
     for keys in by_module(part, str):
         path = module_of(keys[0])
         try:
             network.get_submodule(path).load_state_dict({key[len(path) + 1 :]: part[key] for key in keys})
         except (AttributeError, RuntimeError) as error:
             raise ValueError(f"{file}: the weights of {path} do not fit this FLUX: {error}") from error
+        loaded.add(path)
+    return loaded
