@@ -218,7 +218,7 @@ def release_job(title: str, release: str, size: str, prefix: str, extra: str = "
 
 
 def toy_loaders(w: Workflow):
-    load = w.node("DCGenReleaseLoader", at=(0, 0), release="flux-base")
+    load = w.node("DCGenReleaseLoader", at=(0, 0), release="toy/flux-base")
     apply = w.node("DCGenApply", at=(0, 160), model=load(0), adapter_name="toy-flux-dcgen.safetensors", strength=1.0)
     vae = w.node("DCAELoader", at=(0, 320), vae_name=TOY_VAE)
     text = prompt_box(w, load(1), "octopus on a green background")
@@ -228,7 +228,7 @@ def toy_loaders(w: Workflow):
     return apply, vae, guide, empty
 
 
-TOY_VAE = "dc-ae-f32"
+TOY_VAE = "toy/dc-ae-f32"
 TOY_NOTE = (
     "\n\nEverything it needs ships with the pack: a FLUX-style model small enough for a CPU, trained on emoji on "
     "coloured backgrounds, its f8 autoencoder's 64 tokens an image brought down to 16. Prompts read "
@@ -394,7 +394,7 @@ def round_trip() -> Workflow:
     w = Workflow(
         "DC-AE round trip",
         "## What does a DC-AE lose?\n\nThe picture goes through the autoencoder and back; the wipe, the difference "
-        "(brightened) and the PSNR show what it costs. `dc-ae-f32` ships with the pack and knows emoji only: put a "
+        "(brightened) and the PSNR show what it costs. `toy/dc-ae-f32` ships with the pack and knows emoji only: put a "
         "published one into `models/vae` and choose it, for example `dc-ai/dc-ae-1.5-f64c128` or the `vae` folder of "
         "`Efficient-Large-Model/Sana_1600M_1024px_diffusers`. Sides are cropped to multiples of 32, 64 or 128 pixels.",
     )

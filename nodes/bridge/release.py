@@ -22,6 +22,7 @@ from .kl_vae import load_kl_vae
 from .sana import SANA, load_sana
 from .sana_text import load_sana_text
 from .text import load_flux_text
+from .toy import listing_root
 from .vae import make_vae
 
 INDEX = "model_index.json"
@@ -39,7 +40,7 @@ def release_names() -> list[str]:
     """Release folders below models/diffusers and its extra paths, as paths relative to their root."""
     names: dict[str, None] = {}
     for root in map(Path, folder_paths.get_folder_paths("diffusers")):
-        names.update({folder.relative_to(root).as_posix(): None for folder in _with_index(root)})
+        names.update({folder.relative_to(listing_root(root)).as_posix(): None for folder in _with_index(root)})
     return list(names)
 
 
@@ -55,8 +56,9 @@ def find_release(name: str) -> Path:
     """The folder of that name; ValueError says where it was looked for."""
     roots = folder_paths.get_folder_paths("diffusers")
     for root in roots:
-        if (Path(root) / name / INDEX).is_file():
-            return Path(root) / name
+        folder = listing_root(Path(root)) / name
+        if (folder / INDEX).is_file():
+            return folder
     raise ValueError(f"no release {name!r} (a folder with {INDEX}) in {', '.join(roots)}. Put it in models/diffusers.")
 
 

@@ -12,6 +12,11 @@ TOY = Path(__file__).resolve().parents[2] / "toy"
 PLACES = {"diffusers": TOY, "model_patches": TOY / "adapter"}
 
 
+def listing_root(root: Path) -> Path:
+    """What the names of a search path's folders are relative to: the toy's say toy/, to be taken for nothing else."""
+    return TOY.parent if root == TOY else root
+
+
 def register() -> None:
     """Add the toy's folders to ComfyUI's search paths, those that exist."""
     for name, folder in PLACES.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import folder_paths
 
-from .toy import TOY
+from .toy import TOY, listing_root
 from .vae import DCAEVAE, make_vae
 
 CONFIG = "config.json"
@@ -25,7 +25,7 @@ def _folders() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for root in [*map(Path, folder_paths.get_folder_paths("vae")), TOY]:
         for folder in _with_config(root):
-            found.setdefault(folder.relative_to(root).as_posix(), folder)
+            found.setdefault(folder.relative_to(listing_root(root)).as_posix(), folder)
     return found
 
 
