@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import nn
@@ -365,6 +366,7 @@ def table(found: dict[str, dict[str, float]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
+    diffusers.utils.logging.set_verbosity_error()  # it warns of a cast that changes nothing here
     at = machine(options.device, options.quick)
     sizes = options.sizes or (["1K"] if options.quick else list(PIXELS) if at.whole else ["1K", "2K"])
     name = torch.cuda.get_device_name() if at.device.type == "cuda" else f"{platform.machine()} CPU"
