@@ -1,11 +1,18 @@
 """SANA's graphs, queued through /prompt as the frontend does, against diffusers' SanaPipeline."""
 
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from dcgen.adapter import Adapter, save_adapter
+from dcgen.backbones import BACKBONES
+from dcgen.latent import LatentSpace
+
+FOLDER = Path(__file__).resolve().parents[3] / "workflows"
 PROMPT, NEGATIVE, SEED, CFG = "a red cat on a blue background", "ugly", 5, 4.5
 
 
@@ -134,3 +141,40 @@ def test_refused_before_anything_runs(server, sana_name, deep_name):
     plain = node("CLIPTextEncode", clip=["load", 1], text=PROMPT)
     entry = server.try_queue(graph(sana_name, 64, 64, 2, positive=plain))
     assert "without Gemma's final norm" in server.error(entry)
+
+
+@pytest.fixture(scope="module")
+def adapter_name(server, sana_release, deep_sana_release, tiny):
+    """An adapter of the base onto the deep release's latent, random; and that latent's autoencoder by name."""
+    draw = torch.Generator().manual_seed(3)
+    shapes = {"patch_embed.proj.weight": (64, 16, 1, 1), "patch_embed.proj.bias": (64,)}
+    shapes |= {"proj_out.weight": (16, 64), "proj_out.bias": (16,)}
+    tensors = {name: torch.randn(shape, generator=draw) * 0.2 for name, shape in shapes.items()}
+    base = BACKBONES["sana"].fingerprint(dict(sana_release[1].transformer.config))
+    space = LatentSpace("", 16, 64, deep_sana_release[1].vae.config.scaling_factor)
+    adapter = Adapter("sana", tensors, {}, space, base, {"rule": "static", "shift": 3.0})
+    for kind in ("model_patches", "vae"):
+        (server.base / "models" / kind).mkdir(parents=True, exist_ok=True)
+    save_adapter(server.base / "models" / "model_patches" / "tiny-sana.safetensors", adapter)
+    vae = server.base / "models" / "vae" / "tiny-f64"
+    if not vae.exists():
+        vae.symlink_to(deep_sana_release[0] / "vae", target_is_directory=True)
+    return "tiny-sana.safetensors"
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in FOLDER.glob("*sana*.json")))
+def test_workflows_run_with_tiny_files(server, sana_name, deep_name, adapter_name, name):
+    """The API twins of the shipped graphs, tiny weights in place of those they name."""
+    api = json.loads((FOLDER / "api" / f"{name}.json").read_text())
+    adapted = any(node["class_type"] == "DCGenApply" for node in api.values())
+    values = {
+        "DCGenReleaseLoader": {"release": deep_name if "dcgen" in name and not adapted else sana_name},
+        "DCGenApply": {"adapter_name": adapter_name},
+        "DCAELoader": {"vae_name": "tiny-f64"},
+        "DCGenEmptyLatent": {"width": 128, "height": 64, "size": "width x height below"},
+        "DCGen4KSampler": {"steps": 2},
+    }
+    small = {k: {**n, "inputs": {**n["inputs"], **values.get(n["class_type"], {})}} for k, n in api.items()}
+    (pictures,) = server.images(server.queue(small)).values()
+    assert [picture.shape for picture in pictures] == [(64, 128, 3)]
+    assert pictures[0].std() > 3
