@@ -469,66 +469,6 @@ def deep_sana() -> Workflow:
     return sana_parts(w, load(0), load(1), load(2), "4K: 4096 x 4096", "dcgen/dcgen-sana-4k")
 
 
-SANA = "Sana_1600M_{}_BF16_diffusers"
-SANA_PROMPT = "a lighthouse on a cliff at dawn, long grass in the wind, film photograph, fine detail"
-
-
-def sana_parts(w: Workflow, model, clip, vae, size: str, prefix: str) -> Workflow:
-    """Both prompts, the latent, SANA's published settings, and the picture."""
-    positive = w.node("DCGenSanaTextEncode", at=(380, 0), box=(430, 330), clip=clip, text=SANA_PROMPT, negative=False)
-    negative = w.node("DCGenSanaTextEncode", at=(380, 380), box=(430, 330), clip=clip, text="", negative=True)
-    empty = w.node("DCGenEmptyLatent", at=(0, 460), model=model, size=size)
-    latent = one_sampler(
-        w, model, positive(), empty(), (850, 0), negative=negative(), cfg=4.5, sampler_name="flow_dpmpp_2m"
-    )
-    save(w, latent(), vae, (1220, 0), prefix)
-    return w
-
-
-def sana(pixels: str, size: str, prefix: str) -> Workflow:
-    """Text to image from a published SANA release folder."""
-    release = SANA.format(pixels)
-    w = Workflow(
-        f"SANA {size[:2]}",
-        f"## SANA {size[:2]}\n\nNeeds the release folder `models/diffusers/{release}`:\n\n```\n"
-        f"hf download Efficient-Large-Model/{release} --local-dir models/diffusers/{release}\n```\n\n"
-        "Published settings: flow_dpmpp_2m, 20 steps, cfg 4.5; the shift (3, at 4K 6) comes from the release. Prompts "
-        "go through SANA Text Encode, the negative one too. `guidance` is ignored: SANA has no guidance embedding.",
-    )
-    load = w.node("DCGenReleaseLoader", at=(0, 0), release=release)
-    return sana_parts(w, load(0), load(1), load(2), size, prefix)
-
-
-def deep_sana_adapter() -> Workflow:
-    """DC-Gen-SANA as an adapter on the published base."""
-    release = SANA.format("1024px")
-    w = Workflow(
-        "DC-Gen-SANA 1K",
-        "## SANA on an f64 latent: 256 tokens at 1K in place of 1,024\n\n"
-        f"Base: `models/diffusers/{release}`. Adapter: in `models/model_patches`; none is published, train one with "
-        "`python -m train.run` (the paper's recipe for SANA is among `--list`). Autoencoder: the f64 one it was "
-        "trained with, in `models/vae`. Text and sampler settings are the base's.",
-    )
-    load = w.node("DCGenReleaseLoader", at=(0, 0), release=release)
-    adapter = "sana-1.6b-dcgen-f64c128.safetensors"
-    apply = w.node("DCGenApply", at=(0, 150), model=load(0), adapter_name=adapter, strength=1.0)
-    vae = w.node("DCAELoader", at=(0, 310), vae_name="dc-ae-1.5-f64c128.safetensors")
-    return sana_parts(w, apply(), load(1), vae(), "1K: 1024 x 1024", "dcgen/dcgen-sana-1k")
-
-
-def deep_sana() -> Workflow:
-    """A merged DC-Gen-SANA release at 4K."""
-    release = "DC-Gen-SANA-1.6B-f64c128"
-    w = Workflow(
-        "DC-Gen-SANA 4K",
-        "## 4096 x 4096 from 4,096 tokens\n\n"
-        f"Needs a merged release in `models/diffusers/{release}`. None is published: train it with "
-        "`python -m train.run` and export the release. Sampler settings are SANA's.",
-    )
-    load = w.node("DCGenReleaseLoader", at=(0, 0), release=release)
-    return sana_parts(w, load(0), load(1), load(2), "4K: 4096 x 4096", "dcgen/dcgen-sana-4k")
-
-
 JOBS: dict[str, Callable[[], Workflow]] = {
     "dcae_roundtrip": round_trip,
     "dcgen_toy": toy,
@@ -542,11 +482,6 @@ JOBS: dict[str, Callable[[], Workflow]] = {
     "dcgen_flux_inpaint": inpaint,
     "dcgen_flux_side_by_side": side_by_side,
     "dcgen_flux_4k_4bit": four_bit,
-    "sana_1k": lambda: sana("1024px", "1K: 1024 x 1024", "dcgen/sana-1k"),
-    "sana_2k": lambda: sana("2Kpx", "2K: 2048 x 2048", "dcgen/sana-2k"),
-    "sana_4k": lambda: sana("4Kpx", "4K: 4096 x 4096", "dcgen/sana-4k"),
-    "dcgen_sana_1k": deep_sana_adapter,
-    "dcgen_sana_4k": deep_sana,
     "sana_1k": lambda: sana("1024px", "1K: 1024 x 1024", "dcgen/sana-1k"),
     "sana_2k": lambda: sana("2Kpx", "2K: 2048 x 2048", "dcgen/sana-2k"),
     "sana_4k": lambda: sana("4Kpx", "4K: 4096 x 4096", "dcgen/sana-4k"),
