@@ -60,7 +60,9 @@ class Pipeline:
         self.schedule, self.patch_size = dict(adapter.schedule), adapter.patch_size
         model, _ = moved_network(base, adapter.latent.channels, adapter.patch_size, 0, self.dtype)
         model.load_state_dict(merge(model.state_dict(), adapter, strength))
-        return model.to(self.dtype)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(self.dtype)
+        return model
 
     def tokens(self, height: int, width: int) -> int:
         """Image tokens of a picture of that size in pixels."""

@@ -96,7 +96,12 @@ def test_dc_gen_again_to_a_deeper_autoencoder(debug_run, tmp_path):
     release = debug_run / "export" / "release"
     overrides = [f"output={tmp_path}", f"defaults.base={release}", f"cache.teacher={release}/vae"]
     overrides += [f"cache.data.path={debug_run}/tiny/pictures", "finetune.preview_every=0", "align.patch_size=2"]
-    overrides += ["head.patch_size=2", "finetune.patch_size=2", f"defaults.autoencoder={debug_run}/tiny/dc-ae"]
+    overrides += [
+        "head.patch_size=2",
+        "finetune.patch_size=2",
+        "gap.patch_size=2",
+        f"defaults.autoencoder={debug_run}/tiny/dc-ae",
+    ]
     recipe = load_recipe("debug", overrides)
     recipe.stages.pop("tiny")
     numbers = run_recipe(recipe)
