@@ -35,9 +35,10 @@ TIMESTEPS = 1000
 # Key in a CONDITIONING's dict, and its value: made by DCGenSanaTextEncode.
 TEXT_KEY = "dcgen_text"
 GUIDANCE = 4.5
-# Live activations per token at the peak of a block, in numbers of the network's dtype: this many times D.
-# Measured by tests/backbones/test_sana_memory.py; the feed-forward's 1x1 and 3x3 outputs are 5 D each.
-PEAK_WIDTHS = 17
+# Live activations per token at the peak of a block, as this many times D numbers of the computing dtype. Measured
+# (tests/core/test_sana_memory.py): 14 to 15, mostly the feed-forward's 1x1 and 3x3 outputs of 5 D each; float16 19.7,
+# because it is clamped.
+PEAK_WIDTHS, PEAK_WIDTHS_FLOAT16 = 16, 21
 # The core's estimate is latent pixels * dtype size * this * memory_usage_factor.
 BYTES_OF_FACTOR = 0.01 * 1024 * 1024
 
@@ -210,7 +211,9 @@ def _copy(target: nn.Parameter, value: Tensor) -> None:
 def finish(model: SanaModel, info: ModelInfo) -> None:
     """What the latent decides on a BaseModel beyond its network: memory per latent pixel, shift, and its own info."""
     width = model.diffusion_model.config.width
-    model.memory_usage_factor = PEAK_WIDTHS * width / BYTES_OF_FACTOR / info.patch_size**2
+    half = (model.manual_cast_dtype or model.get_dtype()) == torch.float16
+    widths = PEAK_WIDTHS_FLOAT16 if half else PEAK_WIDTHS
+    model.memory_usage_factor = widths * width / BYTES_OF_FACTOR / info.patch_size**2
     model.dcgen = info
     tokens, channels = info.native_tokens, info.token_channels
     model.model_sampling.set_parameters(shift=shift_ratio(tokens=tokens, channels=channels, **info.schedule))

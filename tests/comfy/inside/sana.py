@@ -52,7 +52,6 @@ def facts(patcher):
         "factor": model.dcgen.space.spatial_factor,
         "scaling": model.latent_format.scale_factor,
         "shift": model.model_sampling.shift,
-        "memory": model.memory_usage_factor,
         "schedule": model.dcgen.schedule,
     }
 
