@@ -90,7 +90,7 @@ class DCAEDecode(io.ComfyNode):
             display_name="DC-AE Decode",
             category=CATEGORY,
             description="Latent to image with a DC-AE, in strips of constant memory: no tiles, no seams, 4096x4096 in "
-            "about 1 GB beside the weights. The preview fills from the top while it works.",
+            "less than 2 GB beside the weights. The preview fills from the top while it works.",
             inputs=[
                 io.Latent.Input("samples", tooltip="A latent of this autoencoder; one of another is refused by name."),
                 io.Vae.Input("vae", tooltip="A DC-AE, from DCAELoader or a release."),
