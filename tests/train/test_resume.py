@@ -22,7 +22,8 @@ STEPS = ["finetune.steps=12", "finetune.checkpoint_every=3", "finetune.preview_e
 def start(debug_run: Path, out: Path, ranks: int) -> list[subprocess.Popen]:
     """The run's processes, launched as torchrun launches them (without its agent, which costs another import)."""
     inputs = [f"finetune.cache={debug_run}/cache", f"finetune.start={debug_run}/head"]
-    inputs += [f"finetune.base={debug_run}/tiny/release", f"output={out}"]
+    inputs += [f"finetune.base={debug_run}/tiny/release", f"finetune.autoencoder={debug_run}/tiny/dc-ae"]
+    inputs += [f"output={out}"]
     command = [sys.executable, "-m", "train.run", "debug", "--stage", "finetune", *inputs, *STEPS]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
