@@ -70,7 +70,8 @@ def _shards(folder: Path) -> list[Path]:
         name = _WEIGHTS.fullmatch(file.name)
         if name and not _SHARD.search(file.name):
             sets.setdefault(name["variant"] or name["of_index"] or "", []).append(file)
-    variants = [variant for variant in ("", "bf16", "fp16") if variant in sets] or sorted(sets)
+    preferred: list[str] = ["", "bf16", "fp16"]
+    variants = [variant for variant in preferred if variant in sets] or sorted(sets)
     found = sets[variants[0]] if variants else sorted(folder.glob("*.safetensors"))
     indexes = [file for file in found if file.suffix == ".json"]
     if len(indexes) > 1:
