@@ -22,16 +22,23 @@ def test_encode_and_decode_equal_diffusers(tiny: DCAEConfig, pair) -> None:
     assert close(model.decode(latent), oracle.decode(latent).sample, 1e-5)
 
 
-def test_gradients_equal_diffusers(tiny: DCAEConfig, pair) -> None:
-    oracle, model = pair(tiny)
-    f = tiny.spatial_factor
+def gradient_error(oracle, model, f: int) -> float:
+    """Largest relative error (norm) of a parameter's gradient, on one random image."""
     image = torch.rand(1, 3, f, 2 * f) * 2 - 1
-    oracle.eval().decode(oracle.encode(image).latent).sample.square().mean().backward()
+    oracle.zero_grad()
+    model.zero_grad()
+    oracle.decode(oracle.encode(image).latent).sample.square().mean().backward()
     model(image).square().mean().backward()
     expected = {name: value.grad for name, value in oracle.named_parameters()}
-    for name, value in model.named_parameters():
-        # By norm: rounding that moves one value across a ReLU's corner changes single gradients by far more.
-        assert (value.grad - expected[name]).norm() < 1e-2 * expected[name].norm(), name
+    errors = [(value.grad - expected[name]).norm() / expected[name].norm() for name, value in model.named_parameters()]
+    return max(errors).item()
+
+
+def test_gradients_equal_diffusers(tiny: DCAEConfig, pair) -> None:
+    oracle, model = pair(tiny)
+    # Measured: 1e-5 at most, but rounding moves a value across a ReLU's corner on about one image in twenty (1e-3).
+    # A wrong gradient is wrong on every image.
+    assert min(gradient_error(oracle, model, tiny.spatial_factor) for _ in range(3)) < 1e-4
 
 
 @torch.no_grad()
