@@ -29,7 +29,7 @@ from .extract import Kept, extract
 from .files import Entry, write_stream
 from .latent import SPACES, LatentSpace
 from .preview import fit_preview
-from .release import TRANSFORMER, Model, model_metadata, open_model
+from .release import TRANSFORMER, Model, model_metadata, note_schedule, open_model
 from .tensors import INDEX_SUFFIX, total_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,6 +90,7 @@ def unpack(
     try:
         if parts is not None:
             shutil.copytree(parts, temporary, ignore=lambda folder, _: [TRANSFORMER] if folder == str(parts) else [])
+            note_schedule(temporary, model.schedule)
         folder = temporary / TRANSFORMER
         folder.mkdir(parents=True)
         _write_shards(model, folder, dtype, shard_bytes, model_metadata(model, out.name))

@@ -16,7 +16,7 @@ from .backbones import Backbone, Config, detect_backbone
 from .backbones.base import patch_size
 from .backbones.keymap import Rule
 from .dcae import DCAEConfig
-from .files import Entry
+from .files import Entry, replacing
 from .latent import METADATA_KEY, SPACES, LatentSpace
 from .tensors import Tensors
 
@@ -27,6 +27,8 @@ CONFIG_KEY, SCHEDULE_KEY, BACKBONE_KEY, PATCH_KEY = (
     "dcgen.backbone",
     "dcgen.patch_size",
 )
+# In scheduler_config.json, which has no field for FLUX.2's rule. diffusers skips what begins with an underscore.
+SCHEDULE_FIELD = "_dcgen_schedule"
 
 
 @dataclass
@@ -130,6 +132,25 @@ def model_metadata(model: Model, title: str) -> dict[str, str]:
     return metadata
 
 
+def note_schedule(release: Path, schedule: Mapping[str, Any] | None) -> None:
+    """Write `schedule` (dcgen.schedule) into a release's scheduler_config.json, if it has one."""
+    file = release / "scheduler" / "scheduler_config.json"
+    if schedule is None or not file.is_file():
+        return
+    config = {**json.loads(file.read_text(encoding="utf-8")), SCHEDULE_FIELD: dict(schedule)}
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def stored_schedule(release: Path) -> dict[str, Any] | None:
+    """The schedule that a release's scheduler_config.json says outright, None when it leaves it to the model."""
+    file = release / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if SCHEDULE_FIELD in config:
+        return config[SCHEDULE_FIELD]
+    return {"rule": "static", "shift": float(config["flow_shift"])} if config.get("use_flow_sigmas") else None
+
+
 def latent_of_vae(config: Mapping[str, Any]) -> LatentSpace:
     """Latent space of a diffusers vae/config.json: the config's numbers, under the published name that has them."""
     if config.get("_class_name") == "AutoencoderKL":
@@ -182,8 +203,4 @@ def _stored_config(tensors: Tensors, folder: Path, backbone: Backbone) -> Config
 
 
 def _schedule(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
-    if SCHEDULE_KEY in metadata:
-        return json.loads(metadata[SCHEDULE_KEY])
-    file = path / "scheduler" / "scheduler_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if path.is_dir() and file.is_file() else {}
-    return {"rule": "static", "shift": float(config["flow_shift"])} if config.get("use_flow_sigmas") else None
+    return json.loads(metadata[SCHEDULE_KEY]) if SCHEDULE_KEY in metadata else stored_schedule(path)

@@ -8,7 +8,7 @@ from typing import Any
 
 from dcgen.adapter import Adapter
 from dcgen.convert import unpack
-from dcgen.release import open_model
+from dcgen.release import SCHEDULE_FIELD, open_model
 from train.files import read_json, write_folder, write_json
 
 
@@ -54,4 +54,5 @@ def _write_scheduler(path: Path, schedule: dict[str, Any]) -> None:
         config |= {field: shift, "use_dynamic_shifting": False}
     elif schedule["rule"] == "flux":
         config["use_dynamic_shifting"] = True
-    write_json(path, config)
+    # FLUX.2's rule has no field of its own there, and an f32 release on FLUX.1's would be taken for it.
+    write_json(path, {**config, SCHEDULE_FIELD: schedule})

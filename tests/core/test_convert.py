@@ -18,7 +18,7 @@ from dcgen.backbones import BACKBONES
 from dcgen.convert import describe, main, merge_file, pack, unpack
 from dcgen.extract import extract, factor, rounding_floor
 from dcgen.latent import SPACES, LatentSpace
-from dcgen.release import latent_of_vae, open_model
+from dcgen.release import latent_of_vae, note_schedule, open_model
 
 flux = BACKBONES["flux"]
 SPACE = SPACES["dc-ae-f32c32-in-1.0"]
@@ -69,6 +69,36 @@ def test_release_to_file_and_back(release, tmp_path, names):
     assert again.latent == space
     assert again.schedule == {"rule": "flux2"}
     assert sorted(os.listdir(tmp_path)) == ["back", "one.safetensors", "release"]
+
+
+@pytest.mark.parametrize("schedule", [{"rule": "flux"}, {"rule": "flux2", "mu": 0.9}, {"rule": "static", "shift": 2.5}])
+def test_a_release_folder_keeps_its_schedule(release, tmp_path, schedule, caplog):
+    """An f32 release on another rule than the published f32 ones; no field of diffusers' config can say it."""
+    diffusers = pytest.importorskip("diffusers")
+    folder, _, _ = release
+    assert open_model(folder).schedule == {"rule": "flux2"}
+    plain = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.4)
+    plain.save_pretrained(folder / "scheduler")
+    note_schedule(folder, schedule)
+    assert open_model(folder).schedule == schedule
+    one = pack(open_model(folder), tmp_path / "one.safetensors")
+    assert open_model(one).schedule == schedule
+    # into a folder around the parts of a base, whose scheduler knows nothing of it
+    plain.save_pretrained(folder / "scheduler")
+    back = unpack(open_model(one), tmp_path / "back", parts=folder)
+    for shard in (back / "transformer").glob("*.safetensors"):
+        save_file(load_file(shard), shard)  # as diffusers writes shards: without metadata
+    assert open_model(back).schedule == schedule
+    log = diffusers.utils.logging.get_logger("diffusers")
+    log.addHandler(caplog.handler)
+    again = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(back / "scheduler")
+    assert "dcgen" not in caplog.text
+    assert {k: again.config[k] for k in plain.config if k[0] != "_"} == {
+        k: v for k, v in plain.config.items() if k[0] != "_"
+    }
+    diffusers.FlowMatchEulerDiscreteScheduler.from_config({**plain.config, "dcgen": 1})
+    assert "dcgen" in caplog.text, "a field that is not skipped would have been heard"
+    log.removeHandler(caplog.handler)
 
 
 def test_a_file_keeps_what_tensors_cannot_tell(make_flux, tmp_path):
