@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
 from dcgen.adapter import load_adapter
 from train.config import list_recipes, load_recipe, parse_recipe
-from train.run import run_recipe
+from train.run import dry_run, run_recipe
 
 PUBLISHED = [name for name in list_recipes() if name.startswith(("flux-", "sana-", "dit-"))]
 
@@ -52,3 +54,30 @@ def test_one_step_of_every_stage(name, releases, debug_run, tmp_path):
     assert adapter.schedule == published.stages["finetune"].schedule
     assert all(math.isfinite(value) for value in numbers["finetune"].values())
     assert (tmp_path / "export" / "release" / "transformer" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith("synthetic-")])
+def test_the_base_draws_its_own_training_pictures(name, releases, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red square\na blue square\n")
+    fields = load_recipe(name).stages["synthesize"].model_dump(mode="json")
+    fields |= {"base": str(releases[name.partition("-")[2]]["base"]), "prompts": str(prompts), "dtype": "float32"}
+    fields |= {"pixels": 64, "multiple": 16, "sampling_steps": 1}
+    recipe = parse_recipe({"name": name, "output": str(tmp_path / "run"), "stages": {"synthesize": fields}})
+    assert dry_run(recipe) == 0
+    assert "2 pictures in 1 tars" in capsys.readouterr().out
+    assert run_recipe(recipe)["synthesize"] == {"pictures": 2, "shards": 1}
+    assert (tmp_path / "run" / "synthesize" / "pictures" / "00000.tar").is_file()
+
+
+def test_the_guide_names_recipes_and_switches_that_exist():
+    guide = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    commands = [words.split() for words in re.findall(r"train\.run ([^`#\n]+)", guide)]
+    named = [words for words in commands if not words[0].startswith(("-", "yours", "RECIPE"))]
+    for name, *rest in named:
+        load_recipe(name, [word for word in rest if "=" in word])
+    assert len(named) > 8
+    switches = re.findall(r"`((?:head|finetune|align|cache)\.\S+=\S+)`", guide)
+    for switch in switches:
+        load_recipe("flux-512", [switch.replace('""', "").replace("STEPS", "100")])
+    assert len(switches) == 6

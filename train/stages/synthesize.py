@@ -55,11 +55,21 @@ class SynthesizeStage(Stage):
             problems.append(f"{path} not found; `prompts` is a text file with one prompt a line")
         return problems
 
+    def describe_plan(self) -> list[str]:
+        c = self.config
+        sizes = ", ".join(f"{h}x{w}" for h, w in bucket_sizes(c.pixels, c.multiple, c.ratios))
+        lines = [f"{c.sampling_steps} steps at g = {c.guidance:g}, {sizes} px, {c.shard_size} pictures a tar"]
+        path = self.context.resolve(c.prompts)
+        if path.is_file() and (count := len(_prompts(path)) * c.per_prompt):
+            # PNG of a photograph: about 1.5 bytes a pixel
+            size = 1.5e-9 * count * c.pixels**2
+            lines.append(f"{count} pictures in {-(-count // c.shard_size)} tars, about {size:.3g} GB")
+        return lines
+
     def setup(self) -> None:
         c = self.config
         path = self.context.resolve(c.prompts)
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        self.prompts = [line for line in lines if line]
+        self.prompts = _prompts(path)
         if not self.prompts:
             raise ValueError(f"{path} holds no prompt; write one a line")
         self.sizes = bucket_sizes(c.pixels, c.multiple, c.ratios)
@@ -133,6 +143,11 @@ class SynthesizeStage(Stage):
             _add(tar, f"{index:09d}.png", buffer.getvalue())
             _add(tar, f"{index:09d}.txt", sample["caption"].encode())
             _add(tar, f"{index:09d}.json", json.dumps(record).encode())
+
+
+def _prompts(path: Path) -> list[str]:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line]
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
