@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-RULES = ("flux", "flux2", "static")
+RULES = ("flux", "flux2", "static", "sprint")
 
 # FLUX.1's scheduler config: base/max shift at base/max image sequence length.
 FLUX_TOKENS = (256, 4096)
@@ -31,8 +31,8 @@ def shift_ratio(*, tokens: int, channels: int, rule: str, mu: float | None = Non
     """The ratio r of sigma' = r*sigma / (1 + (r-1)*sigma) that a rule gives.
 
     rule "flux": r = e^mu with FLUX.1's mu of the token count; "flux2": r = sqrt(tokens*channels/4096);
-    "static": r is `shift` and nothing else (SANA: 3.0, at 4K 6.0). `mu` (= ln r) or `shift` (= r) overrides any rule;
-    giving both is a ValueError.
+    "static": r is `shift` and nothing else (SANA: 3.0, at 4K 6.0); "sprint": r = tan(1.3), with which an even grid of
+    two steps is that of SANA-Sprint. `mu` (= ln r) or `shift` (= r) overrides any rule; giving both is a ValueError.
     """
     if rule not in RULES:
         raise ValueError(f"schedule rule {rule!r} is unknown; use one of {', '.join(RULES)}")
@@ -48,6 +48,8 @@ def shift_ratio(*, tokens: int, channels: int, rule: str, mu: float | None = Non
         ratio = math.exp(flux_mu(tokens))
     elif rule == "flux2":
         ratio = math.sqrt(tokens * channels / FLUX2_ELEMENTS)
+    elif rule == "sprint":
+        ratio = math.tan(SPRINT_MIDDLE)
     else:
         raise ValueError('schedule rule "static" needs its shift (SANA: 3.0; SANA 4K: 6.0)')
     if not (math.isfinite(ratio) and ratio > 0):
@@ -74,10 +76,12 @@ def sigmas(
 
     tokens and channels are those of the latent that is sampled; see shift_ratio for the rules. Before the shift the
     grid is even from sigma_max to sigma_max/steps; sigma_max is 1, and 0.999 for "static", where DPMSolverMultistep's
-    flow sigmas start.
+    flow sigmas start. Rule "sprint" is sprint_sigmas, unless mu or shift asks for a shifted grid.
     """
     if steps < 1:
         raise ValueError(f"a schedule needs at least 1 step, got {steps}")
+    if rule == "sprint" and mu is None and shift is None:
+        return sprint_sigmas(steps)
     ratio = shift_ratio(tokens=tokens, channels=channels, rule=rule, mu=mu, shift=shift)
     top = sigma_max if sigma_max is not None else (STATIC_SIGMA_MAX if rule == "static" else 1.0)
     if not 0 < top <= 1:

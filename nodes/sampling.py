@@ -70,20 +70,26 @@ class DCGen4KSampler(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="The noise that the picture starts from.",
                 ),
-                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps; 20 as published."),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=1,
+                    max=1000,
+                    tooltip="Sampling steps; 20 as published, for SANA-Sprint 1 or 2.",
+                ),
                 io.Float.Input(
                     "guidance",
                     default=3.5,
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="FLUX's distilled guidance, 3.5 as published. It replaces the conditioning's own. Ignored "
-                    "by models without a guidance embedding (schnell).",
+                    tooltip="Distilled guidance: FLUX's, 3.5 as published, or SANA-Sprint's, 4.5. It replaces the "
+                    "conditioning's own. Ignored by models without a guidance embedding (schnell, SANA).",
                 ),
                 io.Combo.Input(
                     "sampler_name",
                     options=samplers.SAMPLER_NAMES,
-                    tooltip="As published: euler for FLUX, flow_dpmpp_2m for SANA.",
+                    tooltip="As published: euler for FLUX, flow_dpmpp_2m for SANA, flow_consistency for SANA-Sprint.",
                 ),
                 io.Float.Input(
                     "denoise",

@@ -439,6 +439,26 @@ def sana(pixels: str, size: str, prefix: str) -> Workflow:
     return sana_parts(w, load(0), load(1), load(2), size, prefix)
 
 
+def sana_sprint() -> Workflow:
+    """One or two steps, no negative prompt."""
+    release = "Sana_Sprint_1.6B_1024px_diffusers"
+    w = Workflow(
+        "SANA-Sprint 1K",
+        f"## SANA-Sprint 1K: two steps\n\nNeeds the release folder `models/diffusers/{release}`:\n\n```\n"
+        f"hf download Efficient-Large-Model/{release} --local-dir models/diffusers/{release}\n```\n\n"
+        "Published settings: 2 steps (1 works too) of flow_consistency, guidance 4.5, cfg 1: the model has its "
+        "guidance built in, so there is no negative prompt and a step is one run. The noise levels come from "
+        "the release.",
+    )
+    load = w.node("DCGenReleaseLoader", at=(0, 0), release=release)
+    text = w.node("DCGenSanaTextEncode", at=(380, 0), box=(430, 330), clip=load(1), text=SANA_PROMPT, negative=False)
+    empty = w.node("DCGenEmptyLatent", at=(0, 160), model=load(0), size="1K: 1024 x 1024")
+    settings = {"steps": 2, "guidance": 4.5, "sampler_name": "flow_consistency"}
+    latent = one_sampler(w, load(0), text(), empty(), (850, 0), **settings)
+    save(w, latent(), load(2), (1220, 0), "dcgen/sana-sprint-1k")
+    return w
+
+
 def deep_sana_adapter() -> Workflow:
     """DC-Gen-SANA as an adapter on the published base."""
     release = SANA.format("1024px")
@@ -485,6 +505,7 @@ JOBS: dict[str, Callable[[], Workflow]] = {
     "sana_1k": lambda: sana("1024px", "1K: 1024 x 1024", "dcgen/sana-1k"),
     "sana_2k": lambda: sana("2Kpx", "2K: 2048 x 2048", "dcgen/sana-2k"),
     "sana_4k": lambda: sana("4Kpx", "4K: 4096 x 4096", "dcgen/sana-4k"),
+    "sana_sprint_1k": sana_sprint,
     "dcgen_sana_1k": deep_sana_adapter,
     "dcgen_sana_4k": deep_sana,
 }

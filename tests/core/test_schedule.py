@@ -113,7 +113,7 @@ def test_overrides():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rule": "karras"}, "use one of flux, flux2, static"),
+        ({"rule": "karras"}, "use one of flux, flux2, static, sprint"),
         ({"rule": "static"}, "needs its shift"),
         ({"rule": "flux", "mu": 1.0, "shift": 2.0}, "not both"),
         ({"rule": "flux", "shift": 0.0}, "above 0"),

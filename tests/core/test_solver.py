@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from dcgen.schedule import sigmas, sprint_sigmas
+from dcgen.schedule import shift_ratio, sigmas, sprint_sigmas
 from dcgen.solver import consistency, denoised, flow_dpmpp_2m
 
 diffusers = pytest.importorskip("diffusers")
@@ -96,7 +96,20 @@ def test_consistency_equals_the_sprint_pipeline(steps):
     torch.testing.assert_close(found, clean / spread, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_sprint_sigmas_are_the_pipelines(steps):
+    """What SanaSprintPipeline makes of SCMScheduler's angles; its 1.5708 is 4e-6 more than pi/2."""
+    scheduler = diffusers.SCMScheduler(prediction_type="trigflow", sigma_data=0.5)
+    scheduler.set_timesteps(steps, intermediate_timesteps=1.3 if steps == 2 else None)
+    angles = scheduler.timesteps.double()
+    expected = (angles.sin() / (angles.sin() + angles.cos())).float()
+    torch.testing.assert_close(sigmas(steps, tokens=1024, channels=32, rule="sprint"), expected, rtol=0, atol=1e-5)
+
+
 def test_sprint_sigmas():
+    # Asked for a shift, the rule is an even grid; at its own ratio, two steps of it are Sprint's.
+    of = {"tokens": 1024, "channels": 32, "rule": "sprint"}
+    assert sigmas(2, **of, shift=shift_ratio(**of)).tolist() == pytest.approx(sprint_sigmas(2).tolist())
     expected = math.sin(1.3) / (math.sin(1.3) + math.cos(1.3))
     assert sprint_sigmas(2).tolist() == pytest.approx([1.0, expected, 0.0])
     assert sprint_sigmas(1).tolist() == pytest.approx([1.0, 0.0])

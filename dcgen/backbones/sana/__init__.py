@@ -183,7 +183,9 @@ class Sana(Backbone):
         return config["in_channels"] * config.get("patch_size", 1) ** 2
 
     def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Shift 3; the 4K model (positions at half steps) was trained at 6."""
+        """Shift 3; the 4K model (positions at half steps) was trained at 6; Sprint has its own one or two steps."""
+        if config.get("guidance_embeds"):
+            return {"rule": "sprint"}
         return {"rule": "static", "shift": 6.0 if config.get("interpolation_scale") == 2.0 else 3.0}
 
     def network(self, config: Mapping[str, Any], **kwargs: Any) -> SanaNet:

@@ -110,20 +110,34 @@ def gemma(tiny, words, seed):
     return model
 
 
-def make_release(tiny, folder: Path, *, f64: bool = False, seed: int = 0, flow_shift: float = 3.0, **changes):
+def scheduler(sprint: bool, flow_shift: float):
+    """What a published release has: trigflow for Sprint, else DPM-Solver++ along the flow."""
+    import diffusers
+
+    if sprint:
+        return diffusers.SCMScheduler(prediction_type="trigflow", sigma_data=0.5)
+    return diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
+    )
+
+
+def make_release(
+    tiny, folder: Path, *, f64: bool = False, seed: int = 0, flow_shift: float = 3.0, sprint: bool = False, **changes
+):
     """Write a tiny random SANA release; its pipeline back. changes: fields of the transformer's config."""
     import diffusers
 
     channels = 16 if f64 else 8
     tokenizer, pieces = gemma_tokenizer(folder.with_name(folder.name + "-tokenizer"))
-    pipe = diffusers.SanaPipeline(
+    if sprint:
+        changes = {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads", **changes}
+    kind = diffusers.SanaSprintPipeline if sprint else diffusers.SanaPipeline
+    pipe = kind(
         tokenizer=tokenizer,
         text_encoder=gemma(tiny, 340, seed + 1),
         vae=dcae_f64(tiny, channels, seed + 2) if f64 else tiny.dcae(seed + 2, channels),
         transformer=transformer(tiny, channels, seed + 3, **changes),
-        scheduler=diffusers.DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
-        ),
+        scheduler=scheduler(sprint, flow_shift),
     )
     pipe.save_pretrained(folder)
     return pipe, pieces
@@ -185,3 +199,10 @@ def deep_sana_release(tmp_path_factory: pytest.TempPathFactory, tiny):
     folder = tmp_path_factory.mktemp("sana") / "tiny-dcgen-sana"
     changes = {"interpolation_scale": 2.0, "qk_norm": "rms_norm_across_heads", "sample_size": 8}
     return folder, make_release(tiny, folder, f64=True, seed=40, flow_shift=6.0, **changes)[0]
+
+
+@pytest.fixture(scope="session")
+def sprint_release(tmp_path_factory: pytest.TempPathFactory, tiny):
+    """(folder, pipeline) of a tiny f32 SANA-Sprint: guidance embedding, qk norm, trigflow scheduler."""
+    folder = tmp_path_factory.mktemp("sana") / "tiny-sprint"
+    return folder, make_release(tiny, folder, seed=50, sprint=True)[0]

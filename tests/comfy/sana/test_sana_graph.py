@@ -84,6 +84,11 @@ def deep_name(server, deep_sana_release):
     return install(server, deep_sana_release[0], "tiny-dcgen-sana")
 
 
+@pytest.fixture(scope="module")
+def sprint_name(server, sprint_release):
+    return install(server, sprint_release[0], "tiny-sprint")
+
+
 @pytest.mark.parametrize(("deep", "width", "height", "steps"), [(False, 96, 64, 6), (True, 128, 256, 5)])
 def test_pixels_equal_the_pipeline(
     server, sana, sana_name, deep_name, sana_release, deep_sana_release, deep, width, height, steps
@@ -96,6 +101,66 @@ def test_pixels_equal_the_pipeline(
     assert found.shape == wanted.shape == (1, height, width, 3)
     assert np.abs(found - wanted).max() < 1e-3
     assert wanted.std() > 0.02, "a flat picture would prove nothing"
+
+
+def sprint_graph(release, steps, guidance):
+    nodes = graph(release, 96, 64, steps)
+    del nodes["negative"]
+    settings = {"guidance": guidance, "cfg": 1.0, "sampler_name": "flow_consistency"}
+    nodes["sample"]["inputs"] = {**nodes["sample"]["inputs"], **settings}
+    del nodes["sample"]["inputs"]["negative"]
+    return nodes
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_sprint_pixels_equal_the_pipeline(server, sprint_name, sprint_release, steps):
+    """Trigflow arithmetic, SCMScheduler, the guidance embedding, one run a step: SanaSprintPipeline as it is."""
+    pipe, guidance = sprint_release[1], 4.5
+    wanted = pipe(
+        prompt=PROMPT,
+        height=64,
+        width=96,
+        num_inference_steps=steps,
+        intermediate_timesteps=1.3 if steps == 2 else None,
+        guidance_scale=guidance,
+        latents=noise(pipe, 96, 64),
+        generator=torch.Generator().manual_seed(SEED + 1),
+        use_resolution_binning=False,
+        output_type="np",
+    ).images
+    server.queue(sprint_graph(sprint_name, steps, guidance))
+    found = server.dumped("sana")
+    assert found.shape == wanted.shape == (1, 64, 96, 3)
+    assert np.abs(found - wanted).max() < 1e-3
+    assert wanted.std() > 0.02, "a flat picture would prove nothing"
+    # The guidance embedding is fed: another scale is another picture.
+    server.queue(sprint_graph(sprint_name, steps, 9.0))
+    assert np.abs(server.dumped("sana") - wanted).max() > 1e-2
+
+
+def test_sprint_through_core_nodes(server, sprint_name):
+    """SamplerCustom with core's lcm and FluxGuidance along DCGenScheduler; KSampler's simple grid at those levels."""
+    graphs = {"ours": sprint_graph(sprint_name, 2, 4.5)}
+    links = {"model": ["load", 0], "positive": ["guided", 0], "negative": ["guided", 0]}
+    links["latent_image"] = ["latent", 0]
+    custom = node("SamplerCustom", add_noise=True, noise_seed=SEED, cfg=1.0, **links)
+    custom["inputs"] |= {"sampler": ["lcm", 0], "sigmas": ["sigmas", 0]}
+    settings = {"seed": SEED, "steps": 2, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple", "denoise": 1.0}
+    for name, sample in {"custom": custom, "simple": node("KSampler", **settings, **links)}.items():
+        graphs[name] = {
+            **graphs["ours"],
+            "guided": node("FluxGuidance", conditioning=["positive", 0], guidance=4.5),
+            "lcm": node("KSamplerSelect", sampler_name="lcm"),
+            "sigmas": node("DCGenScheduler", model=["load", 0], latent=["latent", 0], steps=2, denoise=1.0),
+            "sample": sample,
+        }
+    found = {}
+    for name, nodes in graphs.items():
+        server.queue(nodes)
+        found[name] = server.dumped("sana")
+    assert np.abs(found["custom"] - found["ours"]).max() < 1e-5
+    # The core keeps a thousand levels, of which the nearest to the middle one is 4e-4 away.
+    assert np.abs(found["simple"] - found["ours"]).max() < 5e-3
 
 
 def test_core_sampler_at_the_models_own_shift(server, sana, sana_name, sana_release):
@@ -163,12 +228,13 @@ def adapter_name(server, sana_release, deep_sana_release, tiny):
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in FOLDER.glob("*sana*.json")))
-def test_workflows_run_with_tiny_files(server, sana_name, deep_name, adapter_name, name):
+def test_workflows_run_with_tiny_files(server, sana_name, deep_name, sprint_name, adapter_name, name):
     """The API twins of the shipped graphs, tiny weights in place of those they name."""
     api = json.loads((FOLDER / "api" / f"{name}.json").read_text())
     adapted = any(node["class_type"] == "DCGenApply" for node in api.values())
+    release = sprint_name if "sprint" in name else deep_name if "dcgen" in name and not adapted else sana_name
     values = {
-        "DCGenReleaseLoader": {"release": deep_name if "dcgen" in name and not adapted else sana_name},
+        "DCGenReleaseLoader": {"release": release},
         "DCGenApply": {"adapter_name": adapter_name},
         "DCAELoader": {"vae_name": "tiny-f64"},
         "DCGenEmptyLatent": {"width": 128, "height": 64, "size": "width x height below"},
