@@ -1,8 +1,10 @@
-"""Is each stage of DC-Gen worth it on the toy? `python -m benchmarks.toy [--seeds 0 1 2] [--out runs/toy-benchmark]`.
+"""What each part of DC-Gen is worth on the toy: `python -m benchmarks.toy [--seeds 0 1 2] [--arms eq2 full ...]`.
 
-For every seed the recipe toy-flux is trained with and without embedding alignment; each model draws every caption once
-and is judged against real pictures no training saw. Prints a table and writes results.json.
+Every arm trains the recipe toy-flux with one thing changed; each model draws every caption once and is judged against
+real pictures that no training saw. One JSON for each arm and seed: what is done is not trained again, so the command
+may be stopped and repeated, with more arms or seeds. Prints a table, writes results.json, and a picture with --figure.
 """
+# B pictures, C latent channels, h w latent rows and columns
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -17,80 +20,281 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcgen import guidance, schedule
 from dcgen.adapter import Adapter, save_adapter
 from train.autoencoders import latent_space, load_autoencoder
-from train.config import Recipe, load_recipe
+from train.config import Recipe, load_recipe, parse_recipe
 from train.evaluate import FIRST_UNSEEN, Judge
-from train.files import write_json
+from train.files import digest_json, read_json, write_json
 from train.generate import Pipeline
+from train.log import save_png
 from train.models import base_backbone, fresh_ends
-from train.run import run_recipe
+from train.run import fingerprint, run_recipe
+from train.sample import grid, seeded_noise
 from train.toy.pictures import SIZE, Pair
 
 GUIDANCE, STEPS = 3.5, 20
-ARMS = {
-    "no alignment": "new embedder and head as initialised",
-    "alignment only": "Eq. 1, then embedder and head on Eq. 7",
-    "finetuned, no alignment": "LoRA, embedder and head on Eq. 7 from random",
-    "finetuned": "the whole of DC-Gen",
+COLUMNS = {
+    "frechet": "Fréchet distance ↓",
+    "subject": "subject ↑",
+    "color": "colour ↑",
+    "both": "both ↑",
+    "both_held_out": "both, unseen pairs ↑",
+    "cfg_gap": "distance to true CFG ↓",
 }
-COLUMNS = ("frechet", "subject", "color", "both", "both_held_out")
+FLOW = ("head.objective.loss=flow", "finetune.objective.loss=flow")
+RANDOM_W = ("head.objective.flow_guidance=w", "finetune.objective.flow_guidance=w")
+REFERENCE = "eq2"  # its two passes are true CFG in the new latent space: raw velocities, trained by Eq. 2 at g = 1
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way of training (`changes` to toy-flux, in folder seed-N`suffix`) and the stage whose model draws."""
+
+    title: str
+    about: str
+    suffix: str = ""
+    stages: tuple[str, ...] = ("align", "head", "finetune")
+    changes: tuple[str, ...] = ()
+    two_passes: bool = False
+    ae_ratio: float | None = None
+
+
+BARE = ("finetune.start=''",)
+MAIN = {
+    "none": Arm("no alignment", "new embedder and head as initialised", "-bare", ()),
+    "aligned": Arm("alignment only", "Eq. 1, then embedder and head on Eq. 7", "", ("align", "head")),
+    "bare": Arm(
+        "finetuned, no alignment", "LoRA, embedder and head on Eq. 7 from random", "-bare", ("finetune",), BARE
+    ),
+    "finetuned": Arm("DC-Gen", "the whole of it: Eq. 1, head, LoRA on Eq. 7"),
+    "eq2": Arm("Eq. 2 at g = 1", "flow matching instead of Eq. 7, guidance embedding fixed at 1", "-eq2", changes=FLOW),
+    "eq2-w": Arm(
+        "Eq. 2 at random g", "flow matching, guidance embedding drawn as in Eq. 7", "-eq2-w", changes=FLOW + RANDOM_W
+    ),
+    "eq2-cfg": Arm("true CFG", "the Eq. 2 model, two passes a step (Eq. 4)", "-eq2", changes=FLOW, two_passes=True),
+}
+# Fig. 5, Tables 9 and 10. Where the paper gives no number (how long alpha grows), the choice is said here.
+STRATEGIES = {
+    "full": Arm(
+        "full finetuning", "every weight, at a quarter of the LoRA's learning rate (Fig. 5)", "-full",
+        changes=("finetune.train=full", "finetune.optimizer.lr=1.0e-3"),
+    ),
+    "frozen-first": Arm(
+        "frozen backbone first", "head stage from random ends, then LoRA (Table 9)", "-frozen-first",
+        ("head", "finetune"), ("head.start=''",),
+    ),
+    "layer-lr": Arm(
+        "layer-wise learning rate", "1:3 from first to last block, from random ends (Table 9)", "-layer-lr",
+        ("finetune",), (*BARE, "finetune.layer_lr_ratio=3"),
+    ),
+    "gradual-lora": Arm(
+        "gradual LoRA", "alpha grows over half the steps, from random ends (Table 9)", "-gradual-lora",
+        ("finetune",), (*BARE, "finetune.alpha_warmup=300"),
+    ),
+    **{
+        f"ae-{ratio:g}": Arm(
+            f"autoencoder aligned, {ratio:g}", "DC-AE pulled to the f8 latent, then random ends (Table 10)",
+            f"-ae-{ratio:g}", ("finetune",), BARE, ae_ratio=ratio,
+        )
+        for ratio in (0.1, 1.0, 10.0)
+    },
+}  # fmt: skip
+ARMS = MAIN | STRATEGIES
+AE_STEPS, AE_BATCH = 200, 16
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    begin = time.perf_counter()
-    recipe = load_recipe("toy-flux", [f"output={options.out}", *options.overrides])
-    run_recipe(recipe, only="cache")
-    judge = Judge(options.evaluator, recipe.stages["cache"].data.path)
-    pairs = judge.pictures.pairs("all")[:: options.every]
-    rows: dict[str, list[dict[str, float]]] = {"real pictures": [judge.score(_real(judge, pairs), pairs).as_dict()]}
-    rows |= {name: [judge.score(x, pairs).as_dict()] for name, x in _references(recipe, judge, pairs).items()}
+    bench = Bench(options.out, options.overrides, options.evaluator, options.every)
+    bench.references()
     for seed in options.seeds:
-        for name, adapter in train_arms(recipe, seed, options.overrides).items():
-            pipeline = Pipeline(recipe.stages["cache"].base, adapter=adapter, autoencoder=_student(recipe))
-            rows.setdefault(name, []).append(judge.score(draw(pipeline, judge, pairs, seed), pairs).as_dict())
-            print(f"seed {seed}, {name}: {rows[name][-1]}", flush=True)
-    print(table(rows))
-    write_json(
-        options.out / "results.json",
-        {
-            "seeds": list(options.seeds),
-            "captions": len(pairs),
+        for name in options.arms:
+            scores = bench.score(name, seed)
+            print(f"seed {seed}, {ARMS[name].title}: {scores}", flush=True)
+    results = bench.results()
+    print(table(results["rows"]))
+    write_json(options.out / "results.json", results)
+    if options.figure:
+        figure(results["rows"], bench.strips(), options.figure)
+
+
+class Bench:
+    """Trains and scores arms in `out`: what is there already, made with the same settings, is taken as it is."""
+
+    def __init__(self, out: Path, overrides: Sequence[str], evaluator: Path, every: int = 1) -> None:
+        self.out, self.overrides = out, tuple(overrides)
+        self.recipe = load_recipe("toy-flux", [f"output={out}", *self.overrides])
+        run_recipe(self.recipe, only="cache")
+        self.base: str = self.recipe.stages["cache"].base
+        self.judge = Judge(evaluator, self.recipe.stages["cache"].data.path)
+        self.pairs = self.judge.pictures.pairs("all")[::every]
+        self.captions = self.judge.captions(self.pairs)
+
+    def references(self) -> dict[str, dict[str, float]]:
+        """Scores of real pictures, of both autoencoders, and of the base at f8."""
+
+        def make() -> dict[str, Any]:
+            real = torch.stack([self.judge.pictures.draw(p, FIRST_UNSEEN + self.judge.variants) for p in self.pairs])
+            base = Pipeline(self.base)
+            pictures = {
+                "real pictures": real,
+                "real through the f8 VAE": _through(base.autoencoder, real),
+                "real through the DC-AE": _through(load_autoencoder(self.student(None)), real),
+                "base (f8, 64 tokens)": draw(base, self.judge, self.pairs, 0),
+            }
+            return {name: self.judge.score(images, self.pairs).as_dict() for name, images in pictures.items()}
+
+        return self._once("references", self._setting([self.base, self.student(None)]), make)
+
+    def score(self, name: str, seed: int) -> dict[str, float]:
+        """Train what the arm needs and judge it; both only if it was not done before."""
+        arm = ARMS[name]
+        recipe = self.arm_recipe(arm, seed)
+        made_of = fingerprint(recipe, arm.stages[-1]) if arm.stages else [recipe.seed, self.base]
+
+        def make() -> dict[str, float]:
+            pipeline = self.pipeline(name, seed)
+            images = draw(pipeline, self.judge, self.pairs, seed, arm.two_passes)
+            save_png(self._path(name, seed).with_suffix(".png"), grid(self._samples(images), 8))
+            scores = self.judge.score(images, self.pairs).as_dict()
+            if arm.stages[-1:] == ("finetune",) and not arm.two_passes and arm.ae_ratio is None:
+                scores["cfg_gap"] = round(self.cfg_gap(pipeline, self.pipeline(REFERENCE, seed)), 4)
+            return scores
+
+        return self._once(self._path(name, seed).stem, self._setting([name, made_of]), make)
+
+    def arm_recipe(self, arm: Arm, seed: int) -> Recipe:
+        """toy-flux as the arm changes it, in its own folder. The cache is shared unless the autoencoder differs."""
+        folder = self.out / f"seed-{seed}{arm.suffix}"
+        common = [*self.overrides, f"seed={seed}", f"output={folder}"]
+        if arm.ae_ratio is None:
+            common += [f"defaults.cache={self.out}/cache"]
+        else:
+            common += [f"defaults.autoencoder={self.student(arm.ae_ratio)}"]
+            common += [f"defaults.cache={self.out}/ae-{arm.ae_ratio:g}/cache"]
+        return load_recipe("toy-flux", [*common, *arm.changes])
+
+    def student(self, ae_ratio: float | None) -> str:
+        """Folder of the new autoencoder."""
+        plain: str = self.recipe.stages["cache"].autoencoder
+        return plain if ae_ratio is None else f"{self.out}/ae-{ae_ratio:g}/ae-align/model"
+
+    def pipeline(self, name: str, seed: int) -> Pipeline:
+        """The arm's model, trained if it is not there yet."""
+        arm = ARMS[name]
+        recipe = self.arm_recipe(arm, seed)
+        if arm.ae_ratio is not None:
+            self._align_autoencoder(arm.ae_ratio)
+        for stage in arm.stages:
+            run_recipe(recipe, only=stage)
+        student = self.student(arm.ae_ratio)
+        if not arm.stages:
+            adapter = recipe.folder / "untrained.safetensors"
+            save_adapter(adapter, untrained(self.recipe, seed))
+            return Pipeline(self.base, adapter=adapter, autoencoder=student)
+        result = recipe.folder / arm.stages[-1]
+        if (result / "release").is_dir():
+            return Pipeline(result / "release")
+        return Pipeline(self.base, adapter=result / "adapter.safetensors", autoencoder=student)
+
+    def _align_autoencoder(self, ratio: float) -> None:
+        """The DC-AE with an alignment term, and the cache of its latents."""
+        cache = self.recipe.stages["cache"]
+        pictures = cache.data.model_dump(mode="json")
+        stages = {
+            "ae-align": {
+                "autoencoder": self.student(None), "teacher": f"{self.base}/vae", "data": pictures, "ratio": ratio,
+                "steps": AE_STEPS, "batch": AE_BATCH, "optimizer": {"lr": 1.0e-4, "clip": 1.0},
+            },
+            "cache": {**cache.model_dump(mode="json"), "autoencoder": "ae-align/model"},
+        }  # fmt: skip
+        run_recipe(parse_recipe({"name": "toy-ae", "output": f"{self.out}/ae-{ratio:g}", "stages": stages}))
+
+    @torch.no_grad()
+    def cfg_gap(self, model: Pipeline, reference: Pipeline) -> float:
+        """How far the one-pass velocity at g = 3.5 is from true CFG: 0 = equal, 1 = as far as no guidance at all.
+
+        sum |v(x,c,g) - v_cfg|^2 / sum |v_raw - v_cfg|^2 with v_cfg by arXiv:2509.25180 Eq. 4 from the reference's raw
+        velocities, over pictures no training saw, at every sigma that the sampler visits.
+        """
+        off = total = 0.0
+        space = model.autoencoder.space
+        sigmas = schedule.sigmas(STEPS, tokens=model.tokens(SIZE, SIZE), channels=space.channels, **model.schedule)
+        nothing = reference.text([""])
+        for start in range(0, len(self.pairs), 64):
+            pairs = self.pairs[start : start + 64]
+            images = torch.stack([self.judge.pictures.draw(pair, FIRST_UNSEEN) for pair in pairs])
+            latents = space.normalize(model.autoencoder.encode(images))
+            noise = seeded_noise(range(start, start + len(pairs)), latents.shape[1:])
+            cond = model.text(self.judge.captions(pairs))
+            empty = {name: value.expand(len(pairs), *value.shape[1:]) for name, value in nothing.items()}
+            one = torch.ones(len(pairs))
+            for sigma in sigmas[:-1]:
+                now = sigma.expand(len(pairs))
+                noised = guidance.interpolate(latents, noise, now)
+                raw = reference.velocity(noised, now, cond, one)
+                true = guidance.cfg_velocity(raw, reference.velocity(noised, now, empty, one), GUIDANCE - 1)
+                found = model.velocity(noised, now, cond, GUIDANCE * one)
+                off += (found - true).square().sum().item()
+                total += (raw - true).square().sum().item()
+        return off / total
+
+    def results(self) -> dict[str, Any]:
+        """Everything scored so far in this folder, whatever call did it."""
+        rows: dict[str, list[dict[str, float]]] = {name: [row] for name, row in self.references().items()}
+        seeds: dict[str, list[int]] = {}
+        for name, arm in ARMS.items():
+            done = sorted((self.out / "scores").glob(f"{name}-seed-*.json"), key=_seed_of)
+            if done:
+                rows[arm.title] = [read_json(path)["scores"] for path in done]
+                seeds[arm.title] = [_seed_of(path) for path in done]
+        return {
+            "captions": len(self.pairs),
             "guidance": GUIDANCE,
             "steps": STEPS,
-            "stages": {name: stage.model_dump(mode="json") for name, stage in recipe.stages.items()},
-            "arms": ARMS,
-            "scores": rows,
+            "stages": {name: stage.model_dump(mode="json") for name, stage in self.recipe.stages.items()},
+            "arms": {arm.title: arm.about for arm in ARMS.values()},
+            "seeds": seeds,
+            "rows": rows,
             "summary": {name: summary(scores) for name, scores in rows.items()},
             "machine": {"cores": os.cpu_count(), "torch": torch.__version__},
-            "seconds": round(time.perf_counter() - begin, 1),
-        },
-    )
+        }
 
+    def strips(self) -> dict[str, Path]:
+        """Sample pictures of each arm's first seed."""
+        found = {arm.title: sorted((self.out / "scores").glob(f"{name}-seed-*.png")) for name, arm in ARMS.items()}
+        return {title: paths[0] for title, paths in found.items() if paths}
 
-def train_arms(recipe: Recipe, seed: int, overrides: Sequence[str]) -> dict[str, Path]:
-    """Train (or find done) what one seed needs; the adapter of every arm."""
-    common = [*overrides, f"seed={seed}", f"defaults.cache={recipe.folder}/cache"]
-    whole = load_recipe("toy-flux", [*common, f"output={recipe.folder}/seed-{seed}"])
-    for stage in ("align", "head", "finetune"):
-        run_recipe(whole, only=stage)
-    bare = load_recipe("toy-flux", [*common, f"output={recipe.folder}/seed-{seed}-bare", "finetune.start=''"])
-    run_recipe(bare, only="finetune")
-    nothing = bare.folder / "untrained.safetensors"
-    save_adapter(nothing, untrained(recipe, seed))
-    return {
-        "no alignment": nothing,
-        "alignment only": whole.folder / "head" / "adapter.safetensors",
-        "finetuned, no alignment": bare.folder / "finetune" / "adapter.safetensors",
-        "finetuned": whole.folder / "finetune" / "adapter.safetensors",
-    }
+    def _samples(self, images: Tensor) -> Tensor:
+        """Eight pictures of different subjects and colours."""
+        step = max(1, len(images) // 8)
+        return images[[(k * step + k) % len(images) for k in range(8)]]
+
+    def _path(self, name: str, seed: int) -> Path:
+        return self.out / "scores" / f"{name}-seed-{seed}.json"
+
+    def _setting(self, parts: list[Any]) -> str:
+        return digest_json([parts, self.captions, GUIDANCE, STEPS])
+
+    def _once(self, stem: str, settings: str, make: Any) -> Any:
+        """The scores in scores/STEM.json; made now, and written whole, if they are not there."""
+        path = self.out / "scores" / f"{stem}.json"
+        if path.is_file():
+            found = read_json(path)
+            if found["settings"] != settings:
+                raise SystemExit(f"{path} was measured with other settings; remove it, or use another --out")
+            return found["scores"]
+        begin = time.perf_counter()
+        scores = make()
+        write_json(path, {"settings": settings, "scores": scores, "seconds": round(time.perf_counter() - begin, 1)})
+        return scores
 
 
 def untrained(recipe: Recipe, seed: int) -> Adapter:
     """The base with an embedder and a head as they are initialised."""
     backbone, config = base_backbone(recipe.stages["cache"].base)
-    space = latent_space(_student(recipe))
+    space = latent_space(recipe.stages["cache"].autoencoder)
     _, embedder, head = fresh_ends(backbone, config, space.channels, 1, seed)
     ends = ((backbone.embedder, embedder), (backbone.head, head))
     tensors = {f"{path}.{name}": tensor for path, end in ends for name, tensor in end.state_dict().items()}
@@ -104,68 +308,92 @@ def untrained(recipe: Recipe, seed: int) -> Adapter:
     )
 
 
-def draw(pipeline: Pipeline, judge: Judge, pairs: Sequence[Pair], seed: int) -> Tensor:
-    """One picture (3,H,W) in -1..1 for each caption, in batches of 32."""
+def draw(pipeline: Pipeline, judge: Judge, pairs: Sequence[Pair], seed: int, two_passes: bool = False) -> Tensor:
+    """One picture (3,H,W) in -1..1 for each caption at g = 3.5, in batches of 32; two_passes: true CFG (Eq. 4)."""
+    how = {"guidance": 1.0, "cfg_w": GUIDANCE - 1} if two_passes else {"guidance": GUIDANCE}
     images = []
     for start in range(0, len(pairs), 32):
         part = pairs[start : start + 32]
         noise = [100_000 * (seed + 1) + start + k for k in range(len(part))]
-        images.append(pipeline.images(judge.captions(part), noise, SIZE, SIZE, steps=STEPS, guidance=GUIDANCE))
+        images.append(pipeline.images(judge.captions(part), noise, SIZE, SIZE, steps=STEPS, **how))
     return torch.cat(images)
-
-
-def _real(judge: Judge, pairs: Sequence[Pair]) -> Tensor:
-    """Other real pictures of the same captions: the floor of every column."""
-    return torch.stack([judge.pictures.draw(pair, FIRST_UNSEEN + judge.variants) for pair in pairs])
-
-
-def _references(recipe: Recipe, judge: Judge, pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    """The base at f8, and real pictures through either autoencoder."""
-    base = Pipeline(recipe.stages["cache"].base)
-    real = _real(judge, pairs)
-    student = load_autoencoder(_student(recipe))
-    return {
-        "real through the f8 VAE": _through(base.autoencoder, real),
-        "real through the DC-AE": _through(student, real),
-        "base (f8, 64 tokens)": draw(base, judge, pairs, 0),
-    }
 
 
 def _through(autoencoder: Any, images: Tensor) -> Tensor:
     return torch.cat([autoencoder.decode(autoencoder.encode(part)) for part in images.split(32)])
 
 
-def _student(recipe: Recipe) -> str:
-    return recipe.stages["cache"].autoencoder
+def _seed_of(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
 
 
 def summary(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and spread (sample standard deviation) of every column."""
+    """Mean and spread (sample standard deviation) of every column that was measured."""
     return {
         column: {
             "mean": round(mean(row[column] for row in scores), 4),
             "spread": round(stdev(row[column] for row in scores), 4) if len(scores) > 1 else 0.0,
         }
         for column in COLUMNS
+        if all(column in row for row in scores)
     }
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
     """The rows as a Markdown table, mean ± spread over the seeds."""
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
+    lines = ["| | seeds | " + " | ".join(COLUMNS.values()) + " |", "|---|---|" + "---|" * len(COLUMNS)]
     for name, scores in rows.items():
-        cells = [f"{part['mean']:.3f} ± {part['spread']:.3f}" for part in summary(scores).values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        found = summary(scores)
+        cells = [_cell(found[column], len(scores)) if column in found else "" for column in COLUMNS]
+        lines.append(f"| {name} | {len(scores)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(part: dict[str, float], seeds: int) -> str:
+    return f"{part['mean']:.3f}" + (f" ± {part['spread']:.3f}" if seeds > 1 else "")
+
+
+def figure(rows: dict[str, list[dict[str, float]]], strips: dict[str, Path], path: Path) -> None:
+    """Bars of what was measured beside sample pictures, one line an arm, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    titles = [title for title in rows if title in strips]
+    found = {title: summary(rows[title]) for title in titles}
+    columns = ("frechet", "both", "cfg_gap")
+    height = 0.62 * len(titles) + 0.7
+    drawn, axes = plt.subplots(1, 4, figsize=(13, height), width_ratios=(1, 1, 1, 2.6), layout="constrained")
+    places = range(len(titles))
+    for axis, column in zip(axes, columns, strict=False):
+        has = [k for k in places if column in found[titles[k]]]
+        parts = [found[titles[k]][column] for k in has]
+        axis.barh(has, [p["mean"] for p in parts], xerr=[p["spread"] for p in parts], color="#5b8fb9", ecolor="#333")
+        axis.set(title=COLUMNS[column], yticks=places, ylim=(len(titles) - 0.5, -0.5))
+        axis.set_yticklabels(titles if axis is axes[0] else [])
+        if column == "frechet":
+            axis.set_xscale("log")
+    for place, title in enumerate(titles):
+        axes[3].imshow(plt.imread(strips[title]), extent=(0, 8, place + 0.48, place - 0.48), aspect="auto")
+    axes[3].set(xlim=(0, 8), ylim=(len(titles) - 0.5, -0.5), title="first seed's pictures")
+    axes[3].axis("off")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=90)
+    plt.close(drawn)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe toy-flux")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument(
+        "--arms", nargs="*", default=list(MAIN), choices=list(ARMS), metavar="ARM", help=f"out of {', '.join(ARMS)}"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/toy-benchmark"))
     parser.add_argument("--evaluator", type=Path, default=Path("toy/evaluator"))
     parser.add_argument("--every", type=int, default=1, help="draw every n-th caption only")
+    parser.add_argument("--figure", type=Path, help="write a PNG of table and samples there")
     return parser
 
 

@@ -91,7 +91,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError naming the field, the value and the nearest valid name.
     """
     path = find_recipe(source)
-    raw = _yaml(path.read_text(encoding="utf-8"), str(path))
+    raw = _unshared(_yaml(path.read_text(encoding="utf-8"), str(path)))
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with `name` and `stages`, found {type(raw).__name__}")
     for item in overrides:
@@ -146,6 +146,13 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{hint} Valid: {', '.join(valid)}"
+
+
+def _unshared(value: Any) -> Any:
+    """The same data with every YAML alias (`*name`) a copy of its own, so that an override changes one place."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _override(raw: dict[str, Any], item: str) -> None:

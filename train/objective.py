@@ -55,7 +55,9 @@ class Objective(Strict):
     uncond_grad: bool = Field(
         True, description="gradient through the empty branch: on = Eq. 7 as written, off = released code"
     )
-    flow_guidance: float = Field(1.0, description="guidance fed to a distilled model under loss: flow (w = 0)")
+    flow_guidance: float | Literal["w"] = Field(
+        1.0, description="guidance fed to a distilled model under loss: flow (1 = no guidance); w = drawn as for guided"
+    )
     caption_dropout: float = Field(
         0.1, ge=0, lt=1, description="captions made empty (released code 0.1); without it Eq. 7 is under-determined"
     )
@@ -85,8 +87,7 @@ def objective_loss(
     target = guidance.velocity_target(latents, noise)
     text = {name: torch.where(_rows(dropped, value), empty[name].to(value), value) for name, value in text.items()}
     if objective.loss == "flow" or not distilled:
-        scale = torch.full_like(sigma, objective.flow_guidance) if distilled else None
-        corrected = velocity(noised, sigma, text, scale)
+        corrected = velocity(noised, sigma, text, _flow_scale(objective, batch) if distilled else None)
     else:
         corrected = _corrected(objective, velocity, batch, noised, sigma, text, empty, dropped)
     errors = (corrected.float() - target).square().flatten(1).mean(1)  # Eq. 2, Eq. 7
@@ -105,9 +106,7 @@ def _corrected(
     dropped: Tensor,
 ) -> Tensor:
     """Eq. 6 on the rows that kept their caption; a dropped row is its own empty branch, so v_hat = v there."""
-    low, high = objective.w
-    w = low + (high - low) * batch.uniform("w")
-    scale = torch.as_tensor(guidance.guidance_scale(w)) if objective.guidance_embed == "1+w" else w
+    w, scale = _draw_w(objective, batch)
     v_cond = velocity(noised, sigma, text, scale)
     kept = torch.nonzero(~dropped).flatten()
     if not len(kept):
@@ -118,6 +117,20 @@ def _corrected(
         v_uncond = velocity(noised[kept], sigma[kept], base, other)
     raw = guidance.raw_velocity(v_cond[kept].float(), v_uncond.float(), w[kept])  # Eq. 6
     return torch.where(_rows(dropped, v_cond), v_cond.float(), v_cond.float().index_copy(0, kept, raw))
+
+
+def _draw_w(objective: Objective, batch: Batch) -> tuple[Tensor, Tensor]:
+    """w (B,) and what the embedding gets for it."""
+    low, high = objective.w
+    w = low + (high - low) * batch.uniform("w")
+    return w, torch.as_tensor(guidance.guidance_scale(w)) if objective.guidance_embed == "1+w" else w
+
+
+def _flow_scale(objective: Objective, batch: Batch) -> Tensor:
+    """(B,) guidance that Eq. 2 feeds to a distilled model."""
+    if objective.flow_guidance == "w":
+        return _draw_w(objective, batch)[1]
+    return torch.full((len(batch),), float(objective.flow_guidance), device=batch.device)
 
 
 def _rows(mask: Tensor, like: Tensor) -> Tensor:
