@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from . import inputs
 from .bridge.latent_format import empty_latent
 from .model import CATEGORY
-from .sizes import CUSTOM, SIZES, chosen
+from .sizes import CUSTOM, chosen
 
 
 class DCGenEmptyLatent(io.ComfyNode):
@@ -21,30 +22,8 @@ class DCGenEmptyLatent(io.ComfyNode):
             description="An empty latent of the size you want the image to be, in the channels and depth of the model.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that will sample it; only its latent format is read."),
-                io.Int.Input(
-                    "width",
-                    default=1024,
-                    min=16,
-                    max=16384,
-                    step=16,
-                    tooltip="Image width in pixels: a multiple of 32 for f32 models, 64 for f64. Ignored when `size` "
-                    "names a size.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=1024,
-                    min=16,
-                    max=16384,
-                    step=16,
-                    tooltip="Image height in pixels, in the same multiples. Ignored when `size` names a size.",
-                ),
-                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="How many images at once."),
-                io.Combo.Input(
-                    "size",
-                    options=[CUSTOM, *SIZES],
-                    optional=True,
-                    tooltip="A size the published models were made for: 1K for f32 models, 2K and 4K for f64 ones.",
-                ),
+                *inputs.pixels("Ignored when `size` names a size."),
+                inputs.size("A size the published models were made for: 1K for f32 models, 2K and 4K for f64 ones."),
             ],
             outputs=[io.Latent.Output()],
         )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from . import inputs
 from .bridge import samplers, sampling
+from .bridge.latent_format import empty_latent
 from .model import CATEGORY
+from .sizes import LARGEST, chosen
 
 SEED_MAX = 0xFFFFFFFFFFFFFFFF
 
@@ -24,23 +27,19 @@ class DCGenScheduler(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="Its checkpoint decides the rule of the shift."),
                 io.Latent.Input("latent", tooltip="Only its size is read: it decides how far the schedule is shifted."),
-                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps."),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="1 = from pure noise. Less keeps that much of the latent's picture: the last `steps` of a "
-                    "schedule of steps / denoise. 0 gives no steps at all.",
+                inputs.steps("Sampling steps."),
+                inputs.denoise(
+                    "1 = from pure noise. Less keeps that much of the latent's picture: the last `steps` of a schedule "
+                    "of steps / denoise. 0 gives no steps at all."
                 ),
+                inputs.shift(),
             ],
             outputs=[io.Sigmas.Output()],
         )
 
     @classmethod
-    def execute(cls, model, latent, steps: int, denoise: float) -> io.NodeOutput:
-        return io.NodeOutput(sampling.sigmas_for(model, latent, steps, denoise))
+    def execute(cls, model, latent, steps: int, denoise: float, shift: float = 0.0) -> io.NodeOutput:
+        return io.NodeOutput(sampling.sigmas_for(model, latent, steps, denoise, shift))
 
 
 class DCGen4KSampler(io.ComfyNode):
@@ -59,8 +58,9 @@ class DCGen4KSampler(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Latent.Input(
                     "latent",
+                    optional=True,
                     tooltip="An empty latent for text-to-image, an encoded image for image-to-image or refining. A "
-                    "noise mask on it is respected.",
+                    "noise mask on it is respected. Without it, an empty one of `size` is made.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -70,13 +70,7 @@ class DCGen4KSampler(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="The noise that the picture starts from.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=20,
-                    min=1,
-                    max=1000,
-                    tooltip="Sampling steps; 20 as published, for SANA-Sprint 1 or 2.",
-                ),
+                inputs.steps("Sampling steps; 20 as published, for SANA-Sprint 1 or 2."),
                 io.Float.Input(
                     "guidance",
                     default=3.5,
@@ -91,14 +85,9 @@ class DCGen4KSampler(io.ComfyNode):
                     options=samplers.SAMPLER_NAMES,
                     tooltip="As published: euler for FLUX, flow_dpmpp_2m for SANA, flow_consistency for SANA-Sprint.",
                 ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="1 = from pure noise. Less keeps that much of the latent's picture; 0.3 to 0.5 refines. "
-                    "Leave it at 1 for an empty latent.",
+                inputs.denoise(
+                    "1 = from pure noise. Less keeps that much of the latent's picture; 0.3 to 0.5 refines. Leave it "
+                    "at 1 for an empty latent."
                 ),
                 io.Conditioning.Input(
                     "negative",
@@ -126,6 +115,13 @@ class DCGen4KSampler(io.ComfyNode):
                     optional=True,
                     tooltip="The model's autoencoder, to encode `image`. Ignored without an image.",
                 ),
+                inputs.size(
+                    "Size of the image when no `latent` is connected: 1K is what f32 models were made for, 2K and 4K "
+                    "f64 ones. Ignored with a latent.",
+                    LARGEST,
+                ),
+                *inputs.pixels("Ignored when `size` names a size, and with a latent.", optional=True),
+                inputs.shift(),
             ],
             outputs=[io.Latent.Output()],
         )
@@ -135,20 +131,27 @@ class DCGen4KSampler(io.ComfyNode):
         cls,
         model,
         positive,
-        latent,
         seed,
         steps,
         guidance,
         sampler_name,
         denoise,
+        latent=None,
         negative=None,
         cfg=1.0,
         image=None,
         vae=None,
+        size=LARGEST,
+        width=1024,
+        height=1024,
+        batch_size=1,
+        shift=0.0,
     ) -> io.NodeOutput:
+        if latent is None:
+            latent = empty_latent(model, *chosen(size, width, height), batch_size)
         if image is not None:
             latent = sampling.encoded(model, latent, image, vae)
-        sigmas = sampling.sigmas_for(model, latent, steps, denoise)
+        sigmas = sampling.sigmas_for(model, latent, steps, denoise, shift)
         positive = sampling.with_guidance(positive, guidance)
         if negative is not None:
             negative = sampling.with_guidance(negative, guidance)

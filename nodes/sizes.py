@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-CUSTOM = "width x height below"
+CUSTOM = "width x height"
 
 # (width, height), square first, then landscape by aspect ratio; portraits are the same turned. 1K and 4K are the
 # aspect-ratio buckets of the official pipelines; 2K has none of its own and takes 1K's, doubled.
@@ -23,6 +23,7 @@ def _choices() -> dict[str, tuple[int, int]]:
 
 
 SIZES = _choices()
+LARGEST = "4K: 4096 x 4096"
 
 
 def chosen(size: str, width: int, height: int) -> tuple[int, int]:

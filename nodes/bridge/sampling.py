@@ -66,15 +66,19 @@ def _vae_differences(vae: Any, info: ModelInfo) -> list[str]:
     return space.differences(info.space)
 
 
-def sigmas_for(model: Any, latent: dict[str, Any], steps: int, denoise: float) -> Tensor:
-    """Noise levels (N+1,) float32 for this model at this latent's size; denoise < 1 keeps the last part of them."""
+def sigmas_for(model: Any, latent: dict[str, Any], steps: int, denoise: float, shift: float = 0.0) -> Tensor:
+    """Noise levels (N+1,) float32 for this model at this latent's size; denoise < 1 keeps the last part of them.
+
+    shift: r of dcgen.schedule.shift_ratio in place of what the checkpoint says; 0 = the checkpoint's own.
+    """
     info = check_latent(model, latent)
     if denoise <= 0:
         return torch.zeros(0)
     rows, columns = latent["samples"].shape[2:]
     tokens = (rows // info.patch_size) * (columns // info.patch_size)
     total = steps if denoise >= 1 else int(steps / denoise)
-    return schedule(total, tokens=tokens, channels=info.token_channels, **info.schedule)[-(steps + 1) :]
+    how = {"rule": info.schedule["rule"], "shift": shift} if shift else info.schedule
+    return schedule(total, tokens=tokens, channels=info.token_channels, **how)[-(steps + 1) :]
 
 
 def sample(

@@ -189,6 +189,35 @@ def test_one_node_sampler_is_the_same_bit_for_bit(server, deep_name):
     assert (pictures[0] == pictures[2]).all()
 
 
+def test_sampler_makes_its_own_latent(server, deep_name):
+    """Without a latent its size inputs are those of DCGenEmptyLatent; with one they do not count."""
+    wanted = server.queue(text_to_image(deep_name, 96, 64, 2))
+    pictures = server.images(wanted)["save"]
+    size = {"size": "width x height", "width": 96, "height": 64, "batch_size": 2}
+    sampler = {"seed": SEED, "steps": STEPS, "guidance": GUIDANCE, "sampler_name": "euler", "denoise": 1.0}
+    links = {"model": ["load", 0], "positive": ["text", 0]}
+    for given in (size, {"latent": ["latent", 0], "size": "1K: 1024 x 1024"}):
+        graph = text_to_image(deep_name, 96, 64, 2, sample=node("DCGen4KSampler", **links, **sampler, **given))
+        found = server.images(server.queue(graph))["save"]
+        assert all((one == other).all() for one, other in zip(found, pictures, strict=True))
+    wrong = node("DCGen4KSampler", **links, **sampler, **{**size, "width": 80})
+    assert "multiples of 32" in server.error(server.try_queue(text_to_image(deep_name, 96, 64, sample=wrong)))
+
+
+def test_shift_can_be_overridden(server, deep_name):
+    """FLUX.1's own shift, on an f32 model that would take FLUX.2's: as with core's scheduler at that shift."""
+    ratio = math.exp(1.15)
+    graph = text_to_image(deep_name, 96, 64)
+    plain = server.images(server.queue(graph))["save"][0]
+    graph["sigmas"]["inputs"]["shift"] = ratio
+    found = server.images(server.queue(graph))["save"][0]
+    flow = node("ModelSamplingSD3", model=["load", 0], shift=ratio)
+    sigmas = node("BasicScheduler", model=["flow", 0], scheduler="simple", steps=STEPS, denoise=1.0)
+    wanted = server.images(server.queue({**graph, "flow": flow, "sigmas": sigmas}))["save"][0]
+    assert np.abs(found.astype(int) - wanted).max() <= 1
+    assert np.abs(found.astype(int) - plain).max() > 3
+
+
 def test_wrong_sizes_and_latents_are_refused(server, deep_name):
     entry = server.try_queue(text_to_image(deep_name, 80, 64))
     assert "multiples of 32" in server.error(entry)

@@ -49,7 +49,7 @@ def small(api, deep, base, adapter):
         "DCGenModelLoader": {"model_name": deep},
         "DCGenApply": {"adapter_name": adapter},
         "DCAELoader": {"vae_name": "tiny-dcae"},
-        "DCGenEmptyLatent": {"width": 96, "height": 64, "batch_size": 1, "size": "width x height below"},
+        "DCGenEmptyLatent": {"width": 96, "height": 64, "batch_size": 1, "size": "width x height"},
         "DCGen4KSampler": {"steps": 2},
         "LoadImage": {"image": "tests.png"},
     }

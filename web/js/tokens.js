@@ -6,7 +6,7 @@ import { latentOf, source, widgetValue } from "./model.js";
 const NODES = ["DCGenEmptyLatent", "DCGen4KSampler"];
 const F8_SIDE = 16; // f8 with patches of 2: what FLUX costs without DC-Gen
 
-/** [width, height] in pixels of a DCGenEmptyLatent, as its `size` choice or its numbers say. */
+/** [width, height] in pixels of a node with a `size` choice and numbers, as they say. */
 function pixels(node) {
   const named = String(widgetValue(node, "size") ?? "").match(/(\d+) x (\d+)$/);
   const numbers = named ? named.slice(1) : [widgetValue(node, "width"), widgetValue(node, "height")];
@@ -14,8 +14,8 @@ function pixels(node) {
 }
 
 export function line(node, changed) {
-  const empty = node.comfyClass === "DCGenEmptyLatent" ? node : source(node, "latent");
-  if (empty?.comfyClass !== "DCGenEmptyLatent") return "tokens: as the latent";
+  const empty = source(node, "latent") ?? node; // the sampler makes an empty latent itself when it is given none
+  if (!NODES.includes(empty.comfyClass)) return "tokens: as the latent";
   const latent = latentOf(api, node, changed) ?? latentOf(api, empty, changed);
   if (!latent) return source(node, "model") ? "this model says nothing of its tokens yet" : "connect a model to count tokens";
   const [width, height] = pixels(empty);
