@@ -106,6 +106,12 @@ class Cache:
         """Whether text embeddings are stored (else they are to be computed online)."""
         return bool(self._caption_place)
 
+    @property
+    def text_tokens(self) -> int | None:
+        """Length that captions were embedded at; None = what the release says."""
+        settings = self.made_of["text"]
+        return settings["tokens"] if isinstance(settings, dict) else None
+
     def buckets(self) -> list[list[int]]:
         """Sample numbers by picture size."""
         groups: dict[tuple[int, int], list[int]] = {}

@@ -59,6 +59,13 @@ class FluxText:
         return batch.input_ids.to(self.device)
 
 
+def sana_instruction() -> list[str]:
+    """The lines that SANA reads in front of every prompt; the prompt follows the last without a break."""
+    from diffusers import SanaPipeline
+
+    return inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+
+
 class SanaText:
     """Gemma's hidden states through SanaPipeline's own encode_prompt: instruction before a prompt, none before ""."""
 
@@ -67,7 +74,7 @@ class SanaText:
 
         parts = {"tokenizer": _load(base, "tokenizer"), "text_encoder": _load(base, "text_encoder", dtype).to(device)}
         self.pipeline: Any = SanaPipeline(**parts, vae=None, transformer=None, scheduler=None)
-        self.instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+        self.instruction = sana_instruction()
         self.device = device
         self.tokens = tokens or 300
 

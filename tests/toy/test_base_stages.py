@@ -6,6 +6,7 @@ import torch
 from train.batches import BatchPlan
 from train.config import parse_recipe
 from train.distributed import Ranks
+from train.generate import base_schedule
 from train.run import make_stage, run_recipe
 from train.stages.tiny import tiny_kl
 
@@ -35,11 +36,53 @@ def recipe(root, tmp_path_factory):
     return made
 
 
+@pytest.fixture(scope="module")
+def sana_recipe(root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sana-base")
+    tiny_kl().save_pretrained(folder / "kl")
+    data = str(root / "toy" / "data")
+    transformer = {
+        "in_channels": 4, "out_channels": 4, "patch_size": 2, "sample_size": 32, "num_layers": 1,
+        "num_attention_heads": 1, "attention_head_dim": 32, "num_cross_attention_heads": 1,
+        "cross_attention_head_dim": 32, "cross_attention_dim": 32, "interpolation_scale": 1.0,
+    }  # fmt: skip
+    text = {"backbone": "sana", "data": data, "vae": str(folder / "kl"), "width": 32, "layers": 1, "flow_shift": 2.0}
+    text |= {"transformer": transformer, **STEPS}
+    cache = {"base": "text/release", "autoencoder": "text/release/vae", "text_tokens": 16, "store": "float32"}
+    prompts = {"preview_prompts": ["star on a red background"], "preview_every": 1, "preview_steps": 2}
+    stages = {
+        "text": text,
+        "cache": {**cache, "data": {"type": "toy", "path": data, "variants": 1}},
+        "pretrain": {**STEPS, **prompts, "base": "text/release", "autocast": False},
+    }
+    made = parse_recipe({"name": "t", "output": str(folder / "run"), "device": "cpu", "stages": stages})
+    run_recipe(made)
+    return made
+
+
 def test_text_encoders_tell_captions_apart(recipe):
     last = (recipe.folder / "text" / "log.csv").read_text().splitlines()
     named = dict(zip(last[0].split(","), map(float, last[-1].split(",")), strict=True))
     assert named["clip_right"] == 1
     assert named["t5_right"] == 1
+
+
+def test_the_sana_release_encodes_as_its_pipeline_does(sana_recipe):
+    """300 positions, as in ComfyUI and by default in diffusers, see what 16 see: what lies beyond is masked."""
+    from train.text import load_text
+
+    release = sana_recipe.folder / "pretrain" / "release"
+    short, long = (
+        load_text(release, "cpu", torch.float32, tokens)(["ghost on a red background"]) for tokens in (16, 300)
+    )
+    assert int(short["mask"].sum()) == int(long["mask"].sum()) == 1 + 5
+    torch.testing.assert_close(short["prompt_embeds"], long["prompt_embeds"][:, :16])
+    assert not long["mask"][:, 16:].any()
+
+
+def test_a_base_without_guidance_embedding_is_sampled_by_true_cfg(sana_recipe):
+    assert (sana_recipe.folder / "pretrain" / "previews").is_dir()
+    assert base_schedule(sana_recipe.folder / "pretrain" / "release") == {"rule": "static", "shift": 2.0}
 
 
 def test_the_release_is_one_that_diffusers_opens(recipe):

@@ -2,8 +2,16 @@
 
 import pytest
 
-from train.toy.tokenizers import CLIP_TOKENS, T5_TOKENS, bpe_merges, save_clip_tokenizer, save_t5_tokenizer
+from train.toy.tokenizers import (
+    CLIP_TOKENS,
+    T5_TOKENS,
+    bpe_merges,
+    save_clip_tokenizer,
+    save_gemma_tokenizer,
+    save_t5_tokenizer,
+)
 
+INSTRUCTION = "Given a prompt, write it anew:\n- with Details.\nUser Prompt: "
 CAPTIONS = ["robot on a blue background", "dog face on a red background", "boat on a green background"]
 
 
@@ -49,7 +57,30 @@ def test_t5_tokenizer_survives_the_disk(tmp_path):
     assert loaded("").input_ids == [1]
 
 
-@pytest.mark.parametrize("save", [save_clip_tokenizer, save_t5_tokenizer])
+def save_gemma(captions, folder):
+    return save_gemma_tokenizer(captions, INSTRUCTION, folder)
+
+
+def test_gemma_tokenizer_survives_the_disk(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    made = save_gemma(CAPTIONS, tmp_path)
+    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    instruction = loaded(INSTRUCTION).input_ids
+    assert instruction == made(INSTRUCTION).input_ids
+    for caption in CAPTIONS:
+        ids = loaded(caption).input_ids
+        assert ids[0] == loaded.bos_token_id
+        assert len(ids) == len(caption.split()) + 1
+        # SANA cuts the instruction off by its length: of the last token before the prompt nothing may be left over.
+        assert loaded(INSTRUCTION + caption).input_ids == [*instruction[:-1], *ids[1:]]
+    assert loaded("").input_ids == [loaded.bos_token_id]
+    assert loaded.decode(loaded("Robot ON A").input_ids[1:]) == "robot on a"
+    assert loaded.unk_token_id not in [*loaded("Zebra 7!").input_ids, *instruction]
+    assert (loaded.pad_token_id, loaded.eos_token_id, loaded.bos_token_id) == (0, 1, 2)
+
+
+@pytest.mark.parametrize("save", [save_clip_tokenizer, save_t5_tokenizer, save_gemma])
 def test_the_same_captions_make_the_same_files(save, tmp_path):
     for name in ("one", "two"):
         save(CAPTIONS, tmp_path / name)

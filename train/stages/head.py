@@ -45,7 +45,7 @@ class MovedConfig(StageConfig):
     )
     gradient_checkpointing: bool = Field(False, description="recompute blocks in backward: less memory, 4/3 the time")
     preview_prompts: tuple[str, ...] = ()
-    preview_guidance: float = Field(3.5, ge=0, description="g of preview pictures")
+    preview_guidance: float = Field(3.5, ge=0, description="g of preview pictures; by true CFG without an embedding")
     preview_steps: int = Field(20, ge=1)
     preview_seed: int = 0
 
@@ -102,7 +102,7 @@ class MovedStage(Stage):
         self.model.train()
         self.text_online: TextEncoder | None = None
         if not self.cache.has_text:
-            self.text_online = load_text(self.base, self.device, self.frozen_dtype, self._text_tokens())
+            self.text_online = load_text(self.base, self.device, self.frozen_dtype, self.cache.text_tokens)
         self.empty = {name: value.to(self.device) for name, value in self._text([0]).items()}
         return self.model
 
@@ -158,13 +158,15 @@ class MovedStage(Stage):
             return {}
         if not hasattr(self, "previewer"):
             self.previewer = load_autoencoder(self.context.resolve(c.autoencoder), self.device)
-            encode = self.text_online or load_text(self.base, self.device, self.frozen_dtype, self._text_tokens())
+            encode = self.text_online or load_text(self.base, self.device, self.frozen_dtype, self.cache.text_tokens)
             self.preview_text = encode(c.preview_prompts)
         like = self.cache.latents([self.cache.buckets()[0][0]], "student")
         noise = seeded_noise([c.preview_seed] * len(c.preview_prompts), like.shape[1:]).to(self.device)
         sigmas = schedule.sigmas(c.preview_steps, tokens=self._tokens(like), channels=self.space.channels, **c.schedule)
-        scale = c.preview_guidance if self.distilled else None
-        latents = euler(self.velocity, noise, sigmas, self.preview_text, scale=scale)
+        how: dict[str, Any] = {"scale": c.preview_guidance}
+        if not self.distilled:
+            how = {"empty": self.empty, "w": c.preview_guidance - 1}
+        latents = euler(self.velocity, noise, sigmas, self.preview_text, **how)
         return {"samples": grid(self.previewer.decode(self.space.denormalize(latents)), len(noise))}
 
     def adapter(self, weights: dict[str, Tensor], alpha: float) -> Adapter:
@@ -219,10 +221,6 @@ class MovedStage(Stage):
         if self.text_online is None:
             return self.cache.text(captions)
         return self.text_online([self.cache.captions[number] for number in captions])
-
-    def _text_tokens(self) -> int | None:
-        settings = self.cache.made_of["text"]
-        return settings["tokens"] if isinstance(settings, dict) else None
 
     def _tokens(self, latents: Tensor) -> int:
         return latents.shape[2] * latents.shape[3] // self.config.patch_size**2

@@ -1,4 +1,4 @@
-"""Stage `pretrain`: the toy's base, a whole FLUX trained by flow matching on its own f8 latents (Eq. 2)."""
+"""Stage `pretrain`: the toy's base, a whole FLUX or SANA trained by flow matching on its own f8 latents (Eq. 2)."""
 # B batch, C latent channels, h w latent rows and columns
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from train.batches import Batch
 from train.cache import Cache
 from train.config import StageConfig
 from train.files import write_folder
-from train.generate import base_patch_size
-from train.models import base_backbone, load_network
+from train.generate import base_schedule
+from train.models import base_backbone, base_patch_size, load_network
 from train.objective import Objective, objective_loss
 from train.sample import euler, grid, seeded_noise
 from train.stages.base import Stage, complaints
@@ -58,6 +58,7 @@ class BaseStage(Stage):
         self.space = self.cache.spaces["teacher"]
         self.backbone, config = base_backbone(self.base)
         self.patch = base_patch_size(config, self.space.channels)
+        self.distilled = bool(config.get("guidance_embeds"))
         self.model = load_network(self.base, torch.float32, self.device).requires_grad_(True)
         self.empty = {name: value.to(self.device) for name, value in self.cache.text([0]).items()}
         return self.model
@@ -98,14 +99,16 @@ class BaseStage(Stage):
             return {}
         if not hasattr(self, "decoder"):
             self.decoder = load_autoencoder(self.base / "vae", self.device)
-            self.preview_text = load_text(self.base, self.device, torch.float32)(c.preview_prompts)
+            encode = load_text(self.base, self.device, torch.float32, self.cache.text_tokens)
+            self.preview_text = encode(c.preview_prompts)
         like = self.cache.latents([self.cache.buckets()[0][0]], "teacher")
         seeds = range(c.preview_seed, c.preview_seed + len(c.preview_prompts))
         noise = seeded_noise(seeds, like.shape[1:]).to(self.device)
-        sigmas = schedule.sigmas(c.preview_steps, tokens=self.tokens(like), channels=self.space.channels, rule="flux")
+        rule = base_schedule(self.base)
+        sigmas = schedule.sigmas(c.preview_steps, tokens=self.tokens(like), channels=self.space.channels, **rule)
         how: dict[str, Any] = {"scale": c.preview_guidance}
         if not self.preview_by_embedding:
-            how = {"scale": 1.0, "empty": self.empty, "w": c.preview_guidance - 1}
+            how = {"scale": 1.0 if self.distilled else None, "empty": self.empty, "w": c.preview_guidance - 1}
         latents = euler(self.velocity, noise, sigmas, self.preview_text, **how)
         return {"samples": grid(self.decoder.decode(self.space.denormalize(latents)), 8)}
 
@@ -123,7 +126,7 @@ class BaseStage(Stage):
 
 
 class PretrainStage(BaseStage):
-    """Flow matching with caption dropout; the guidance embedding gets g = 1 throughout."""
+    """Flow matching with caption dropout; a guidance embedding, if there is one, gets g = 1 throughout."""
 
     class Config(BaseConfig):
         kind: Literal["pretrain"] = "pretrain"
@@ -135,5 +138,5 @@ class PretrainStage(BaseStage):
         latents, text = self.samples(batch)
         return objective_loss(
             self.config.objective, self.velocity, batch, latents, text, self.empty,
-            tokens=self.tokens(latents), distilled=True,
+            tokens=self.tokens(latents), distilled=self.distilled,
         )  # fmt: skip

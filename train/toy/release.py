@@ -1,4 +1,6 @@
-"""Copy the runs' results into toy/, in bfloat16: `python -m train.toy.release models`, later `... release adapter`."""
+"""Copy the runs' results into toy/, in bfloat16: `python -m train.toy.release models`, then `... adapter`; for SANA
+`... sana-base`, then `... sana-adapter`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from dcgen.adapter import load_adapter, save_adapter
 from train.files import read_json, write_folder, write_json
 
 VAE_NAME, DCAE_NAME = "toy-vae-f8", "toy-dc-ae-f32"
+ADAPTERS = {"adapter": "toy-flux", "sana-adapter": "toy-sana"}  # recipe by part
 
 
 def assemble(base: Path, dcae: Path, out: Path) -> None:
@@ -31,14 +34,28 @@ def assemble(base: Path, dcae: Path, out: Path) -> None:
     write_folder(out / "dc-ae-f32", write_dcae)
 
 
+def assemble_sana(base: Path, out: Path) -> None:
+    """Write out/sana-base. Its autoencoder is flux-base's: of that only the config is here, and the index says none."""
+
+    def write(folder: Path) -> None:
+        _copy(base, folder)
+        shutil.rmtree(folder / "vae")
+        (folder / "vae").mkdir()
+        shutil.copyfile(out / "flux-base" / "vae" / "config.json", folder / "vae" / "config.json")
+        index = read_json(folder / "model_index.json")
+        write_json(folder / "model_index.json", {**index, "vae": [None, None]})
+
+    write_folder(out / "sana-base", write)
+
+
 def ship_adapter(source: Path, out: Path) -> None:
-    """Write out/adapter/toy-flux-dcgen.safetensors: the LoRA in bfloat16, embedder and head as they are."""
+    """Write out/adapter/NAME of the source: the LoRA in bfloat16, embedder and head as they are."""
     adapter = load_adapter(source)
     adapter.lora = {
         path: dataclasses.replace(pair, A=_half(pair.A), B=_half(pair.B)) for path, pair in adapter.lora.items()
     }
     (out / "adapter").mkdir(parents=True, exist_ok=True)
-    save_adapter(out / "adapter" / "toy-flux-dcgen.safetensors", adapter)
+    save_adapter(out / "adapter" / source.name, adapter)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -65,18 +82,22 @@ def _half(tensor: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["models", "adapter"])
+    parser.add_argument("part", choices=["models", "adapter", "sana-base", "sana-adapter"])
     parser.add_argument("--base", type=Path, default=Path("runs/toy-base/distill/release"), help="FLUX release folder")
     parser.add_argument("--dcae", type=Path, default=Path("runs/toy-dcae/refine/model"), help="DC-AE folder")
     parser.add_argument(
-        "--adapter", type=Path, default=Path("runs/toy-flux/export/toy-flux-dcgen.safetensors"), help="adapter file"
+        "--sana", type=Path, default=Path("runs/toy-sana-base/pretrain/release"), help="SANA release folder"
     )
+    parser.add_argument("--adapter", type=Path, help="adapter file; default the recipe's export")
     parser.add_argument("--out", type=Path, default=Path("toy"))
     options = parser.parse_args()
     if options.part == "models":
         assemble(options.base, options.dcae, options.out)
+    elif options.part == "sana-base":
+        assemble_sana(options.sana, options.out)
     else:
-        ship_adapter(options.adapter, options.out)
+        recipe = ADAPTERS[options.part]
+        ship_adapter(options.adapter or Path(f"runs/{recipe}/export/{recipe}-dcgen.safetensors"), options.out)
 
 
 if __name__ == "__main__":

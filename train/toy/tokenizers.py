@@ -1,8 +1,9 @@
-"""The toy's two tokenizers, made from its captions: CLIP's byte-level BPE and T5's unigram, each word one token."""
+"""The toy's tokenizers, made from its captions: CLIP's byte-level BPE, T5's and Gemma's unigram; a word is a token."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
@@ -37,14 +38,42 @@ def save_t5_tokenizer(captions: Iterable[str], folder: Path) -> Any:
     """Write tokenizer.json for T5TokenizerFast; returns the tokenizer. Other words fall apart into letters."""
     from transformers import T5TokenizerFast
 
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    words = [(f"\u2581{word}", -4.0) for word in sorted(set(_words(captions)))]
-    known = {word for word, _ in words}
-    letters = [(letter, -8.0) for letter in ["\u2581", *sorted(set(printable) - set(" \t\n\r\x0b\x0c"))]]
-    vocabulary = [*special, *words, *(entry for entry in letters if entry[0] not in known)]
+    vocabulary = _unigrams(["<pad>", "</s>", "<unk>"], _words(captions), set(printable) - set(" \t\n\r\x0b\x0c"))
     tokenizer = T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=T5_TOKENS)
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def save_gemma_tokenizer(captions: Iterable[str], instruction: str, folder: Path) -> Any:
+    """Write tokenizer.json of a tokenizer that does what Gemma's does: <bos> in front, nothing behind; returns it.
+
+    The instruction's words are tokens too, so that it is not much longer than to Gemma. Capitals are small letters.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    words = [*_words(captions), *re.findall(r"[a-z]+", instruction.lower())]
+    letters = set(printable.lower()) - set(" \t\r\x0b\x0c")
+    tokenizer = Tokenizer(models.Unigram(_unigrams(special, words, letters), special.index("<unk>")))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", special.index("<bos>"))]
+    )
+    names = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    made.save_pretrained(folder)
+    return made
+
+
+def _unigrams(special: list[str], words: Iterable[str], letters: Iterable[str]) -> list[tuple[str, float]]:
+    """(token, score): special tokens, whole words, and the letters that other words fall apart into."""
+    known = sorted({f"\u2581{word}" for word in words})
+    single = [letter for letter in ["\u2581", *sorted(letters)] if letter not in known]
+    scored = ((special, 0.0), (known, -4.0), (single, -8.0))
+    return [(token, score) for tokens, score in scored for token in tokens]
 
 
 def bpe_merges(words: Iterable[str]) -> list[tuple[str, str]]:
