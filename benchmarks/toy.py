@@ -1,8 +1,9 @@
 """What each part of DC-Gen is worth on the toy: `python -m benchmarks.toy [--seeds 0 1 2] [--arms eq2 full ...]`.
 
-Every arm trains the recipe toy-flux with one thing changed; each model draws every caption once and is judged against
-real pictures that no training saw. One JSON for each arm and seed: what is done is not trained again, so the command
-may be stopped and repeated, with more arms or seeds. Prints a table, writes results.json, and a picture with --figure.
+Every arm trains the recipe toy-flux (or --recipe toy-sana) with one thing changed; each model draws every caption once
+and is judged against real pictures that no training saw. The toy SANA is sampled by true CFG at the same g = 3.5. One
+JSON for each arm and seed: what is done is not trained again, so the command may be stopped and repeated, with more
+arms or seeds. Prints a table, writes results.json, and a picture with --figure.
 """
 # B pictures, C latent channels, h w latent rows and columns
 
@@ -63,11 +64,15 @@ class Arm:
 BARE = ("finetune.start=''",)
 MAIN = {
     "none": Arm("no alignment", "new embedder and head as initialised", "-bare", ()),
-    "aligned": Arm("alignment only", "Eq. 1, then embedder and head on Eq. 7", "", ("align", "head")),
+    "aligned": Arm("alignment only", "Eq. 1, then embedder and head on Eq. 7 (SANA: Eq. 2)", "", ("align", "head")),
     "bare": Arm(
-        "finetuned, no alignment", "LoRA, embedder and head on Eq. 7 from random", "-bare", ("finetune",), BARE
+        "finetuned, no alignment",
+        "LoRA, embedder and head on Eq. 7 (SANA: Eq. 2) from random",
+        "-bare",
+        ("finetune",),
+        BARE,
     ),
-    "finetuned": Arm("DC-Gen", "the whole of it: Eq. 1, head, LoRA on Eq. 7"),
+    "finetuned": Arm("DC-Gen", "the whole of it: Eq. 1, head, LoRA on Eq. 7 (SANA: Eq. 2)"),
     "eq2": Arm("Eq. 2 at g = 1", "flow matching instead of Eq. 7, guidance embedding fixed at 1", "-eq2", changes=FLOW),
     "eq2-w": Arm(
         "Eq. 2 at random g", "flow matching, guidance embedding drawn as in Eq. 7", "-eq2-w", changes=FLOW + RANDOM_W
@@ -101,20 +106,23 @@ STRATEGIES = {
     },
 }  # fmt: skip
 ARMS = MAIN | STRATEGIES
+DISTILLED = ("eq2", "eq2-w", "eq2-cfg")  # arms that ask how to train a guidance-distilled base, which SANA is not
 AE_STEPS, AE_BATCH = 200, 16
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    bench = Bench(options.out, options.overrides, options.evaluator, options.every)
+    out = options.out or Path("runs") / f"{options.recipe}-benchmark".replace("toy-flux-", "toy-")
+    bench = Bench(out, options.overrides, options.evaluator, options.every, options.recipe)
+    arms = bench.arms(options.arms)
     bench.references()
     for seed in options.seeds:
-        for name in options.arms:
+        for name in arms:
             scores = bench.score(name, seed)
             print(f"seed {seed}, {ARMS[name].title}: {scores}", flush=True)
     results = bench.results()
     print(table(results["rows"]))
-    write_json(options.out / "results.json", results)
+    write_json(out / "results.json", results)
     if options.figure:
         figure(results["rows"], bench.strips(), options.figure)
 
@@ -122,21 +130,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
 class Bench:
     """Trains and scores arms in `out`: what is there already, made with the same settings, is taken as it is."""
 
-    def __init__(self, out: Path, overrides: Sequence[str], evaluator: Path, every: int = 1) -> None:
-        self.out, self.overrides = out, tuple(overrides)
-        self.recipe = load_recipe("toy-flux", [f"output={out}", *self.overrides])
+    def __init__(
+        self, out: Path, overrides: Sequence[str], evaluator: Path, every: int = 1, recipe: str = "toy-flux"
+    ) -> None:
+        self.out, self.overrides, self.name = out, tuple(overrides), recipe
+        self.recipe = load_recipe(recipe, [f"output={out}", *self.overrides])
         run_recipe(self.recipe, only="cache")
-        self.base: str = self.recipe.stages["cache"].base
+        cache = self.recipe.stages["cache"]
+        self.base: str = cache.base
+        self.teacher: str | None = cache.teacher or None
+        self.distilled = bool(base_backbone(self.base)[1].get("guidance_embeds"))
         self.judge = Judge(evaluator, self.recipe.stages["cache"].data.path)
         self.pairs = self.judge.pictures.pairs("all")[::every]
         self.captions = self.judge.captions(self.pairs)
+
+    def arms(self, wanted: Sequence[str] | None) -> list[str]:
+        """The arms to run: those asked for, else the main ones that mean something on this base."""
+        if wanted is None:
+            return [name for name in MAIN if self.distilled or name not in DISTILLED]
+        if not self.distilled and set(wanted) & set(DISTILLED):
+            raise SystemExit(f"--arms {', '.join(DISTILLED)} are about a distilled base; {self.base} is none")
+        return list(wanted)
 
     def references(self) -> dict[str, dict[str, float]]:
         """Scores of real pictures, of both autoencoders, and of the base at f8."""
 
         def make() -> dict[str, Any]:
             real = torch.stack([self.judge.pictures.draw(p, FIRST_UNSEEN + self.judge.variants) for p in self.pairs])
-            base = Pipeline(self.base)
+            base = self._pipeline(autoencoder=self.teacher)
             pictures = {
                 "real pictures": real,
                 "real through the f8 VAE": _through(base.autoencoder, real),
@@ -158,7 +179,8 @@ class Bench:
             images = draw(pipeline, self.judge, self.pairs, seed, arm.two_passes)
             save_png(self._path(name, seed).with_suffix(".png"), grid(self._samples(images), 8))
             scores = self.judge.score(images, self.pairs).as_dict()
-            if arm.stages[-1:] == ("finetune",) and not arm.two_passes and arm.ae_ratio is None:
+            last = arm.stages[-1:] == ("finetune",)
+            if self.distilled and last and not arm.two_passes and arm.ae_ratio is None:
                 scores["cfg_gap"] = round(self.cfg_gap(pipeline, self.pipeline(REFERENCE, seed)), 4)
             return scores
 
@@ -173,7 +195,7 @@ class Bench:
         else:
             common += [f"defaults.autoencoder={self.student(arm.ae_ratio)}"]
             common += [f"defaults.cache={self.out}/ae-{arm.ae_ratio:g}/cache"]
-        return load_recipe("toy-flux", [*common, *arm.changes])
+        return load_recipe(self.name, [*common, *arm.changes])
 
     def student(self, ae_ratio: float | None) -> str:
         """Folder of the new autoencoder."""
@@ -192,11 +214,15 @@ class Bench:
         if not arm.stages:
             adapter = recipe.folder / "untrained.safetensors"
             save_adapter(adapter, untrained(self.recipe, seed))
-            return Pipeline(self.base, adapter=adapter, autoencoder=student)
+            return self._pipeline(adapter=adapter, autoencoder=student)
         result = recipe.folder / arm.stages[-1]
         if (result / "release").is_dir():
-            return Pipeline(result / "release")
-        return Pipeline(self.base, adapter=result / "adapter.safetensors", autoencoder=student)
+            return Pipeline(result / "release", text_tokens=self.recipe.stages["cache"].text_tokens)
+        return self._pipeline(adapter=result / "adapter.safetensors", autoencoder=student)
+
+    def _pipeline(self, **how: Any) -> Pipeline:
+        """The base, as it is or moved, reading captions at the length that the recipe trains with."""
+        return Pipeline(self.base, text_tokens=self.recipe.stages["cache"].text_tokens, **how)
 
     def _align_autoencoder(self, ratio: float) -> None:
         """The DC-AE with an alignment term, and the cache of its latents."""
@@ -309,7 +335,11 @@ def untrained(recipe: Recipe, seed: int) -> Adapter:
 
 
 def draw(pipeline: Pipeline, judge: Judge, pairs: Sequence[Pair], seed: int, two_passes: bool = False) -> Tensor:
-    """One picture (3,H,W) in -1..1 for each caption at g = 3.5, in batches of 32; two_passes: true CFG (Eq. 4)."""
+    """One picture (3,H,W) in -1..1 for each caption at g = 3.5, in batches of 32.
+
+    two_passes: by true CFG (Eq. 4), as ever for a model without guidance embedding.
+    """
+    two_passes = two_passes or not pipeline.distilled
     how = {"guidance": 1.0, "cfg_w": GUIDANCE - 1} if two_passes else {"guidance": GUIDANCE}
     images = []
     for start in range(0, len(pairs), 32):
@@ -385,12 +415,13 @@ def figure(rows: dict[str, list[dict[str, float]]], strips: dict[str, Path], pat
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe toy-flux")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    parser.add_argument("--recipe", choices=["toy-flux", "toy-sana"], default="toy-flux")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument(
-        "--arms", nargs="*", default=list(MAIN), choices=list(ARMS), metavar="ARM", help=f"out of {', '.join(ARMS)}"
+        "--arms", nargs="*", choices=list(ARMS), metavar="ARM", help=f"default {', '.join(MAIN)}; of {', '.join(ARMS)}"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/toy-benchmark"))
+    parser.add_argument("--out", type=Path, help="default runs/toy-benchmark, runs/toy-sana-benchmark")
     parser.add_argument("--evaluator", type=Path, default=Path("toy/evaluator"))
     parser.add_argument("--every", type=int, default=1, help="draw every n-th caption only")
     parser.add_argument("--figure", type=Path, help="write a PNG of table and samples there")

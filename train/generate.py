@@ -13,7 +13,7 @@ from torch import Tensor
 from dcgen import schedule
 from dcgen.adapter import load_adapter, merge
 from dcgen.release import SCHEDULE_FIELD
-from train.autoencoders import Autoencoder, load_autoencoder
+from train.autoencoders import Autoencoder, latent_space, load_autoencoder
 from train.files import read_json
 from train.models import base_backbone, base_patch_size, load_network, moved_network
 from train.sample import euler, seeded_noise
@@ -24,7 +24,8 @@ class Pipeline:
     """A base model with its autoencoder and text encoders, ready to draw.
 
     With `adapter` (and the new autoencoder's folder) it is the DC-Gen model; `strength` scales its LoRA, 0 = alignment
-    only. The network is merged once, so a picture costs what the deployed model costs.
+    only. The network is merged once, so a picture costs what the deployed model costs. A release that does not bring
+    its own autoencoder needs `autoencoder` too.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class Pipeline:
         text_tokens: int | None = None,
     ) -> None:
         base = Path(base)
-        if (adapter is None) != (autoencoder is None):
-            raise ValueError("a moved model needs both adapter= and autoencoder=; the base needs neither")
+        if adapter is not None and autoencoder is None:
+            raise ValueError("a moved model needs both adapter= and autoencoder=")
         self.backbone, config = base_backbone(base)
         self.distilled = bool(config.get("guidance_embeds"))
         self.dtype = dtype
         self.autoencoder: Autoencoder = load_autoencoder(autoencoder or base / "vae", device, dtype)
+        if adapter is None:
+            self._check_own_latent(base)
         self.schedule = base_schedule(base)
         self.patch_size = base_patch_size(config, self.autoencoder.space.channels)
         self.model = (
@@ -53,6 +56,12 @@ class Pipeline:
         self.model.to(device).eval()
         self.text = load_text(base, device, dtype, text_tokens)
         self.device = device
+
+    def _check_own_latent(self, base: Path) -> None:
+        space = self.autoencoder.space
+        differing = latent_space(base / "vae").differences(space)
+        if differing:
+            raise ValueError(f"{self.autoencoder.folder} is not the autoencoder of {base}: {'; '.join(differing)}")
 
     def _moved(self, base: Path, path: Path, strength: float) -> torch.nn.Module:
         adapter = load_adapter(path)

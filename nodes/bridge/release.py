@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -72,12 +73,19 @@ def load_release(name: str) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.
         raise ValueError(f"{folder}: its transformer is a {kind}; this node loads {known}.")
     model = _known(open_model(folder), FROM_FILE, folder)
     if model.backbone is SANA:
-        return load_sana(model), load_sana_text(folder, index), load_vae(folder)
-    return load_flux(model, native_pixels(folder)), load_flux_text(folder, index), load_vae(folder)
+        return load_sana(model), load_sana_text(folder, index), load_vae(folder, index)
+    return load_flux(model, native_pixels(folder)), load_flux_text(folder, index), load_vae(folder, index)
 
 
-def load_vae(folder: Path) -> comfy.sd.VAE:
-    """VAE of a release folder: core's own class for an f8 AutoencoderKL, ours for a DC-AE."""
+def load_vae(folder: Path, index: dict[str, Any]) -> comfy.sd.VAE:
+    """VAE of a release folder: core's own class for an f8 AutoencoderKL, ours for a DC-AE.
+
+    Where model_index.json says that the release comes without one, the VAE is core's empty one, which refuses when it
+    is used.
+    """
+    if index.get("vae") == [None, None]:
+        logging.info("DC-Gen: %s comes without an autoencoder; load its VAE by another node", folder)
+        return comfy.sd.VAE(sd={})
     file = folder / "vae" / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} has no vae/config.json, so it is not a whole release. Download it again.")
