@@ -1,7 +1,7 @@
 """`python -m train.demo`: DC-Gen on the toy from end to end, and a picture of what it does. Minutes on a CPU.
 
-Runs the recipe toy-flux (cache, align, head, finetune, export), draws prompts with the base, with DC-Gen after
-alignment only and after fine-tuning, and writes grid.png and demo.json. Where a ComfyUI is found, the shipped toy
+Runs the recipe toy-flux, or toy-sana (cache, align, head, finetune, export), draws prompts with the base, with DC-Gen
+after alignment only and after fine-tuning, and writes grid.png and demo.json. Where a ComfyUI is found, the shipped toy
 workflow runs in it with the adapter just made.
 """
 
@@ -29,7 +29,7 @@ from train.generate import Pipeline
 from train.run import run_recipe
 from train.toy.pictures import ToyPictures
 
-WORKFLOW = Path("workflows/api/dcgen_toy.json")
+WORKFLOWS = {"toy-flux": "workflows/api/dcgen_toy.json", "toy-sana": "workflows/api/dcgen_toy_sana.json"}
 COPY = "demo-adapter.safetensors"
 PIXELS = 128
 STEPS = 20
@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; 0 when the grid is there."""
     options = _parser().parse_args(arguments)
     begin = time.perf_counter()
-    recipe = load_recipe("toy-flux", [f"output={options.output}/train", *options.overrides])
+    output = options.output or Path("runs/demo" if options.recipe == "toy-flux" else f"runs/demo-{options.recipe}")
+    recipe = load_recipe(options.recipe, [f"output={output}/train", *options.overrides])
     print("1/3 training: cache, align, head, finetune, export", flush=True)
     numbers = run_recipe(recipe)
     print("2/3 drawing", flush=True)
@@ -58,11 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__},
     }
     print("3/3 ComfyUI", flush=True)
-    report["comfyui"] = in_comfyui(recipe, options.output, prompts[0], options.comfyui)
+    report["comfyui"] = in_comfyui(recipe, output, prompts[0], options.comfyui)
     report["seconds"] = round(time.perf_counter() - begin, 1)
-    save_grid(options.output / "grid.png", prompts, columns)
-    write_json(options.output / "demo.json", report)
-    print(f"{options.output}/grid.png and demo.json are there after {report['seconds']:.0f} s")
+    save_grid(output / "grid.png", prompts, columns)
+    write_json(output / "demo.json", report)
+    print(f"{output}/grid.png and demo.json are there after {report['seconds']:.0f} s")
     return 0
 
 
@@ -76,20 +77,21 @@ def demo_prompts(recipe: Recipe) -> list[str]:
 
 def pipelines(recipe: Recipe) -> list[tuple[str, Pipeline]]:
     """What the columns of the grid are drawn with."""
-    base = recipe.stages["cache"].base
-    student = recipe.stages["cache"].autoencoder
+    cache = recipe.stages["cache"]
     adapters = {"DC-Gen, aligned only": "head", "DC-Gen, finetuned": "finetune"}
-    moved = [
-        (name, Pipeline(base, adapter=recipe.folder / stage / "adapter.safetensors", autoencoder=student))
-        for name, stage in adapters.items()
-    ]
-    return [("base", Pipeline(base)), *moved]
+    how: dict[str, dict[str, Any]] = {"base": {"autoencoder": cache.teacher or None}}
+    for name, stage in adapters.items():
+        how[name] = {"autoencoder": cache.autoencoder, "adapter": recipe.folder / stage / "adapter.safetensors"}
+    return [(name, Pipeline(cache.base, text_tokens=cache.text_tokens, **parts)) for name, parts in how.items()]
 
 
 def draw(name: str, pipeline: Pipeline, prompts: Sequence[str], guidance: float) -> dict[str, Any]:
-    """A column: pictures, tokens, and seconds a picture (network and autoencoder; one picture at a time, best of 3)."""
+    """A column: pictures, tokens, and seconds a picture (network and autoencoder; one picture at a time, best of 3).
+
+    guidance g is true CFG for a model without guidance embedding.
+    """
     seeds = [SEED + number for number in range(len(prompts))]
-    how = {"steps": STEPS, "guidance": guidance}
+    how = {"steps": STEPS, "guidance": guidance, "cfg_w": 0.0 if pipeline.distilled else guidance - 1}
     images = pipeline.images(prompts, seeds, PIXELS, PIXELS, **how)
     seconds = []
     for _ in range(3):
@@ -112,10 +114,11 @@ def in_comfyui(recipe: Recipe, output: Path, prompt: str, wanted: bool) -> dict[
     comfyui = find_comfyui() if wanted else None
     if not wanted or comfyui is None:
         return {"ran": False, "why": "no ComfyUI found (set COMFYUI_PATH)" if wanted else "switched off"}
-    if not WORKFLOW.is_file():
-        return {"ran": False, "why": f"{WORKFLOW} is missing"}
+    workflow = Path(WORKFLOWS[recipe.name])
+    if not workflow.is_file():
+        return {"ran": False, "why": f"{workflow} is missing"}
     exported = next((recipe.folder / "export").glob("*.safetensors"))
-    graph = with_prompt(read_json(WORKFLOW), prompt, COPY)  # a name of its own: the shipped adapter has the recipe's
+    graph = with_prompt(read_json(workflow), prompt, COPY)  # a name of its own: the shipped adapter has the recipe's
     try:
         with ComfyServer(comfyui) as server:
             target = server.folder / "models" / "model_patches" / COPY
@@ -132,10 +135,11 @@ def in_comfyui(recipe: Recipe, output: Path, prompt: str, wanted: bool) -> dict[
 def with_prompt(graph: dict[str, Any], prompt: str, adapter: str) -> dict[str, Any]:
     """The workflow with another prompt in its first text encoder, and this adapter; an unfit graph is an error."""
     graph = json.loads(json.dumps(graph))
-    texts = [node for node in graph.values() if node["class_type"] == "CLIPTextEncode" and node["inputs"].get("text")]
+    encoders = ("CLIPTextEncode", "DCGenSanaTextEncode")
+    texts = [node for node in graph.values() if node["class_type"] in encoders and node["inputs"].get("text")]
     patches = [node for node in graph.values() if node["class_type"] == "DCGenApply"]
     if not texts or not patches:
-        raise RuntimeError(f"{WORKFLOW} has no CLIPTextEncode with a text, or no DCGenApply")
+        raise RuntimeError(f"the workflow has no {' or '.join(encoders)} with a text, or no DCGenApply")
     texts[0]["inputs"]["text"] = prompt
     for node in patches:
         node["inputs"]["adapter_name"] = adapter
@@ -182,10 +186,11 @@ def _stage_record(recipe: Recipe, name: str, numbers: dict[str, Any]) -> dict[st
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m train.demo", description=__doc__)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="passed to the recipe toy-flux")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="passed to the recipe")
+    parser.add_argument("--recipe", choices=list(WORKFLOWS), default="toy-flux")
+    parser.add_argument("--output", type=Path, help="default runs/demo, runs/demo-toy-sana")
     parser.add_argument("--prompt", action="append", help="draw this instead of the six defaults (may be repeated)")
-    parser.add_argument("--guidance", type=float, default=3.5, help="g = 1 + w of the guidance embedding")
+    parser.add_argument("--guidance", type=float, default=3.5, help="g = 1 + w, of the guidance embedding or true CFG")
     parser.add_argument("--no-comfyui", dest="comfyui", action="store_false", help="do not look for a ComfyUI")
     return parser
 
