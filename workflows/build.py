@@ -1,20 +1,30 @@
 """Writes the workflows of this folder. They are described below once; the real frontend lays out and serializes them.
 
-    python workflows/build.py http://127.0.0.1:8188
+    python workflows/build.py http://127.0.0.1:8188 [NAME ...]
 
-needs a running ComfyUI with this pack and a Chromium. Each job becomes NAME.json (what the template browser shows),
-NAME.jpg (its picture there) and api/NAME.json (the same for scripts that POST to /prompt).
+needs a running ComfyUI with this pack, a Chromium and Pillow. Each job becomes NAME.json (what the template browser
+shows), NAME.jpg (its picture there) and api/NAME.json (the same for scripts that POST to /prompt). The picture is what
+the graph draws where everything it needs ships with the pack, else the graph itself.
+
+    python workflows/build.py http://127.0.0.1:8188 --nodes
+
+writes the pictures of the nodes on their help pages (web/docs/img).
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib.util
+import io
 import json
 import math
 import sys
 import tempfile
+import time
+import urllib.parse
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,26 +32,63 @@ HERE = Path(__file__).resolve().parent
 HUB = "https://huggingface.co"
 PROMPT_4K = "a lighthouse on a cliff at dawn, long grass in the wind, film photograph, fine detail"
 
-# Files that ComfyUI offers to download: name -> (folder below models/, address).
+# Files that ComfyUI offers to download: name -> (folder below models/, address, sha256 if known).
 FILES = {
     "flux1-krea-dev_fp8_scaled.safetensors": (
         "diffusion_models",
         f"{HUB}/Comfy-Org/FLUX.1-Krea-dev_ComfyUI/resolve/main/split_files/diffusion_models/"
         "flux1-krea-dev_fp8_scaled.safetensors",
+        "b17a8c21703c4d6ffb0e300dd920eff3cfd35c9a72a1abaf107e3788e408b8d8",
+    ),
+    "svdq-int4_r32-flux.1-krea-dev.safetensors": (
+        "diffusion_models",
+        f"{HUB}/nunchaku-tech/nunchaku-flux.1-krea-dev/resolve/main/svdq-int4_r32-flux.1-krea-dev.safetensors",
+        None,
     ),
     "clip_l.safetensors": (
         "text_encoders",
         f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/clip_l.safetensors",
+        "660c6f5b1abae9dc498ac2d21e1347d2abdb0cf6c0c0c8576cd796491d9a6cdd",
     ),
     "t5xxl_fp16.safetensors": (
         "text_encoders",
         f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp16.safetensors",
+        "6e480b09fae049a72d2a8c5fbccb8d3e92febeb233bbe9dfe7256958a9167635",
     ),
     "ae.safetensors": (
         "vae",
         f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors",
+        "afc8e28272cd15db3919bacdb6918ce9c1ed22e96cb12c4d5ed0fba823529e38",
     ),
 }
+
+# Nodes of packs that need not be here to write a graph with them, as /object_info would have them.
+FOREIGN = {
+    "NunchakuFluxDiTLoader": {
+        "input": {
+            "required": {
+                "model_path": [["svdq-int4_r32-flux.1-krea-dev.safetensors"], {}],
+                "cache_threshold": ["FLOAT", {"default": 0, "min": 0, "max": 1, "step": 0.001}],
+                "attention": [["nunchaku-fp16", "flash-attention2"], {"default": "nunchaku-fp16"}],
+                "cpu_offload": [["auto", "enable", "disable"], {"default": "auto"}],
+                "device_id": ["INT", {"default": 0, "min": 0, "max": 0}],
+                "data_type": [["bfloat16", "float16"], {"default": "bfloat16"}],
+            },
+            "optional": {"i2f_mode": [["enabled", "always"], {"default": "enabled"}]},
+        },
+        "name": "NunchakuFluxDiTLoader",
+        "display_name": "Nunchaku FLUX DiT Loader",
+        "description": "",
+        "category": "Nunchaku",
+        "output": ["MODEL"],
+        "output_is_list": [False],
+        "output_name": ["MODEL"],
+        "output_node": False,
+        "python_module": "custom_nodes.ComfyUI-nunchaku",
+    }
+}
+# By these the frontend and ComfyUI-Manager know which pack to offer.
+PACKS = {"NunchakuFluxDiTLoader": {"cnr_id": "ComfyUI-nunchaku", "aux_id": "nunchaku-tech/ComfyUI-nunchaku"}}
 SOCKETS = {
     "MODEL",
     "CLIP",
@@ -92,14 +139,30 @@ return [80, 100, (right - left) * scale, (bottom - top) * scale];
 """
 
 
+# One node alone on the canvas; the rectangle it fills on the page.
+ONE_NODE = """
+app.graph.clear();
+const node = LiteGraph.createNode(name);
+node.pos = [100, 100];
+app.graph.add(node);
+const need = node.computeSize();
+node.setSize([Math.max(320, need[0]), Math.max(node.size[1], need[1])]);
+app.canvas.ds.scale = 1;
+app.canvas.ds.offset = [0, 0];
+app.canvas.draw(true, true);
+const area = app.canvas.canvas.getBoundingClientRect();
+return [area.left + 80, area.top + 50, node.size[0] + 40, node.size[1] + 70];
+"""
+
+
 class Workflow:
     """Nodes and links of one graph, placed by hand on a grid of columns."""
 
     def __init__(self, title: str, note: str):
         self.title, self.nodes, self.links = title, [], []
         self.groups: list[dict] = []
-        lines = sum(math.ceil(len(part) / 95) + 0.6 for part in note.split("\n") if part)
-        height = int(70 + 17 * lines)
+        text = (part for part in note.split("\n") if part.strip("`"))
+        height = int(60 + 15.5 * sum(math.ceil(len(part) / 110) + 0.6 for part in text))
         self.node("MarkdownNote", at=(0, -height - 70), box=(660, height), text=note)
         self.nodes[-1]["title"] = title
 
@@ -137,12 +200,10 @@ class Workflow:
             node = {"id": spec["id"], "type": spec["kind"], "pos": list(spec["at"]), "flags": {}, "order": spec["id"]}
             node |= {"mode": 0, "inputs": sockets, "widgets_values": widgets, "size": list(spec["box"] or (330, 120))}
             node["outputs"] = [{"name": n, "type": t, "links": []} for n, t in _outputs(kind)] if kind else []
-            node["properties"] = {"Node name for S&R": spec["kind"]} if kind else {}
-            files = [value for value in widgets if isinstance(value, str) and value in FILES]
+            node["properties"] = {**PACKS.get(spec["kind"], {}), "Node name for S&R": spec["kind"]} if kind else {}
+            files = [_download(value) for value in widgets if isinstance(value, str) and value in FILES]
             if files:
-                node["properties"]["models"] = [
-                    {"name": name, "url": FILES[name][1], "directory": FILES[name][0]} for name in files
-                ]
+                node["properties"]["models"] = files
             if "title" in spec:
                 node["title"] = spec["title"]
             nodes.append(node)
@@ -158,6 +219,12 @@ class Workflow:
             "extra": {},
             "version": 0.4,
         }
+
+
+def _download(name: str) -> dict:
+    folder, address, digest = FILES[name]
+    known = {"hash": digest, "hash_type": "SHA256"} if digest else {}
+    return {"name": name, "url": address, "directory": folder, **known}
 
 
 def _inputs(kind: dict) -> Iterator[tuple[str, str, dict]]:
@@ -187,16 +254,20 @@ def prompt_box(w: Workflow, clip, text: str, at=(380, 0)):
     return w.node("CLIPTextEncode", at=at, box=(400, 160), clip=clip, text=text)
 
 
-def save(w: Workflow, samples, vae, at, prefix: str, decode: str = "DCAEDecode"):
+def save(w: Workflow, samples, vae, at, prefix: str, decode: str = "DCAEDecode", box: tuple[int, int] = (420, 440)):
+    """Decoding, and the picture below it; without a prefix it is only shown."""
     strip = {"strip": 0} if decode == "DCAEDecode" else {}
     image = w.node(decode, at=at, samples=samples, vae=vae, **strip)
-    w.node("SaveImage", at=(at[0] + 360, at[1]), box=(420, 460), images=image(), filename_prefix=prefix)
+    kind, name = ("SaveImage", {"filename_prefix": prefix}) if prefix else ("PreviewImage", {})
+    w.node(kind, at=(at[0], at[1] + 130), box=box, images=image(), **name)
     return image
 
 
 def one_sampler(w: Workflow, model, positive, latent, at, **values):
+    """latent: an output, or the name of a size, at which the node makes an empty one itself."""
     values = {"seed": 42, "steps": 20, "guidance": 3.5, "sampler_name": "euler", "denoise": 1.0, **values}
-    return w.node("DCGen4KSampler", at=at, model=model, positive=positive, latent=latent, **values)
+    start = {"size": latent} if isinstance(latent, str) else {"latent": latent}
+    return w.node("DCGen4KSampler", at=at, model=model, positive=positive, **start, **values)
 
 
 def release_job(title: str, release: str, size: str, prefix: str, extra: str = "") -> Workflow:
@@ -211,17 +282,16 @@ def release_job(title: str, release: str, size: str, prefix: str, extra: str = "
     )
     load = w.node("DCGenReleaseLoader", at=(0, 0), release=release)
     text = prompt_box(w, load(1), PROMPT_4K)
-    empty = w.node("DCGenEmptyLatent", at=(0, 160), model=load(0), size=size)
-    latent = one_sampler(w, load(0), text(), empty(), (820, 0))
+    latent = one_sampler(w, load(0), text(), size, (820, 0))
     save(w, latent(), load(2), (1190, 0), prefix)
     return w
 
 
-def toy_loaders(w: Workflow):
+def toy_loaders(w: Workflow, prompt: str):
     load = w.node("DCGenReleaseLoader", at=(0, 0), release="toy/flux-base")
     apply = w.node("DCGenApply", at=(0, 160), model=load(0), adapter_name="toy-flux-dcgen.safetensors", strength=1.0)
     vae = w.node("DCAELoader", at=(0, 320), vae_name=TOY_VAE)
-    text = prompt_box(w, load(1), "octopus on a green background")
+    text = prompt_box(w, load(1), prompt)
     guide = w.node("FluxGuidance", at=(380, 210), conditioning=text(), guidance=3.5)
     size = {"width": 128, "height": 128, "batch_size": 4}
     empty = w.node("DCGenEmptyLatent", at=(380, 320), model=apply(), **size)
@@ -238,7 +308,7 @@ TOY_NOTE = (
 
 def toy() -> Workflow:
     w = Workflow("DC-Gen toy", "## DC-Gen on a toy FLUX, with core's KSampler" + TOY_NOTE)
-    apply, vae, guide, empty = toy_loaders(w)
+    apply, vae, guide, empty = toy_loaders(w, "octopus on a green background")
     values = {"seed": 7, "steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     latent = w.node(
         "KSampler",
@@ -255,7 +325,7 @@ def toy() -> Workflow:
 
 def toy_custom() -> Workflow:
     w = Workflow("DC-Gen toy, SamplerCustomAdvanced", "## DC-Gen on a toy FLUX, with SamplerCustomAdvanced" + TOY_NOTE)
-    apply, vae, guide, empty = toy_loaders(w)
+    apply, vae, guide, empty = toy_loaders(w, "sunflower on a blue background")
     noise = w.node("RandomNoise", at=(820, 0), noise_seed=7)
     guider = w.node("BasicGuider", at=(820, 130), model=apply(), conditioning=guide())
     euler = w.node("KSamplerSelect", at=(820, 230), sampler_name="euler")
@@ -272,42 +342,70 @@ KREA_1K, KREA_4K = "DC-Gen-FLUX.1-Krea-Dev-Res1K", "DC-Gen-FLUX.1-Krea-Dev-Res4K
 def krea_base(w: Workflow):
     """Plain FLUX.1 Krea from core's loaders, its text at 512 tokens as DC-Gen was published with."""
     model = w.node("UNETLoader", at=(0, 0), unet_name="flux1-krea-dev_fp8_scaled.safetensors", weight_dtype="default")
+    return model, krea_text(w, 140)
+
+
+def krea_text(w: Workflow, y: int):
     names = {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp16.safetensors", "type": "flux"}
-    clip = w.node("DualCLIPLoader", at=(0, 140), **names)
-    padded = w.node("T5TokenizerOptions", at=(0, 330), clip=clip(), min_padding=0, min_length=512)
-    return model, padded
+    clip = w.node("DualCLIPLoader", at=(0, y), **names)
+    return w.node("T5TokenizerOptions", at=(0, y + 190), clip=clip(), min_padding=0, min_length=512)
+
+
+# A folder below models/vae: what the notes have the user download.
+VAE_F64, VAE_F32 = "dc-ae-1.5-f64c128", "dc-ae-f32c32-in-1.0"
+GET_F64 = f"\n\n```\nhf download dc-ai/{VAE_F64}-diffusers --local-dir models/vae/{VAE_F64}\n```\n\n"
+GET_F32 = f"\n\n```\nhf download mit-han-lab/{VAE_F32}-diffusers --local-dir models/vae/{VAE_F32}\n```\n\n"
+ADAPTER = (
+    "The adapter goes into `models/model_patches`. None is published as a file: take it out of a merged release with "
+    "`python -m dcgen.convert extract`, or train one with `python -m train.run`. "
+)
+
+
+def adapted_4k(w: Workflow, model, clip, prefix: str) -> Workflow:
+    """The rest of a graph from a base model to a 4K picture through an adapter."""
+    adapter = "flux1-krea-dcgen-f64c128.safetensors"
+    apply = w.node("DCGenApply", at=(380, 230), model=model(), adapter_name=adapter, strength=1.0)
+    vae = w.node("DCAELoader", at=(380, 380), vae_name=VAE_F64)
+    text = prompt_box(w, clip(), PROMPT_4K)
+    latent = one_sampler(w, apply(), text(), "4K: 4096 x 4096", (820, 0))
+    save(w, latent(), vae(), (1190, 0), prefix)
+    return w
 
 
 def adapter_4k() -> Workflow:
     w = Workflow(
         "FLUX 4K from an adapter",
-        "## 4096 x 4096 from plain FLUX.1 Krea and a DC-Gen adapter\n\n"
-        "The adapter goes into `models/model_patches`; train one with `python -m train.run`, or take it out of a "
-        "merged release with `python -m dcgen.convert extract`. The autoencoder it was made for goes into `models/vae`."
-        "\n\nAny loader may stand in for the model's: GGUF, fp8, LoRA before or after the adapter.",
+        f"## 4096 x 4096 from plain FLUX.1 Krea and a DC-Gen adapter\n\n{ADAPTER}Its autoencoder:{GET_F64}"
+        "Any loader may stand in for the model's: GGUF, fp8, LoRA before or after the adapter.",
     )
     model, clip = krea_base(w)
-    adapter = "flux1-krea-dcgen-f64c128.safetensors"
-    apply = w.node("DCGenApply", at=(0, 450), model=model(), adapter_name=adapter, strength=1.0)
-    vae = w.node("DCAELoader", at=(0, 600), vae_name="dc-ae-1.5-f64c128.safetensors")
-    text = prompt_box(w, clip(), PROMPT_4K)
-    empty = w.node("DCGenEmptyLatent", at=(380, 220), model=apply(), size="4K: 4096 x 4096")
-    latent = one_sampler(w, apply(), text(), empty(), (820, 0))
-    save(w, latent(), vae(), (1190, 0), "dcgen/flux-4k-adapter")
-    return w
+    return adapted_4k(w, model, clip, "dcgen/flux-4k-adapter")
+
+
+def nunchaku_4k() -> Workflow:
+    w = Workflow(
+        "FLUX 4K, nunchaku",
+        "## 4096 x 4096 on a 4-bit nunchaku FLUX\n\n**Needs the node pack ComfyUI-nunchaku** and nunchaku itself: "
+        "ComfyUI-Manager offers it under Install Missing Custom Nodes, then run its wheel installer. NVIDIA 20 to 50 "
+        "series only; on the 50 series choose the `svdq-fp4_r32-flux.1-krea-dev` file of the same place.\n\n"
+        f"{ADAPTER}Extract it with `--rank 256`; nunchaku takes multiples of 16 up to 320. Its autoencoder:{GET_F64}"
+        "Nunchaku's LoRA nodes go between its loader and Apply DC-Gen; core's LoRA loaders do nothing here.",
+    )
+    file = "svdq-int4_r32-flux.1-krea-dev.safetensors"
+    model = w.node("NunchakuFluxDiTLoader", at=(0, 0), model_path=file)
+    return adapted_4k(w, model, krea_text(w, 260), "dcgen/flux-4k-nunchaku")
 
 
 def image_to_image() -> Workflow:
     w = Workflow(
         "FLUX 4K image to image",
-        "## 4K image to image\n\nThe picture is scaled to the size of the latent, encoded, and kept by 1 - denoise. "
+        "## 4K image to image\n\nThe picture is scaled to the sampler's size, encoded, and kept by 1 - denoise. "
         f"Needs `models/diffusers/{KREA_4K}`.",
     )
     load = w.node("DCGenReleaseLoader", at=(0, 0), release=KREA_4K)
-    image = w.node("LoadImage", at=(0, 320), box=(330, 330), image="example.png")
+    image = w.node("LoadImage", at=(0, 160), box=(330, 330), image="example.png")
     text = prompt_box(w, load(1), PROMPT_4K)
-    empty = w.node("DCGenEmptyLatent", at=(0, 160), model=load(0), size="4K: 4096 x 4096")
-    latent = one_sampler(w, load(0), text(), empty(), (820, 0), denoise=0.6, image=image(), vae=load(2))
+    latent = one_sampler(w, load(0), text(), "4K: 4096 x 4096", (820, 0), denoise=0.6, image=image(), vae=load(2))
     save(w, latent(), load(2), (1190, 0), "dcgen/flux-4k-img2img")
     return w
 
@@ -319,14 +417,13 @@ def refine() -> Workflow:
         f"denoise 0.45. Needs `models/diffusers/{KREA_1K}` and `{KREA_4K}`.",
     )
     small = w.node("DCGenReleaseLoader", at=(0, 0), release=KREA_1K)
-    large = w.node("DCGenReleaseLoader", at=(0, 420), release=KREA_4K)
+    large = w.node("DCGenReleaseLoader", at=(0, 520), release=KREA_4K)
     text = prompt_box(w, small(1), PROMPT_4K)
-    first = w.node("DCGenEmptyLatent", at=(0, 160), model=small(0), size="1K: 1024 x 1024")
-    second = w.node("DCGenEmptyLatent", at=(0, 580), model=large(0), size="4K: 4096 x 4096")
-    drawn = one_sampler(w, small(0), text(), first(), (820, 0))
-    image = save(w, drawn(), small(2), (1190, 0), "dcgen/refine-1k")
-    detailed = one_sampler(w, large(0), text(), second(), (820, 540), denoise=0.45, image=image(), vae=large(2))
-    save(w, detailed(), large(2), (1190, 540), "dcgen/refine-4k")
+    drawn = one_sampler(w, small(0), text(), "1K: 1024 x 1024", (820, 0))
+    image = save(w, drawn(), small(2), (1190, 0), "", box=(400, 320))
+    start = {"denoise": 0.45, "image": image(), "vae": large(2)}
+    detailed = one_sampler(w, large(0), text(), "4K: 4096 x 4096", (820, 520), **start)
+    save(w, detailed(), large(2), (1190, 520), "dcgen/refine-4k", box=(400, 340))
     return w
 
 
@@ -351,22 +448,23 @@ def side_by_side() -> Workflow:
     w = Workflow(
         "FLUX base and DC-Gen side by side",
         "## One base, two latents\n\nBoth samplers use the same loaded FLUX: once on its own f8 latent, once through a "
-        "DC-Gen adapter. No weight is loaded twice. The wipe at the end compares the two pictures.",
+        f"DC-Gen adapter. No weight is loaded twice. The wipe at the end compares the two pictures.\n\n{ADAPTER}"
+        f"Its autoencoder:{GET_F32}",
     )
     model, clip = krea_base(w)
     adapter = "flux1-krea-dcgen-f32c32.safetensors"
     apply = w.node("DCGenApply", at=(0, 450), model=model(), adapter_name=adapter, strength=1.0)
-    deep = w.node("DCAELoader", at=(0, 600), vae_name="dc-ae-f32c32-in-1.0.safetensors")
-    plain = w.node("VAELoader", at=(0, 700), vae_name="ae.safetensors")
+    plain = w.node("VAELoader", at=(0, 600), vae_name="ae.safetensors")
+    deep = w.node("DCAELoader", at=(0, 700), vae_name=VAE_F32)
     text = prompt_box(w, clip(), PROMPT_4K)
     size = {"width": 1024, "height": 1024}
     empty = w.node("DCGenEmptyLatent", at=(380, 220), model=model(), **size)
     empty_deep = w.node("DCGenEmptyLatent", at=(380, 420), model=apply(), **size)
     base = one_sampler(w, model(), text(), empty(), (820, 0))
-    dcgen = one_sampler(w, apply(), text(), empty_deep(), (820, 420))
+    dcgen = one_sampler(w, apply(), text(), empty_deep(), (820, 520))
     first = w.node("VAEDecode", at=(1190, 0), samples=base(), vae=plain())
-    second = w.node("DCAEDecode", at=(1190, 420), samples=dcgen(), vae=deep(), strip=0)
-    w.node("DCGenCompare", at=(1560, 0), box=(520, 600), image_a=first(), image_b=second())
+    second = w.node("DCAEDecode", at=(1190, 100), samples=dcgen(), vae=deep(), strip=0)
+    w.node("DCGenCompare", at=(1190, 230), box=(520, 560), image_a=first(), image_b=second())
     return w
 
 
@@ -374,18 +472,16 @@ def four_bit() -> Workflow:
     w = Workflow(
         "FLUX 4K, 4-bit",
         "## 4K from one 4-bit file\n\nOne .safetensors in `models/diffusion_models` with core's nvfp4 layout (or "
-        "fp8); native 4-bit speed needs a Blackwell GPU, other devices compute in 16 bit. For nunchaku, put its "
-        "loader before DCGenApply instead; see that node's help.",
+        "fp8); native 4-bit speed needs a Blackwell GPU, other devices compute in 16 bit. None is published: quantize "
+        f"a merged file (`python -m dcgen.convert pack`). Its autoencoder:{GET_F64}For nunchaku's 4-bit files there is "
+        "a workflow of its own.",
     )
     name = "dcgen-flux1-krea-4k-nvfp4.safetensors"
     model = w.node("DCGenModelLoader", at=(0, 0), model_name=name, weight_dtype="default")
-    names = {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp16.safetensors", "type": "flux"}
-    clip = w.node("DualCLIPLoader", at=(0, 170), **names)
-    padded = w.node("T5TokenizerOptions", at=(0, 340), clip=clip(), min_padding=0, min_length=512)
-    vae = w.node("DCAELoader", at=(0, 460), vae_name="dc-ae-1.5-f64c128.safetensors")
-    text = prompt_box(w, padded(), PROMPT_4K)
-    empty = w.node("DCGenEmptyLatent", at=(380, 220), model=model(), size="4K: 4096 x 4096")
-    latent = one_sampler(w, model(), text(), empty(), (820, 0))
+    clip = krea_text(w, 170)
+    vae = w.node("DCAELoader", at=(0, 480), vae_name=VAE_F64)
+    text = prompt_box(w, clip(), PROMPT_4K)
+    latent = one_sampler(w, model(), text(), "4K: 4096 x 4096", (820, 0))
     save(w, latent(), vae(), (1190, 0), "dcgen/flux-4k-4bit")
     return w
 
@@ -413,14 +509,15 @@ SANA = "Sana_1600M_{}_BF16_diffusers"
 SANA_PROMPT = "a lighthouse on a cliff at dawn, long grass in the wind, film photograph, fine detail"
 
 
-def sana_parts(w: Workflow, model, clip, vae, size: str, prefix: str) -> Workflow:
-    """Both prompts, the latent, SANA's published settings, and the picture."""
-    positive = w.node("DCGenSanaTextEncode", at=(380, 0), box=(430, 330), clip=clip, text=SANA_PROMPT, negative=False)
+def sana_parts(
+    w: Workflow, model, clip, vae, size: str | dict, prefix: str, text: str = SANA_PROMPT, **values
+) -> Workflow:
+    """Both prompts, the latent, SANA's published settings (or other values), and the picture."""
+    positive = w.node("DCGenSanaTextEncode", at=(380, 0), box=(430, 330), clip=clip, text=text, negative=False)
     negative = w.node("DCGenSanaTextEncode", at=(380, 380), box=(430, 330), clip=clip, text="", negative=True)
-    empty = w.node("DCGenEmptyLatent", at=(0, 460), model=model, size=size)
-    latent = one_sampler(
-        w, model, positive(), empty(), (850, 0), negative=negative(), cfg=4.5, sampler_name="flow_dpmpp_2m"
-    )
+    empty = w.node("DCGenEmptyLatent", at=(0, 460), model=model, **({"size": size} if isinstance(size, str) else size))
+    values = {"cfg": 4.5, "sampler_name": "flow_dpmpp_2m", **values}
+    latent = one_sampler(w, model, positive(), empty(), (850, 0), negative=negative(), **values)
     save(w, latent(), vae, (1220, 0), prefix)
     return w
 
@@ -489,10 +586,28 @@ def deep_sana() -> Workflow:
     return sana_parts(w, load(0), load(1), load(2), "4K: 4096 x 4096", "dcgen/dcgen-sana-4k")
 
 
+def toy_sana() -> Workflow:
+    """DC-Gen-SANA as an adapter on the toy SANA."""
+    w = Workflow(
+        "DC-Gen toy SANA",
+        "## DC-Gen on a toy SANA\n\nEverything it needs ships with the pack: a SANA-style model small enough for a CPU "
+        "(0.7 million parameters, its own little Gemma), trained on emoji on coloured backgrounds, its f8 latent's 64 "
+        "tokens an image brought down to 16. Prompts read `{subject} on a {color} background`. SANA is not distilled: "
+        "it takes two passes a step, and `cfg` is the guidance. Set the adapter's strength to 0 to see alignment alone.",
+    )
+    load = w.node("DCGenReleaseLoader", at=(0, 0), release="toy/sana-base")
+    adapter = "toy-sana-dcgen.safetensors"
+    apply = w.node("DCGenApply", at=(0, 150), model=load(0), adapter_name=adapter, strength=1.0)
+    vae = w.node("DCAELoader", at=(0, 310), vae_name=TOY_VAE)
+    size, text = {"width": 128, "height": 128, "batch_size": 4}, "octopus on a green background"
+    return sana_parts(w, apply(), load(1), vae(), size, "dcgen/toy-sana", text, seed=7, cfg=3.5)
+
+
 JOBS: dict[str, Callable[[], Workflow]] = {
     "dcae_roundtrip": round_trip,
     "dcgen_toy": toy,
     "dcgen_toy_custom": toy_custom,
+    "dcgen_toy_sana": toy_sana,
     "dcgen_flux_1k": lambda: release_job("FLUX 1K", KREA_1K, "1K: 1024 x 1024", "dcgen/flux-1k"),
     "dcgen_flux_2k": lambda: release_job("FLUX 2K", KREA_4K, "2K: 2048 x 2048", "dcgen/flux-2k"),
     "dcgen_flux_4k": lambda: release_job("FLUX 4K", KREA_4K, "4K: 4096 x 4096", "dcgen/flux-4k"),
@@ -502,6 +617,7 @@ JOBS: dict[str, Callable[[], Workflow]] = {
     "dcgen_flux_inpaint": inpaint,
     "dcgen_flux_side_by_side": side_by_side,
     "dcgen_flux_4k_4bit": four_bit,
+    "dcgen_flux_4k_nunchaku": nunchaku_4k,
     "sana_1k": lambda: sana("1024px", "1K: 1024 x 1024", "dcgen/sana-1k"),
     "sana_2k": lambda: sana("2Kpx", "2K: 2048 x 2048", "dcgen/sana-2k"),
     "sana_4k": lambda: sana("4Kpx", "4K: 4096 x 4096", "dcgen/sana-4k"),
@@ -509,6 +625,10 @@ JOBS: dict[str, Callable[[], Workflow]] = {
     "dcgen_sana_1k": deep_sana_adapter,
     "dcgen_sana_4k": deep_sana,
 }
+
+
+# Jobs whose weights ship with the pack, so that their pictures can be drawn anywhere.
+SELF_CONTAINED = ("dcgen_toy", "dcgen_toy_custom", "dcgen_toy_sana", "dcae_roundtrip")
 
 
 def _browser():
@@ -520,20 +640,67 @@ def _browser():
     return module
 
 
-def _picture(page, file: Path) -> None:
+def _graph_picture(page, file: Path) -> None:
     """The graph as a JPEG of 640 pixels' width."""
-    x, y, width, height = page.js(f"(() => {{ {FRAME} }})()")
-    page.js("new Promise((done) => setTimeout(done, 600))")
-    page.js(f"(() => {{ {FRAME} }})()")
-    page.js("new Promise((done) => setTimeout(done, 600))")
+    for _ in range(2):  # the page moves the view once more after loading a graph
+        x, y, width, height = page.js(f"(() => {{ {FRAME} }})()")
+        page.js("new Promise((done) => setTimeout(done, 600))")
     clip = {"x": x, "y": y, "width": width, "height": height, "scale": 640 / width}
     found = page.call("Page.captureScreenshot", format="jpeg", quality=82, clip=clip)
     file.write_bytes(base64.b64decode(found["data"]))
 
 
-def build(url: str, names: list[str]) -> None:
+def _drawn_picture(url: str, api: dict, file: Path) -> None:
+    """What the graph draws: its pictures side by side, or in two columns, as a JPEG of 640 pixels' width."""
+    from PIL import Image
+
+    entry = _run(url, api)
+    shown = [
+        image
+        for output in entry["outputs"].values()
+        for part in ("a_images", "b_images", "images")
+        for image in output.get(part, [])
+    ]
+    pictures = []
+    for image in shown:
+        with urllib.request.urlopen(f"{url}/view?{urllib.parse.urlencode(image)}") as answer:
+            pictures.append(Image.open(io.BytesIO(answer.read())).convert("RGB"))
+    columns = len(pictures) if len(pictures) < 4 else 2
+    side = 640 // columns
+    height = round(side * pictures[0].height / pictures[0].width)
+    sheet = Image.new("RGB", (side * columns, height * math.ceil(len(pictures) / columns)))
+    for i, picture in enumerate(pictures):
+        sheet.paste(
+            picture.resize((side, height), Image.Resampling.LANCZOS), (i % columns * side, i // columns * height)
+        )
+    sheet.save(file, quality=88)
+
+
+def _post(address: str, body: dict) -> bytes:
+    headers = {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(address, json.dumps(body).encode(), headers)) as answer:
+        return answer.read()
+
+
+def _run(url: str, api: dict) -> dict:
+    """Queue a graph and wait; its history entry."""
+    _post(f"{url}/free", {"free_memory": True})  # else nothing is drawn that was drawn before
+    number = json.loads(_post(f"{url}/prompt", {"prompt": api}))["prompt_id"]
+    while True:
+        with urllib.request.urlopen(f"{url}/history/{number}") as answer:
+            entry = json.loads(answer.read()).get(number)
+        if entry:
+            if entry["status"]["status_str"] != "success":
+                raise SystemExit(f"the graph failed: {entry['status']['messages'][-1]}")
+            return entry
+        time.sleep(0.5)
+
+
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[tuple]:
+    """(page with ComfyUI in it, /object_info and the nodes of FOREIGN)."""
     with urllib.request.urlopen(f"{url}/object_info") as answer:
-        kinds = json.loads(answer.read())
+        kinds = {**json.loads(answer.read()), **FOREIGN}
     module = _browser()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         page = module.Browser(module.find_chromium(), Path(folder))
@@ -543,25 +710,64 @@ def build(url: str, names: list[str]) -> None:
             page.until(f"!!({ready})")
             for setting in ("Comfy.Minimap.Visible", "Comfy.Workflow.ShowMissingModelsWarning"):
                 page.js(f"app.extensionManager.setting.set('{setting}', false)")
-            for name in names:
-                graph = JOBS[name]().ui(kinds)
-                page.js(f"app.loadGraphData({json.dumps(graph)}, true, true, {json.dumps(name)})")
-                missing = page.js("app.graph._nodes.filter(n => n.has_errors).map(n => n.type)")
-                if missing:
-                    raise SystemExit(f"{name}: unknown nodes {missing}")
-                page.js(f"(() => {{ {LAY_OUT} }})()")
-                ui = page.js("app.graph.serialize()")
-                api = page.js("app.graphToPrompt().then(p => p.output)")
-                ui["extra"] = {}
-                (HERE / f"{name}.json").write_text(json.dumps(ui, indent=1, ensure_ascii=False) + "\n")
-                (HERE / "api" / f"{name}.json").write_text(json.dumps(api, indent=1, ensure_ascii=False) + "\n")
-                _picture(page, HERE / f"{name}.jpg")
-                print(name, len(ui["nodes"]), "nodes")
+            for name, kind in FOREIGN.items():
+                page.js(f"app.registerNodeDef({json.dumps(name)}, {json.dumps(kind)})")
+            yield page, kinds
         finally:
             page.close()
+
+
+def written(page, kinds: dict, name: str) -> tuple[dict, dict]:
+    """(UI graph, API graph) of a job, as the page lays it out and serializes it. The page goes on showing it."""
+    graph = JOBS[name]().ui(kinds)
+    page.js(f"app.loadGraphData({json.dumps(graph)}, true, true, {json.dumps(name)})")
+    missing = page.js("app.graph._nodes.filter(n => n.has_errors).map(n => n.type)")
+    if missing:
+        raise SystemExit(f"{name}: unknown nodes {missing}")
+    page.js(f"(() => {{ {LAY_OUT} }})()")
+    # The page draws a number; one made of the name lets two runs write the same file.
+    ui = {**page.js("app.graph.serialize()"), "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)), "extra": {}}
+    for node in ui["nodes"]:
+        # Switches that were never set; the page would show them as set when it reads null.
+        values = node.get("widgets_values", [])
+        node["widgets_values"] = [False if value is None else value for value in values]
+    return ui, page.js("app.graphToPrompt().then(p => p.output)")
+
+
+def as_text(graph: dict) -> str:
+    return json.dumps(graph, indent=1, ensure_ascii=False) + "\n"
+
+
+def build(url: str, names: list[str]) -> None:
+    with opened(url) as (page, kinds):
+        for name in names:
+            ui, api = written(page, kinds, name)
+            (HERE / f"{name}.json").write_text(as_text(ui))
+            (HERE / "api" / f"{name}.json").write_text(as_text(api))
+            if name in SELF_CONTAINED:
+                _drawn_picture(url, api, HERE / f"{name}.jpg")
+            else:
+                _graph_picture(page, HERE / f"{name}.jpg")
+            print(name, len(ui["nodes"]), "nodes")
+
+
+def build_nodes(url: str) -> None:
+    """Pictures of our nodes, each alone with its links' ends, at twice the size they have on the canvas."""
+    with opened(url) as (page, kinds):
+        page.js(f"app.loadGraphData({json.dumps(Workflow('', '').ui(kinds))}, true, true, 'nodes')")
+        for name in (name for name, kind in kinds.items() if kind["category"] == "DC-Gen"):
+            x, y, width, height = page.js(f"(() => {{ const name = {json.dumps(name)}; {ONE_NODE} }})()")
+            page.js("new Promise((done) => setTimeout(done, 500))")
+            clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
+            found = page.call("Page.captureScreenshot", format="png", clip=clip)
+            (HERE.parent / "web" / "docs" / "img" / f"{name}.png").write_bytes(base64.b64decode(found["data"]))
+            print(name)
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
-    build(sys.argv[1].rstrip("/"), sys.argv[2:] or list(JOBS))
+    if sys.argv[2:] == ["--nodes"]:
+        build_nodes(sys.argv[1].rstrip("/"))
+    else:
+        build(sys.argv[1].rstrip("/"), sys.argv[2:] or list(JOBS))
