@@ -593,7 +593,7 @@ def toy_sana() -> Workflow:
         "## DC-Gen on a toy SANA\n\nEverything it needs ships with the pack: a SANA-style model small enough for a CPU "
         "(0.7 million parameters, its own little Gemma), trained on emoji on coloured backgrounds, its f8 latent's 64 "
         "tokens an image brought down to 16. Prompts read `{subject} on a {color} background`. SANA is not distilled: "
-        "it takes two passes a step, and `cfg` is the guidance. Set the adapter's strength to 0 to see alignment alone.",
+        "it takes two passes a step, guided by `cfg`. Set the adapter's strength to 0 to see alignment alone.",
     )
     load = w.node("DCGenReleaseLoader", at=(0, 0), release="toy/sana-base")
     adapter = "toy-sana-dcgen.safetensors"
