@@ -49,6 +49,21 @@ class Batch:
         return torch.stack(rows).to(self.device)
 
 
+def drop_captions(
+    batch: Batch, cond: dict[str, Tensor], empty: dict[str, Tensor], share: float
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(conditioning with the empty prompt's (1,...) in the dropped rows, which rows those are (B,))."""
+    dropped = batch.uniform("drop") < share
+    masks = {name: dropped.reshape(-1, *[1] * (value.ndim - 1)) for name, value in cond.items()}
+    return {name: torch.where(masks[name], empty[name].to(value), value) for name, value in cond.items()}, dropped
+
+
+def losses_by_caption(errors: Tensor, dropped: Tensor) -> dict[str, float | Tensor]:
+    """What to log of errors (B,): the mean with a caption and without; NaN, which the log leaves out, for none."""
+    errors = errors.detach()
+    return {"loss_cond": errors[~dropped].mean(), "loss_uncond": errors[dropped].mean()}
+
+
 class BatchPlan:
     """Which samples each step takes. An epoch visits every bucket in shuffled batches of one bucket each;
     a bucket's last batch is filled up from the start of the same shuffled bucket."""

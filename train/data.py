@@ -60,6 +60,12 @@ class ToyData(Strict):
     variants: int = Field(8, ge=1)
 
 
+class ToyClassData(ToyData):
+    """The same pictures for a class-conditional base: the caption is the subject alone, a class of its id2label."""
+
+    type: Literal["toy-classes"]  # type: ignore[assignment]
+
+
 class Files(Strict):
     """Shared by the formats which hold picture files."""
 
@@ -90,7 +96,7 @@ class ParquetData(Files):
     caption_column: str = "text"
 
 
-DataConfig = Annotated[ToyData | FolderData | TarData | ParquetData, Field(discriminator="type")]
+DataConfig = Annotated[ToyData | ToyClassData | FolderData | TarData | ParquetData, Field(discriminator="type")]
 
 
 def open_source(config: ToyData | FolderData | TarData | ParquetData, path: Path) -> Source:
@@ -117,6 +123,7 @@ class ToySource(Source):
         self.side = SIZE
         self.pictures = ToyPictures(config.path)
         self.pairs = self.pictures.pairs(config.split)
+        self.classes = isinstance(config, ToyClassData)
 
     def __len__(self) -> int:
         return len(self.pairs) * self.config.variants
@@ -125,7 +132,8 @@ class ToySource(Source):
         return f"{self.caption(index)} #{index // len(self.pairs)}"
 
     def caption(self, index: int) -> str:
-        return self.pictures.caption(self.pairs[index % len(self.pairs)])
+        pair = self.pairs[index % len(self.pairs)]
+        return self.pictures.subjects[pair.subject] if self.classes else self.pictures.caption(pair)
 
     def size(self, index: int) -> tuple[int, int]:
         return self.side, self.side

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dcgen.backbones.dit import STEPS, alphas_cumprod
-from train.batches import Batch
+from train.batches import Batch, drop_captions, losses_by_caption
 
 RawOutput = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
 BIN = 1 / 255  # half width of the last step's bins, as for pictures in -1..1
@@ -34,22 +34,23 @@ def ddpm_loss(
     """
     step = batch.integers("step", STEPS)
     noise = batch.normal("noise", latents.shape[1:])
-    dropped = batch.uniform("drop") < dropout
-    cond = {n: torch.where(dropped.reshape(-1, *[1] * (v.ndim - 1)), empty[n].to(v), v) for n, v in cond.items()}
+    cond, dropped = drop_captions(batch, cond, empty, dropout)
     level = _at(alphas_cumprod(), step)
     noised = level.sqrt() * latents + (1 - level).sqrt() * noise
     output = model(noised, step, cond)
     channels = latents.shape[1]
     errors = (output[:, :channels] - noise).square().flatten(1).mean(1)
-    metrics: dict[str, float | Tensor] = {
-        "loss_cond": errors.detach()[~dropped].mean(),
-        "loss_uncond": errors.detach()[dropped].mean(),
-    }
+    metrics = losses_by_caption(errors, dropped)
     loss = errors.mean()
     if output.shape[1] == 2 * channels:
         bound = variational_bound(output[:, :channels].detach(), output[:, channels:], latents, noised, step).mean()
         loss, metrics["bound"] = loss + bound, bound.detach()
     return loss, metrics
+
+
+def raw_output(model: torch.nn.Module, x: Tensor, step: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    """What a DiT gives for DDPM latents (B,C,h,w) at whole steps (B,): noise, then its variance; float32."""
+    return model(x, timestep=step, class_labels=cond["labels"], return_dict=False)[0].float()
 
 
 def variational_bound(noise: Tensor, variance: Tensor, latents: Tensor, noised: Tensor, step: Tensor) -> Tensor:

@@ -47,7 +47,18 @@ def load_network(base: str | Path, dtype: torch.dtype, device: torch.device | st
     backbone, _ = base_backbone(base)
     cls = network_class(backbone)
     model = cls.from_pretrained(release_part(base, "transformer"), torch_dtype=dtype)
-    return model.to(device).requires_grad_(False)
+    return _without_own_dropout(model).to(device).requires_grad_(False)
+
+
+def _without_own_dropout(model: nn.Module) -> Any:
+    """Switch off DiT's class dropout inside diffusers: it draws anew in every block, and not from the batch's numbers.
+
+    Dropping the condition is the objective's work (caption_dropout).
+    """
+    for module in model.modules():
+        if type(module).__name__ == "LabelEmbedding":
+            module.dropout_prob = 0.0  # type: ignore[assignment]
+    return model
 
 
 def network_class(backbone: Backbone) -> Any:
@@ -132,4 +143,4 @@ def moved_network(
         if parameter.shape != weights[name].shape:
             raise ValueError(f"{base}: {name} is {tuple(weights[name].shape)}, expected {tuple(parameter.shape)}")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(weights[name], requires_grad=False))
-    return model, moved
+    return _without_own_dropout(model), moved

@@ -12,8 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from dcgen import guidance, schedule
-from train.batches import Batch
+from train.batches import Batch, drop_captions, losses_by_caption
 from train.config import Strict
+from train.ddpm import RawOutput, ddpm_loss
 
 Velocity = Callable[[Tensor, Tensor, dict[str, Tensor], Tensor | None], Tensor]
 
@@ -74,25 +75,29 @@ def objective_loss(
     *,
     tokens: int,
     distilled: bool,
+    raw: RawOutput | None = None,
 ) -> tuple[Tensor, dict[str, float | Tensor]]:
     """Loss and what to log, for model-space latents (B,C,h,w) with their text and the empty prompt (1,...).
 
-    `velocity(x, sigma, cond, guidance)`; `distilled`: the model has a guidance embedding. The loss of the rows whose
-    caption was dropped is logged apart as loss_uncond: only it shows an unconditional branch gone astray.
+    `velocity(x, sigma, cond, guidance)`; `distilled`: the model has a guidance embedding; `raw`: for loss ddpm, the
+    network itself. The loss of the rows whose caption was dropped is logged apart as loss_uncond: only it shows an
+    unconditional branch gone astray.
     """
+    if objective.loss == "ddpm":
+        if raw is None:
+            raise ValueError("objective.loss: ddpm needs a network that predicts noise at whole steps (DiT)")
+        return ddpm_loss(raw, batch, latents, text, empty, objective.caption_dropout)
     noise = batch.normal("noise", latents.shape[1:])
     sigma = objective.timesteps.draw(batch, tokens, latents.shape[1])
-    dropped = batch.uniform("drop") < objective.caption_dropout
+    text, dropped = drop_captions(batch, text, empty, objective.caption_dropout)
     noised = guidance.interpolate(latents, noise, sigma)
     target = guidance.velocity_target(latents, noise)
-    text = {name: torch.where(_rows(dropped, value), empty[name].to(value), value) for name, value in text.items()}
     if objective.loss == "flow" or not distilled:
         corrected = velocity(noised, sigma, text, _flow_scale(objective, batch) if distilled else None)
     else:
         corrected = _corrected(objective, velocity, batch, noised, sigma, text, empty, dropped)
     errors = (corrected.float() - target).square().flatten(1).mean(1)  # Eq. 2, Eq. 7
-    metrics: dict[str, float | Tensor] = {"loss_cond": _mean(errors, ~dropped), "loss_uncond": _mean(errors, dropped)}
-    return errors.mean(), metrics
+    return errors.mean(), losses_by_caption(errors, dropped)
 
 
 def _corrected(
@@ -135,8 +140,3 @@ def _flow_scale(objective: Objective, batch: Batch) -> Tensor:
 
 def _rows(mask: Tensor, like: Tensor) -> Tensor:
     return mask.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the chosen rows; NaN when there is none (the log leaves NaN out)."""
-    return values.detach()[mask].mean()

@@ -14,9 +14,25 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def debug_run(tmp_path_factory):
     """Folder of the debug recipe, run once in this session."""
+    return _run("debug", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def debug_sana(tmp_path_factory):
+    """The same for SANA."""
+    return _run("debug-sana", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def debug_dit(tmp_path_factory):
+    """The same for DiT."""
+    return _run("debug-dit", tmp_path_factory)
+
+
+def _run(recipe, tmp_path_factory):
     from train.config import load_recipe
     from train.run import run_recipe
 
-    folder = tmp_path_factory.mktemp("debug")
-    run_recipe(load_recipe("debug", [f"output={folder}"]))
+    folder = tmp_path_factory.mktemp(recipe)
+    run_recipe(load_recipe(recipe, [f"output={folder}"]))
     return folder

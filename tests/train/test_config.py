@@ -53,6 +53,11 @@ def test_overrides_are_yaml_and_reach_deep():
     assert recipe.seed == 3
 
 
+def test_an_override_changes_one_place_although_yaml_aliases_share():
+    recipe = load_recipe("toy-flux", ["finetune.objective.loss=flow"])
+    assert (recipe.stages["head"].objective.loss, recipe.stages["finetune"].objective.loss) == ("guided", "flow")
+
+
 def test_defaults_reach_every_stage_that_has_the_field_and_yield_to_its_own():
     stages = {"head": {"cache": "x", "base": "b"}, "finetune": {"cache": "x", "batch": 7}, "export": {}}
     recipe = parse_recipe({"name": "n", "defaults": {"base": "a", "batch": 5}, "stages": stages})

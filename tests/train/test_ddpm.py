@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 
 from dcgen.backbones.dit import alphas_cumprod
 from train.batches import Batch
-from train.ddpm import ddpm_loss, variational_bound
+from train.ddpm import ddpm_loss, raw_output, variational_bound
 
 BAR = alphas_cumprod()
 
@@ -113,3 +113,39 @@ def test_without_a_learned_variance_there_is_no_bound():
     loss, metrics = ddpm_loss(lambda x, step, cond: x * 0, batch, latents, labels, labels, dropout=0.0)
     assert "bound" not in metrics
     assert loss.item() == pytest.approx(batch.normal("noise", (3, 2, 2)).square().mean().item())
+
+
+def test_the_network_drops_no_class_of_its_own(debug_dit):
+    """diffusers' DiT would, in training, in every block apart, from the process's random numbers."""
+    from train.models import moved_network
+
+    model, config = moved_network(debug_dit / "tiny" / "release", 8, 1, 0, torch.float32)
+    model.train()
+    x, step = torch.randn(4, 8, 4, 4), torch.tensor([1, 300, 600, 900])
+    labels = {"labels": torch.arange(4)}
+    outputs = [raw_output(model, x, step, labels) for _ in range(6)]
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+    empty = {"labels": torch.full((4,), config["num_embeds_ada_norm"])}
+    assert (raw_output(model, x, step, empty) - outputs[0]).abs().max() > 1e-3
+
+
+def test_a_class_conditional_base_is_trained_by_the_same_stages(tmp_path):
+    """toy-dit, a few steps of each stage on a narrow network: labels instead of captions all the way."""
+    from dcgen.adapter import load_adapter
+    from train.config import load_recipe
+    from train.generate import Pipeline
+    from train.run import run_recipe
+
+    short = ["cache.data.variants=1", "labels.transformer.num_layers=1", "labels.transformer.num_attention_heads=1"]
+    for stage in ("pretrain", "head", "finetune"):
+        short += [f"{stage}.steps=2", f"{stage}.batch=4", f"{stage}.optimizer.warmup=1", f"{stage}.preview_every=0"]
+    numbers = run_recipe(load_recipe("toy-dit", [f"output={tmp_path}", *short]))
+    assert numbers["labels"]["classes"] == 32
+    assert numbers["cache"] == {"samples": 256, "captions": 33, "shards": 2}
+    adapter = tmp_path / "export" / "toy-dit-dcgen.safetensors"
+    assert load_adapter(adapter).lora
+    base = tmp_path / "pretrain" / "release"
+    pipeline = Pipeline(base, adapter=adapter, autoencoder="toy/dc-ae-f32")
+    pictures = pipeline.images(["robot", "5"], [1, 2], 128, 128, steps=2, guidance=1.0, cfg_w=0.5)
+    assert tuple(pictures.shape) == (2, 3, 128, 128)
+    assert pictures.isfinite().all()

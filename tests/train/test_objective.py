@@ -141,6 +141,17 @@ def test_eq2_feeds_one_pass_and_the_named_guidance():
     assert loss.item() == pytest.approx((v - (noise - latents)).square().mean().item(), rel=1e-5)
 
 
+def test_eq2_may_be_fed_the_guidance_that_eq7_draws():
+    flow, guided = Objective(loss="flow", flow_guidance="w", w=(0.5, 4.0)), Objective(w=(0.5, 4.0))
+    b, first, second = batch(), Field(), Field()
+    run(flow, first, b)
+    run(guided, second, b)
+    assert len(first.calls) == 1
+    assert torch.equal(first.calls[0]["scale"], second.calls[0]["scale"])
+    assert first.calls[0]["scale"].min() >= 1.5
+    assert first.calls[0]["scale"].max() <= 5
+
+
 def test_a_base_without_guidance_embedding_is_trained_by_eq2():
     b, field = batch(), Field()
     run(Objective(), field, b, distilled=False)

@@ -16,12 +16,9 @@ PUBLISHED = [name for name in list_recipes() if name.startswith(("flux-", "sana-
 
 
 @pytest.fixture(scope="module")
-def releases(debug_run, tmp_path_factory):
+def releases(debug_run, debug_sana, debug_dit):
     """Narrow releases by backbone: a base, one that already works on the new latent, and the new autoencoder."""
-    runs = {"flux": debug_run}
-    for backbone in ("sana", "dit"):
-        runs[backbone] = tmp_path_factory.mktemp(backbone)
-        run_recipe(load_recipe(f"debug-{backbone}", [f"output={runs[backbone]}"]))
+    runs = {"flux": debug_run, "sana": debug_sana, "dit": debug_dit}
     parts = {"base": "tiny/release", "moved": "export/release", "autoencoder": "tiny/dc-ae"}
     return {backbone: {part: run / path for part, path in parts.items()} for backbone, run in runs.items()}
 

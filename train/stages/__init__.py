@@ -20,6 +20,7 @@ STAGES: dict[str, str] = {
     "autoencoder": "train.stages.autoencoder:AutoencoderStage",
     "evaluator": "train.stages.evaluator:EvaluatorStage",
     "text": "train.stages.text:TextStage",
+    "labels": "train.stages.labels:LabelsStage",
     "pretrain": "train.stages.pretrain:PretrainStage",
     "distill": "train.stages.distill:DistillStage",
 }

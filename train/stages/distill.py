@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dcgen import guidance
-from train.batches import Batch
+from train.batches import Batch, drop_captions, losses_by_caption
 from train.stages.pretrain import BaseConfig, BaseStage
 
 
@@ -37,13 +37,9 @@ class DistillStage(BaseStage):
         objective = self.config.objective
         sigma = objective.timesteps.draw(batch, self.tokens(latents), latents.shape[1])
         noised = guidance.interpolate(latents, batch.normal("noise", latents.shape[1:]), sigma)
-        dropped = batch.uniform("drop") < objective.caption_dropout
+        text, dropped = drop_captions(batch, text, self.empty, objective.caption_dropout)
         w = self.config.w[0] + (self.config.w[1] - self.config.w[0]) * batch.uniform("w")
         empty = {name: value.expand(len(batch), *value.shape[1:]) for name, value in self.empty.items()}
-        text = {
-            name: torch.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), empty[name], value)
-            for name, value in text.items()
-        }
         with torch.no_grad():
             one = torch.ones_like(w)
             v_cond = self.velocity_of(self.teacher, noised, sigma, text, one)
@@ -51,5 +47,4 @@ class DistillStage(BaseStage):
             target = guidance.cfg_velocity(v_cond, v_uncond, w)  # arXiv:2509.25180 Eq. 4
         found = self.velocity(noised, sigma, text, guidance.guidance_scale(w))
         errors = (found - target).square().flatten(1).mean(1)  # Eq. 3
-        kept = errors.detach()[~dropped]
-        return errors.mean(), {"loss_cond": kept.mean(), "loss_uncond": errors.detach()[dropped].mean()}
+        return errors.mean(), losses_by_caption(errors, dropped)

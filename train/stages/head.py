@@ -18,7 +18,7 @@ from train.autoencoders import latent_space, load_autoencoder
 from train.batches import Batch
 from train.cache import Cache
 from train.config import Optimizer, StageConfig
-from train.ddpm import ddpm_loss
+from train.ddpm import raw_output
 from train.lora import lora_pairs
 from train.models import base_backbone, load_network, moved_network, read_tensors
 from train.objective import Objective, objective_loss
@@ -140,17 +140,14 @@ class MovedStage(Stage):
         latents = self.cache.latents(batch.indices, "student").to(self.device)
         text = self._text(self.cache.caption_numbers(batch.indices))
         text = {name: value.to(self.device) for name, value in text.items()}
-        if self.config.objective.loss == "ddpm":
-            return ddpm_loss(self._raw_output, batch, latents, text, self.empty, self.config.objective.caption_dropout)
         return objective_loss(
             self.config.objective, self.velocity, batch, latents, text, self.empty,
-            tokens=self._tokens(latents), distilled=self.distilled,
+            tokens=self._tokens(latents), distilled=self.distilled, raw=self._raw,
         )  # fmt: skip
 
-    def _raw_output(self, x: Tensor, step: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        """What DiT gives for DDPM latents at whole steps: noise, then variance."""
+    def _raw(self, x: Tensor, step: Tensor, cond: dict[str, Tensor]) -> Tensor:
         with self._autocast():
-            return self.model(x, timestep=step, class_labels=cond["labels"], return_dict=False)[0].float()
+            return raw_output(self.model, x, step, cond)
 
     def preview(self, step: int) -> dict[str, Tensor]:
         c = self.config

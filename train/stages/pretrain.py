@@ -1,4 +1,4 @@
-"""Stage `pretrain`: the toy's base, a whole FLUX or SANA trained by flow matching on its own f8 latents (Eq. 2)."""
+"""Stage `pretrain`: the toy's base, a whole FLUX, SANA or DiT trained on its own f8 latents by Eq. 2 or DDPM."""
 # B batch, C latent channels, h w latent rows and columns
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from train.autoencoders import load_autoencoder
 from train.batches import Batch
 from train.cache import Cache
 from train.config import StageConfig
+from train.ddpm import raw_output
 from train.files import write_folder
 from train.generate import base_schedule
 from train.models import base_backbone, base_patch_size, load_network
@@ -80,8 +81,17 @@ class BaseStage(Stage):
         self, model: nn.Module, x: Tensor, sigma: Tensor, cond: dict[str, Tensor], scale: Tensor | None
     ) -> Tensor:
         """Velocity (B,C,h,w) of a network, float32."""
-        with torch.autocast(self.device.type, torch.bfloat16) if self.config.autocast else contextlib.nullcontext():
+        with self._autocast():
             return self.backbone.velocity(model, x, sigma, cond, scale).float()
+
+    def _raw(self, x: Tensor, step: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        with self._autocast():
+            return raw_output(self.model, x, step, cond)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if not self.config.autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def samples(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents (B,C,h,w) of a batch and their text."""
@@ -126,7 +136,7 @@ class BaseStage(Stage):
 
 
 class PretrainStage(BaseStage):
-    """Flow matching with caption dropout; a guidance embedding, if there is one, gets g = 1 throughout."""
+    """Flow matching or DDPM with caption dropout; a guidance embedding, if there is one, gets g = 1 throughout."""
 
     class Config(BaseConfig):
         kind: Literal["pretrain"] = "pretrain"
@@ -138,5 +148,5 @@ class PretrainStage(BaseStage):
         latents, text = self.samples(batch)
         return objective_loss(
             self.config.objective, self.velocity, batch, latents, text, self.empty,
-            tokens=self.tokens(latents), distilled=self.distilled,
+            tokens=self.tokens(latents), distilled=self.distilled, raw=self._raw,
         )  # fmt: skip
