@@ -1,5 +1,5 @@
 """Copy the runs' results into toy/, in bfloat16: `python -m train.toy.release models`, then `... adapter`; for SANA
-`... sana-base`, then `... sana-adapter`.
+`... sana-base`, then `... sana-adapter`; and `... evaluator`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dcgen.adapter import load_adapter, save_adapter
-from train.files import read_json, write_folder, write_json
+from train.files import read_json, write_folder, write_json, write_tensors
 
 VAE_NAME, DCAE_NAME = "toy-vae-f8", "toy-dc-ae-f32"
 ADAPTERS = {"adapter": "toy-flux", "sana-adapter": "toy-sana"}  # recipe by part
@@ -65,7 +65,7 @@ def _copy(source: Path, target: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
             tensors = {name: _half(tensor) for name, tensor in load_file(path).items()}
-            save_file(tensors, place, metadata={"format": "pt"})
+            write_tensors(place, tensors, {"format": "pt"})
         else:
             shutil.copyfile(path, place)
 
@@ -82,12 +82,13 @@ def _half(tensor: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["models", "adapter", "sana-base", "sana-adapter"])
+    parser.add_argument("part", choices=["models", "adapter", "sana-base", "sana-adapter", "evaluator"])
     parser.add_argument("--base", type=Path, default=Path("runs/toy-base/distill/release"), help="FLUX release folder")
     parser.add_argument("--dcae", type=Path, default=Path("runs/toy-dcae/refine/model"), help="DC-AE folder")
     parser.add_argument(
         "--sana", type=Path, default=Path("runs/toy-sana-base/pretrain/release"), help="SANA release folder"
     )
+    parser.add_argument("--evaluator", type=Path, default=Path("runs/toy-evaluator/evaluator/model"))
     parser.add_argument("--adapter", type=Path, help="adapter file; default the recipe's export")
     parser.add_argument("--out", type=Path, default=Path("toy"))
     options = parser.parse_args()
@@ -95,6 +96,8 @@ def main() -> None:
         assemble(options.base, options.dcae, options.out)
     elif options.part == "sana-base":
         assemble_sana(options.sana, options.out)
+    elif options.part == "evaluator":
+        write_folder(options.out / "evaluator", lambda folder: _copy(options.evaluator, folder))
     else:
         recipe = ADAPTERS[options.part]
         ship_adapter(options.adapter or Path(f"runs/{recipe}/export/{recipe}-dcgen.safetensors"), options.out)

@@ -237,7 +237,7 @@ def test_workflows_run_with_tiny_files(server, sana_name, deep_name, sprint_name
         "DCGenReleaseLoader": {"release": release},
         "DCGenApply": {"adapter_name": adapter_name},
         "DCAELoader": {"vae_name": "tiny-f64"},
-        "DCGenEmptyLatent": {"width": 128, "height": 64, "size": "width x height"},
+        "DCGenEmptyLatent": {"width": 128, "height": 64, "size": "width x height", "batch_size": 1},
         "DCGen4KSampler": {"steps": 2},
     }
     small = {k: {**n, "inputs": {**n["inputs"], **values.get(n["class_type"], {})}} for k, n in api.items()}
