@@ -417,13 +417,14 @@ def refine() -> Workflow:
         f"denoise 0.45. Needs `models/diffusers/{KREA_1K}` and `{KREA_4K}`.",
     )
     small = w.node("DCGenReleaseLoader", at=(0, 0), release=KREA_1K)
-    large = w.node("DCGenReleaseLoader", at=(0, 520), release=KREA_4K)
+    large = w.node("DCGenReleaseLoader", at=(0, 160), release=KREA_4K)
     text = prompt_box(w, small(1), PROMPT_4K)
     drawn = one_sampler(w, small(0), text(), "1K: 1024 x 1024", (820, 0))
-    image = save(w, drawn(), small(2), (1190, 0), "", box=(400, 320))
+    image = w.node("DCAEDecode", at=(820, 520), samples=drawn(), vae=small(2), strip=0)
+    w.node("PreviewImage", at=(380, 230), box=(400, 380), images=image())
     start = {"denoise": 0.45, "image": image(), "vae": large(2)}
-    detailed = one_sampler(w, large(0), text(), "4K: 4096 x 4096", (820, 520), **start)
-    save(w, detailed(), large(2), (1190, 520), "dcgen/refine-4k", box=(400, 340))
+    detailed = one_sampler(w, large(0), text(), "4K: 4096 x 4096", (1190, 0), **start)
+    save(w, detailed(), large(2), (1560, 0), "dcgen/refine-4k")
     return w
 
 
@@ -453,18 +454,18 @@ def side_by_side() -> Workflow:
     )
     model, clip = krea_base(w)
     adapter = "flux1-krea-dcgen-f32c32.safetensors"
-    apply = w.node("DCGenApply", at=(0, 450), model=model(), adapter_name=adapter, strength=1.0)
-    plain = w.node("VAELoader", at=(0, 600), vae_name="ae.safetensors")
-    deep = w.node("DCAELoader", at=(0, 700), vae_name=VAE_F32)
     text = prompt_box(w, clip(), PROMPT_4K)
+    apply = w.node("DCGenApply", at=(380, 230), model=model(), adapter_name=adapter, strength=1.0)
+    plain = w.node("VAELoader", at=(0, 450), vae_name="ae.safetensors")
+    deep = w.node("DCAELoader", at=(0, 560), vae_name=VAE_F32)
     size = {"width": 1024, "height": 1024}
-    empty = w.node("DCGenEmptyLatent", at=(380, 220), model=model(), **size)
-    empty_deep = w.node("DCGenEmptyLatent", at=(380, 420), model=apply(), **size)
+    empty = w.node("DCGenEmptyLatent", at=(380, 380), model=model(), **size)
+    empty_deep = w.node("DCGenEmptyLatent", at=(380, 580), model=apply(), **size)
     base = one_sampler(w, model(), text(), empty(), (820, 0))
-    dcgen = one_sampler(w, apply(), text(), empty_deep(), (820, 520))
-    first = w.node("VAEDecode", at=(1190, 0), samples=base(), vae=plain())
-    second = w.node("DCAEDecode", at=(1190, 100), samples=dcgen(), vae=deep(), strip=0)
-    w.node("DCGenCompare", at=(1190, 230), box=(520, 560), image_a=first(), image_b=second())
+    dcgen = one_sampler(w, apply(), text(), empty_deep(), (1190, 0))
+    first = w.node("VAEDecode", at=(820, 520), samples=base(), vae=plain())
+    second = w.node("DCAEDecode", at=(1190, 520), samples=dcgen(), vae=deep(), strip=0)
+    w.node("DCGenCompare", at=(1560, 0), box=(440, 560), image_a=first(), image_b=second())
     return w
 
 

@@ -17,7 +17,7 @@ export function line(node, changed) {
   const empty = source(node, "latent") ?? node; // the sampler makes an empty latent itself when it is given none
   if (!NODES.includes(empty.comfyClass)) return "tokens: as the latent";
   const latent = latentOf(api, node, changed) ?? latentOf(api, empty, changed);
-  if (!latent) return source(node, "model") ? "this model says nothing of its tokens yet" : "connect a model to count tokens";
+  if (!latent) return source(node, "model") ? "tokens: known once the model's files are here" : "connect a model to count tokens";
   const [width, height] = pixels(empty);
   const side = latent.factor * latent.patch;
   if (width % side || height % side) return `${width} x ${height}: this model needs multiples of ${side}`;
