@@ -89,6 +89,47 @@ NODE_CLASS_MAPPINGS = {"TestDump": Dump}
 """
 
 
+# ComfyUI-nunchaku's loader by id and inputs; its MODEL is the stand-in of inside/foreign.py, of a tiny base.
+NUNCHAKU_NODE = f"""
+import os
+import sys
+import folder_paths
+
+sys.path.append({str(INSIDE)!r})
+
+
+class Loader:
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load_model"
+    CATEGORY = "Nunchaku"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {{
+            "required": {{
+                "model_path": (folder_paths.get_filename_list("diffusion_models"), {{}}),
+                "cache_threshold": ("FLOAT", {{"default": 0, "min": 0, "max": 1, "step": 0.001}}),
+                "attention": (["nunchaku-fp16", "flash-attention2"], {{}}),
+                "cpu_offload": (["auto", "enable", "disable"], {{}}),
+                "device_id": ("INT", {{"default": 0, "min": 0, "max": 0}}),
+                "data_type": (["bfloat16", "float16"], {{}}),
+            }},
+            "optional": {{"i2f_mode": (["enabled", "always"], {{}})}},
+        }}
+
+    def load_model(self, **kwargs):
+        import foreign
+
+        pack = next(name for name in sys.modules if name.endswith({PACK_NAME!r}))
+        release = os.path.join(folder_paths.models_dir, "diffusers", "tiny-base")
+        return (foreign.nunchaku_model(pack, {{"release": release}}),)
+
+
+NODE_CLASS_MAPPINGS = {{"NunchakuFluxDiTLoader": Loader}}
+NODE_DISPLAY_NAME_MAPPINGS = {{"NunchakuFluxDiTLoader": "Nunchaku FLUX DiT Loader"}}
+"""
+
+
 class Comfy:
     """A ComfyUI on this machine, and how to run a function of tests/comfy/inside/*.py in it."""
 
@@ -170,8 +211,9 @@ class Server:
         quiet = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
         settings.write_text(json.dumps(quiet))
         (base / "custom_nodes" / PACK_NAME).symlink_to(PACK, target_is_directory=True)
-        (base / "custom_nodes" / "test_dump").mkdir()
-        (base / "custom_nodes" / "test_dump" / "__init__.py").write_text(DUMP_NODE)
+        for name, text in {"test_dump": DUMP_NODE, "ComfyUI-nunchaku": NUNCHAKU_NODE}.items():
+            (base / "custom_nodes" / name).mkdir()
+            (base / "custom_nodes" / name / "__init__.py").write_text(text)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -582,7 +624,7 @@ def adapter_name(server, base_release, tiny):
     adapter = Adapter(
         "flux",
         {key: new[key] for key in keys},
-        {"transformer_blocks.0.attn.to_q": LoraPair(torch.randn(4, 32), torch.randn(32, 4), 4.0)},
+        {"transformer_blocks.0.attn.to_q": LoraPair(torch.randn(16, 32), torch.randn(32, 16) / 2, 16.0)},
         LatentSpace("", 8, 32, 0.37, rgb_factors=factors),
         BACKBONES["flux"].fingerprint(dict(base_release[1].transformer.config)),
         {"rule": "flux2"},

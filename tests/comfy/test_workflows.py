@@ -1,5 +1,6 @@
 """The shipped workflows: complete, consistent with their API twins, and alive in the real frontend."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def test_files_fit_together(name):
             assert model["url"].startswith("https://")
             assert model["url"].endswith((".safetensors", ".sft"))
             assert model["name"] in node["widgets_values"]
+            assert ("hash" in model) == (model.get("hash_type") == "SHA256")
+            assert len(model.get("hash", "0" * 64)) == 64
     boxes = [(node["id"], *node["pos"], *node["size"]) for node in ui["nodes"]]
     for i, (first, x, y, w, h) in enumerate(boxes):
         for second, x2, y2, w2, h2 in boxes[:i]:
@@ -40,17 +43,19 @@ def test_files_fit_together(name):
             assert apart, f"nodes {first} and {second} overlap"
 
 
-def small(api, deep, base, adapter):
-    """An API prompt with tiny random files in place of the weights it names, at a small size."""
-    stand_ins = {"UNETLoader": 0, "DualCLIPLoader": 1, "VAELoader": 2}
-    moved = {key: stand_ins[node["class_type"]] for key, node in api.items() if node["class_type"] in stand_ins}
+def small(api, deep, base, adapter, kept=()):
+    """An API prompt with tiny random files in place of the weights it names, at a small size; `kept` loaders stay."""
+    stand_ins = {"UNETLoader": 0, "NunchakuFluxDiTLoader": 0, "DualCLIPLoader": 1, "VAELoader": 2}
+    moved = {
+        key: stand_ins[node["class_type"]] for key, node in api.items() if node["class_type"] in {*stand_ins} - {*kept}
+    }
     values = {
         "DCGenReleaseLoader": {"release": deep},
         "DCGenModelLoader": {"model_name": deep},
         "DCGenApply": {"adapter_name": adapter},
         "DCAELoader": {"vae_name": "tiny-dcae"},
         "DCGenEmptyLatent": {"width": 96, "height": 64, "batch_size": 1, "size": "width x height"},
-        "DCGen4KSampler": {"steps": 2},
+        "DCGen4KSampler": {"steps": 2, "size": "width x height", "width": 96, "height": 64},
         "LoadImage": {"image": "tests.png"},
     }
     out = {}
@@ -66,8 +71,9 @@ def small(api, deep, base, adapter):
     return out
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in TOY and "sana" not in name])
-def test_runs_with_tiny_files(server, name, deep_name, base_name, adapter_name, deep_release):
+@pytest.fixture(scope="module")
+def tiny_files(server, deep_release):
+    """A tiny DC-AE by name, and a picture to load."""
     vae = server.base / "models" / "vae" / "tiny-dcae"
     vae.parent.mkdir(parents=True, exist_ok=True)
     if not vae.exists():
@@ -75,6 +81,11 @@ def test_runs_with_tiny_files(server, name, deep_name, base_name, adapter_name, 
     noise = np.random.default_rng(1).integers(0, 256, (64, 96, 4), dtype=np.uint8)
     (server.base / "input").mkdir(exist_ok=True)
     Image.fromarray(noise, "RGBA").save(server.base / "input" / "tests.png")
+
+
+@pytest.mark.usefixtures("tiny_files")
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TOY and "sana" not in name])
+def test_runs_with_tiny_files(server, name, deep_name, base_name, adapter_name):
     api = json.loads((FOLDER / "api" / f"{name}.json").read_text())
     entry = server.queue(small(api, deep_name, base_name, adapter_name))
     saved = [image for images in server.images(entry).values() for image in images]
@@ -82,6 +93,25 @@ def test_runs_with_tiny_files(server, name, deep_name, base_name, adapter_name, 
     assert len(saved) == sum(node["class_type"] == "SaveImage" for node in api.values())
     assert len(shown) == sum(node["class_type"] == "DCGenCompare" for node in api.values())
     assert all(image.shape == (64, 96, 3) and image.std() > 3 for image in saved)
+
+
+NUNCHAKU = "dcgen_flux_4k_nunchaku"
+
+
+@pytest.mark.usefixtures("tiny_files")
+def test_nunchakus_own_loader(server, deep_name, base_name, adapter_name):
+    """A node of its id and inputs hands out the stand-in of its model: the picture is that of core's FLUX."""
+    api = json.loads((FOLDER / "api" / f"{NUNCHAKU}.json").read_text())
+    file = server.base / "models" / "diffusion_models" / "svdq-int4_r32-flux.1-krea-dev.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    try:
+        found = server.images(server.queue(small(api, deep_name, base_name, adapter_name, {"NunchakuFluxDiTLoader"})))
+    finally:
+        file.unlink()
+    wanted = server.images(server.queue(small(api, deep_name, base_name, adapter_name)))
+    ((found,),), ((wanted,),) = found.values(), wanted.values()
+    assert np.abs(found.astype(int) - wanted).max() <= 1
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +134,44 @@ def test_opens_in_the_frontend(page, name):
     found = page.js("app.graphToPrompt().then((prompt) => prompt.output)")
     assert bare(found) == bare(json.loads((FOLDER / "api" / f"{name}.json").read_text()))
     assert page.errors == []
+    # The view that opens shows the text of nodes, which the page leaves out below 8 pixels.
+    assert page.js("app.canvas.ds.scale") * 14 > 8
+
+
+def test_without_nunchakus_pack(page):
+    """The graph still opens whole, names the node that is missing, and tells ComfyUI-Manager which pack has it."""
+    page.js("window.kept = LiteGraph.registered_node_types.NunchakuFluxDiTLoader")
+    page.js("LiteGraph.unregisterNodeType('NunchakuFluxDiTLoader')")
+    try:
+        load(page, NUNCHAKU)
+        missing = "app.graph._nodes.filter((node) => node.has_errors)"
+        assert page.js(f"{missing}.map((node) => node.type)") == ["NunchakuFluxDiTLoader"]
+        said = page.js(f"{missing}[0].properties")
+        kept = page.js("app.graph.serialize().nodes.find((node) => node.type === 'NunchakuFluxDiTLoader')")
+    finally:
+        page.js("LiteGraph.registerNodeType('NunchakuFluxDiTLoader', window.kept)")
+    assert (said["cnr_id"], said["aux_id"]) == ("ComfyUI-nunchaku", "nunchaku-tech/ComfyUI-nunchaku")
+    assert kept["widgets_values"][0].startswith("svdq-int4")
+
+
+@pytest.mark.parametrize("name", ["dcae_roundtrip", "dcgen_flux_4k", NUNCHAKU])
+def test_a_rebuild_writes_the_same_files(server, page, name):
+    """workflows/build.py and what is committed are one: nothing has been mended by hand."""
+    spec = importlib.util.spec_from_file_location("workflows_build", FOLDER / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    kinds = {**server.get("/object_info"), **build.FOREIGN}
+    ui, api = build.written(page, kinds, name)
+    for found, file in ((ui, FOLDER / f"{name}.json"), (api, FOLDER / "api" / f"{name}.json")):
+        assert comparable(found) == comparable(json.loads(file.read_text()))
+
+
+def comparable(graph):
+    """A graph without what depends on the page's language and fonts."""
+    if isinstance(graph, dict):
+        loose = ("size", "pos", "localized_name", "_meta", "title")
+        return {key: comparable(value) for key, value in graph.items() if key not in loose}
+    return [comparable(value) for value in graph] if isinstance(graph, list) else graph
 
 
 def test_template_browser_lists_them_with_pictures(server):

@@ -79,13 +79,7 @@ def lowvram(pack, tensors, params):
     """The same velocities with next to no room: every weight stays where it is and is cast at each call."""
     flux, base, adapter = _load(pack, params)
     for_base, for_deep = _split(tensors)
-    mm = comfy.model_management
-    mm.is_device_cpu = lambda device: False
-    mm.vram_state = mm.VRAMState.LOW_VRAM
-    # Attention asks for both figures and may have its room; the weights ask for one and get none.
-    mm.get_free_memory = lambda device=None, torch_free_too=False: (1 << 33, 1 << 33) if torch_free_too else 1
-    mm.minimum_inference_memory = lambda: 0
-    mm.MIN_WEIGHT_MEMORY_RATIO = 0.0
+    leave_no_room()
     deep = _with_lora(flux.apply_adapter(base, adapter, 1.0), params["lora"])
     out, partial = {}, []
     for turn in range(2):
@@ -96,13 +90,35 @@ def lowvram(pack, tensors, params):
     return out, {"partial": partial}
 
 
-def placement(pack, tensors, params):
-    """Which device each model's layers were last sent to, with a device that is not the CPU and holds no data."""
+def leave_no_room():
+    """From here on ComfyUI takes its device for a GPU on which no weight fits."""
     mm = comfy.model_management
-    gpu = torch.device("meta")
+    mm.is_device_cpu = lambda device: False
+    mm.vram_state = mm.VRAMState.LOW_VRAM
+    # Attention asks for both figures and may have its room; the weights ask for one and get none.
+    mm.get_free_memory = lambda device=None, torch_free_too=False: (1 << 33, 1 << 33) if torch_free_too else 1
+    mm.minimum_inference_memory = lambda: 0
+    mm.MIN_WEIGHT_MEMORY_RATIO = 0.0
+
+
+def note_places():
+    """From here on modules note where they are sent and stay; returns a device that is not the CPU and holds no data."""
+    mm = comfy.model_management
     mm.get_free_memory = lambda device=None, torch_free_too=False: (1 << 40, 1 << 40) if torch_free_too else 1 << 40
     torch.nn.Module.to = _note_place
     mm.cast_to_device = lambda tensor, device, dtype, copy=False: tensor.to(dtype, copy=copy)
+    return torch.device("meta")
+
+
+def places_of(modules):
+    """Where those of the modules that have weights were last sent to."""
+    used = [module for module in modules if any(True for _ in module.parameters(recurse=False))]
+    return sorted({getattr(module, "_at", "never moved") for module in used})
+
+
+def placement(pack, tensors, params):
+    """Which device each model's layers were last sent to."""
+    gpu = note_places()
     seen = {}
     for strength in (0.0, 1.0):
         for unload in (False, True):
@@ -121,8 +137,7 @@ def _places(model, base, unload):
     network, lender = model.model.diffusion_model, base.model.diffusion_model
     parts = [network.img_in, network.final_layer.linear, *lender.double_blocks.modules()]
     parts += [*lender.single_blocks.modules(), lender.txt_in]
-    used = [part for part in parts if any(True for _ in part.parameters(recurse=False))]
-    found = sorted({getattr(part, "_at", "never moved") for part in used})
+    found = places_of(parts)
     if unload:
         comfy.model_management.unload_all_models()
     return found

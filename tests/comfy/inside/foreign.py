@@ -306,7 +306,8 @@ def rebuilt(model, lora, strength):
     return comfy.model_patcher.ModelPatcher(base, context["device"], context["device"])
 
 
-def _nunchaku_model(pack, params):
+def nunchaku_model(pack, params):
+    """A MODEL as nunchaku's loader gives it, of the tiny release in `params`."""
     hidden, source = _load(pack, params)
     config = json.loads((Path(params["release"]) / "transformer" / "config.json").read_text())
     head = ("x_embedder.", "proj_out.", "norm_out.")
@@ -323,7 +324,7 @@ def _nunchaku_model(pack, params):
 
 
 def nunchaku(pack, tensors, params):
-    model = _nunchaku_model(pack, params)
+    model = nunchaku_model(pack, params)
     transformer = model.model.diffusion_model.model
     own = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)}
     user = rebuilt(model, params["lora"], 0.7)

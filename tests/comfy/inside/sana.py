@@ -8,6 +8,8 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
+from apply import leave_no_room, note_places, places_of
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from flux import bridge, load_model, release_of
 
 
@@ -155,3 +157,67 @@ def text(pack, _tensors, params):
         except ValueError as error:
             said[name] = str(error)
     return out, {"said": said, "instruction": sana_text.INSTRUCTION}
+
+
+def _base_and_deep(pack, params, dtype="default"):
+    base = load_model(pack, params["release"], dtype)
+    adapter = importlib.import_module(f"{pack}.dcgen.adapter").load_adapter(params["adapter"])
+    return base, bridge(pack, "apply").apply_adapter(base, adapter, 1.0)
+
+
+def constrained(pack, tensors, params):
+    """torch.compile, then no room for weights: both in one process, in which the second cannot be undone."""
+    out, known = compiled(pack, tensors, params)
+    comfy.model_management.unload_all_models()
+    found, known["partial"] = lowvram(pack, tensors, params)
+    return out | found, known
+
+
+def lowvram(pack, tensors, params):
+    """Base and DC-Gen with a LoRA in turns, in float32 and in fp8, with every weight left offloaded."""
+    lora = comfy.utils.load_torch_file(params["lora"])
+    leave_no_room()
+    out, partial = {}, []
+    for dtype in ("default", "fp8_e4m3fn"):
+        base, deep = _base_and_deep(pack, params, dtype)
+        deep = comfy.sd.load_lora_for_models(deep, None, lora, 0.7, 0)[0]
+        for turn in range(2):
+            for name, patcher, owner in (("deep", deep, deep.lender), ("base", base, base)):
+                out |= named(f"{dtype}/{turn}/{name}", velocities(patcher, cases(tensors, name)))
+                partial.append(owner.model.model_lowvram)
+    return out, partial
+
+
+def placement(pack, tensors, params):
+    """Where the layers of base and DC-Gen are while either has been loaded."""
+    gpu, seen = note_places(), []
+    base, deep = _base_and_deep(pack, params)
+    base.load_device = gpu
+    deep.load_device = deep.lender.load_device = gpu
+    for name in params["order"]:
+        comfy.model_management.load_models_gpu([{"base": base, "deep": deep}[name]])
+        own = [deep.model.diffusion_model.patch_embed.proj, deep.model.diffusion_model.proj_out]
+        seen.append(places_of([*base.model.diffusion_model.modules(), *(own if name == "deep" else ())]))
+    return {}, {"seen": seen}
+
+
+def compiled(pack, tensors, params):
+    """Sampled latents of base and DC-Gen as they are and through the core's torch.compile wrapper."""
+    from torch._dynamo.utils import counters
+
+    sampling, out, known = bridge(pack, "sampling"), {}, {}
+    sigmas = torch.tensor([1.0, 0.7, 0.3, 0.0])
+    for name, patcher in zip(("base", "deep"), _base_and_deep(pack, params), strict=True):
+        of = cases(tensors, name)["square"]
+        text = [[of["context"][:1], {"attention_mask": of["mask"][:1], "dcgen_text": "sana"}]]
+        fast = patcher.clone()
+        set_torch_compile_wrapper(model=fast, backend=params["backend"])
+        for kind, model in (("plain", patcher), ("compiled", fast)):
+            counters.clear()
+            latent = {"samples": torch.zeros_like(of["x"][:1])}
+            out[f"{kind}/{name}"] = sampling.sample(model, latent, sigmas, 3, "euler", text)["samples"]
+            known[f"{kind}/{name}"] = {
+                "graphs": counters["stats"]["unique_graphs"],
+                "breaks": len(counters["graph_break"]),
+            }
+    return out, {"compiled": known}

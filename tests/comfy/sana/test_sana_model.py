@@ -222,3 +222,52 @@ def test_text_equals_the_pipeline(found, sana, sana_release):
     assert (out["core/plain"] - out["release/plain"]).abs().max() > 0.1
     assert "norm.weight" in facts["said"]["no_norm"]
     assert "Gemma-2-2B-it" in facts["said"]["flux"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, tiny, sana, sana_release, base_release):
+    """(parameters for inside/sana.py, the adapter's own tensors) of the base, the adapter and a LoRA."""
+    folder = tmp_path_factory.mktemp("sana-weights")
+    own = write_files(folder, tiny, sana, sana_release, base_release)[1]
+    names = {name: str(folder / f"{name}.safetensors") for name in ("adapter", "lora")}
+    return {"release": str(sana_release[0]), **names}, own
+
+
+@pytest.fixture(scope="module")
+def constrained(comfy, tmp_path_factory, weights):
+    inputs = {"base": {"square": case(8, 4, 4, 1)}, "deep": {"square": case(16, 4, 4, 6), "wide": case(16, 3, 6, 7)}}
+    tensors = {f"{m}/{c}/{n}": t for m, of in inputs.items() for c, case in of.items() for n, t in case.items()}
+    # aot_eager traces and makes functional what a compiler is then given, which is what can fail; it compiles nothing.
+    params = {**weights[0], "backend": "aot_eager"}
+    return inputs, *comfy.run("sana:constrained", tmp_path_factory.mktemp("job"), tensors, params)
+
+
+def test_lowvram(constrained, weights, sana, tiny, sana_release):
+    """Every weight stays offloaded and is cast at each call, LoRA and adapter with it, in float32 and in fp8."""
+    inputs, out, facts = constrained
+    assert facts["partial"] == [True] * 8, "a model was loaded whole, so this was no lowvram run"
+    base, deep = sana_release[1].transformer, sana.transformer(tiny, 16, 0)
+    state = base.state_dict()
+    deep.load_state_dict(with_lora(with_lora({**state, **weights[1]}, LORA), OTHER, 0.7))
+    for name, model in (("base", base), ("deep", deep)):
+        for key, of in inputs[name].items():
+            wanted = sana.velocity(model, of)
+            for turn in range(2):
+                assert relative(out[f"default/{turn}/{name}/{key}"], wanted) < 1e-4
+                assert 0.003 < relative(out[f"fp8_e4m3fn/{turn}/{name}/{key}"], wanted) < 0.15
+
+
+def test_torch_compile(constrained):
+    """Through the wrapper of the core's TorchCompileModel: the same latents, from one graph, at every step."""
+    _, out, facts = constrained
+    for name in ("base", "deep"):
+        assert relative(out[f"compiled/{name}"], out[f"plain/{name}"]) < 1e-5
+        assert facts["compiled"][f"plain/{name}"] == {"graphs": 0, "breaks": 0}
+        assert facts["compiled"][f"compiled/{name}"] == {"graphs": 1, "breaks": 0}
+
+
+def test_every_layer_is_on_the_device(comfy, tmp_path, weights):
+    """Base and DC-Gen take turns; tables that stand beside the layers move with them."""
+    order = ["base", "deep", "base", "deep", "deep", "base"]
+    _, facts = comfy.run("sana:placement", tmp_path, params={**weights[0], "order": order})
+    assert facts["seen"] == [["meta"]] * len(order)
