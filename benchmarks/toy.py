@@ -25,7 +25,7 @@ from dcgen import guidance, schedule
 from dcgen.adapter import Adapter, save_adapter
 from train.autoencoders import latent_space, load_autoencoder
 from train.config import Recipe, load_recipe, parse_recipe
-from train.evaluate import FIRST_UNSEEN, Judge
+from train.evaluate import FIRST_UNSEEN, Judge, frechet
 from train.files import digest_json, read_json, write_json
 from train.generate import Pipeline
 from train.log import save_png
@@ -41,7 +41,8 @@ COLUMNS = {
     "color": "colour ↑",
     "both": "both ↑",
     "both_held_out": "both, unseen pairs ↑",
-    "cfg_gap": "distance to true CFG ↓",
+    "cfg_gap": "velocity to true CFG ↓",
+    "frechet_cfg": "Fréchet to true CFG ↓",
 }
 FLOW = ("head.objective.loss=flow", "finetune.objective.loss=flow")
 RANDOM_W = ("head.objective.flow_guidance=w", "finetune.objective.flow_guidance=w")
@@ -178,13 +179,19 @@ class Bench:
             pipeline = self.pipeline(name, seed)
             images = draw(pipeline, self.judge, self.pairs, seed, arm.two_passes)
             save_png(self._path(name, seed).with_suffix(".png"), grid(self._samples(images), 8))
-            scores = self.judge.score(images, self.pairs).as_dict()
-            last = arm.stages[-1:] == ("finetune",)
-            if self.distilled and last and not arm.two_passes and arm.ae_ratio is None:
-                scores["cfg_gap"] = round(self.cfg_gap(pipeline, self.pipeline(REFERENCE, seed)), 4)
-            return scores
+            return self.judge.score(images, self.pairs).as_dict()
 
-        return self._once(self._path(name, seed).stem, self._setting([name, made_of]), make)
+        def against_cfg() -> dict[str, float]:
+            pipeline, reference = self.pipeline(name, seed), self.pipeline(REFERENCE, seed)
+            images, guided = (draw(p, self.judge, self.pairs, seed, p is reference) for p in (pipeline, reference))
+            distance = frechet(self.judge.features(images), self.judge.features(guided))
+            return {"cfg_gap": round(self.cfg_gap(pipeline, reference), 4), "frechet_cfg": round(distance, 4)}
+
+        settings, last = self._setting([name, made_of]), arm.stages[-1:] == ("finetune",)
+        scores = self._once(self._path(name, seed).stem, settings, make)
+        if self.distilled and last and not arm.two_passes and arm.ae_ratio is None:
+            scores |= self._once(f"cfg-{self._path(name, seed).stem}", settings, against_cfg)
+        return scores
 
     def arm_recipe(self, arm: Arm, seed: int) -> Recipe:
         """toy-flux as the arm changes it, in its own folder. The cache is shared unless the autoencoder differs."""
@@ -273,7 +280,7 @@ class Bench:
         for name, arm in ARMS.items():
             done = sorted((self.out / "scores").glob(f"{name}-seed-*.json"), key=_seed_of)
             if done:
-                rows[arm.title] = [read_json(path)["scores"] for path in done]
+                rows[arm.title] = [_scores(path) for path in done]
                 seeds[arm.title] = [_seed_of(path) for path in done]
         return {
             "captions": len(self.pairs),
@@ -353,6 +360,12 @@ def _through(autoencoder: Any, images: Tensor) -> Tensor:
     return torch.cat([autoencoder.decode(autoencoder.encode(part)) for part in images.split(32)])
 
 
+def _scores(path: Path) -> dict[str, float]:
+    """All that was measured of an arm and seed."""
+    more = path.with_name(f"cfg-{path.name}")
+    return {**read_json(path)["scores"], **(read_json(more)["scores"] if more.is_file() else {})}
+
+
 def _seed_of(path: Path) -> int:
     return int(path.stem.rpartition("-")[2])
 
@@ -392,9 +405,9 @@ def figure(rows: dict[str, list[dict[str, float]]], strips: dict[str, Path], pat
 
     titles = [title for title in rows if title in strips]
     found = {title: summary(rows[title]) for title in titles}
-    columns = ("frechet", "both", "cfg_gap")
+    columns = ("frechet", "both", "frechet_cfg", "cfg_gap")
     height = 0.62 * len(titles) + 0.7
-    drawn, axes = plt.subplots(1, 4, figsize=(13, height), width_ratios=(1, 1, 1, 2.6), layout="constrained")
+    drawn, axes = plt.subplots(1, 5, figsize=(14, height), width_ratios=(1, 1, 1, 1, 2.6), layout="constrained")
     places = range(len(titles))
     for axis, column in zip(axes, columns, strict=False):
         has = [k for k in places if column in found[titles[k]]]
@@ -402,12 +415,12 @@ def figure(rows: dict[str, list[dict[str, float]]], strips: dict[str, Path], pat
         axis.barh(has, [p["mean"] for p in parts], xerr=[p["spread"] for p in parts], color="#5b8fb9", ecolor="#333")
         axis.set(title=COLUMNS[column], yticks=places, ylim=(len(titles) - 0.5, -0.5))
         axis.set_yticklabels(titles if axis is axes[0] else [])
-        if column == "frechet":
+        if column.startswith("frechet"):
             axis.set_xscale("log")
     for place, title in enumerate(titles):
-        axes[3].imshow(plt.imread(strips[title]), extent=(0, 8, place + 0.48, place - 0.48), aspect="auto")
-    axes[3].set(xlim=(0, 8), ylim=(len(titles) - 0.5, -0.5), title="first seed's pictures")
-    axes[3].axis("off")
+        axes[4].imshow(plt.imread(strips[title]), extent=(0, 8, place + 0.48, place - 0.48), aspect="auto")
+    axes[4].set(xlim=(0, 8), ylim=(len(titles) - 0.5, -0.5), title="first seed's pictures")
+    axes[4].axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, dpi=90)
     plt.close(drawn)

@@ -112,21 +112,24 @@ class Judge:
         right_color = colors.argmax(1) == torch.tensor([p.color for p in pairs])
         both = (right_subject & right_color).float()
         unseen = torch.tensor([(p.subject, p.color) in self.held_out for p in pairs])
-        features = torch.cat(_chunks(self.model.features, images))
         return Score(
-            frechet=frechet(features, self._real_features(pairs)),
+            frechet=frechet(self.features(images), self._real_features(pairs)),
             subject=right_subject.float().mean().item(),
             color=right_color.float().mean().item(),
             both=both.mean().item(),
             both_held_out=both[unseen].mean().item() if unseen.any() else float("nan"),
         )
 
+    def features(self, images: Tensor) -> Tensor:
+        """(B,F) of images (B,3,H,W) in -1..1, for frechet()."""
+        return torch.cat(_chunks(self.model.features, images))
+
     def _real_features(self, pairs: Sequence[Pair]) -> Tensor:
         key = tuple(pairs)
         if key not in self._real:
             unseen = range(FIRST_UNSEEN, FIRST_UNSEEN + self.variants)
             real = [self.pictures.draw(pair, variant) for pair in dict.fromkeys(pairs) for variant in unseen]
-            self._real[key] = torch.cat(_chunks(self.model.features, torch.stack(real)))
+            self._real[key] = self.features(torch.stack(real))
         return self._real[key]
 
 
