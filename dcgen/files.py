@@ -60,6 +60,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
+    except SafetensorError as error:  # a full disk is no OSError there
+        raise OSError(f"{target} could not be written ({error}); is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -6,6 +6,7 @@ import argparse
 import base64
 import csv
 import html
+import inspect
 import io
 import json
 import sys
@@ -14,6 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from train.files import read_json, write_atomically
+from train.stages import stage_class
+
+LAST = ("loss", "grad_norm")  # columns of the log whose last row stands in the table
+WORDS = {
+    "grad_norm": "gradient norm",
+    "loss_cond": "loss with the caption",
+    "loss_uncond": "loss without a caption",
+    "least_loss": "least possible loss",
+    "variance": "variance of the target",
+    "unexplained": "loss / variance",
+    "parameters": "trained parameters",
+    "both": "subject and colour right",
+}
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -46,13 +60,14 @@ def _stage_table(run: Path, recipe: dict[str, Any]) -> str:
 
 
 def _stage_section(folder: Path, name: str, config: dict[str, Any]) -> str:
-    parts = [f"<h2>{html.escape(name)}</h2>"]
-    done = folder / "done.json"
-    if done.is_file():
-        numbers = read_json(done)["numbers"]
-        rows = "".join(f"<tr><td>{html.escape(key)}<td class=n>{_number(value)}" for key, value in numbers.items())
-        parts.append(f"<table>{rows}</table>" if rows else "")
-    curves = _curves(folder)
+    parts = [f"<h2>{html.escape(name)}</h2><p>{html.escape(_purpose(config['kind']))}</p>"]
+    done, log = folder / "done.json", _log(folder)
+    numbers = read_json(done)["numbers"] if done.is_file() else {}
+    numbers |= {f"{WORDS.get(key, key)}, last logged": values[-1] for key, values in log.items() if key in LAST}
+    cells = {key: html.escape(WORDS.get(key, key.replace("_", " "))) for key in numbers}
+    rows = "".join(f"<tr><td>{cells[key]}<td class=n>{_number(value)}" for key, value in numbers.items())
+    parts.append(f"<table>{rows}</table>" if rows else "")
+    curves = _curves(folder, log)
     if curves:
         parts.append(_image(curves, f"curves of {name}"))
     parts += [
@@ -66,27 +81,40 @@ def _stage_section(folder: Path, name: str, config: dict[str, Any]) -> str:
     return "".join(parts)
 
 
-def _curves(folder: Path) -> bytes | None:
-    """PNG of losses, gradient norm (Fig. 19) and speed over the steps of log.csv; also kept as curves.png."""
+def _purpose(kind: str) -> str:
+    """What a stage of this kind does: the first paragraph of its own description."""
+    text = inspect.getdoc(stage_class(kind)) or ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def _log(folder: Path) -> dict[str, list[float]]:
+    """Columns of log.csv; nothing where nothing was logged."""
     table = folder / "log.csv"
     if not table.is_file():
-        return None
+        return {}
     with open(table, newline="", encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle))
-    if not rows:
+    return {key: [float(row[key]) for row in rows] for key in rows[0]} if rows else {}
+
+
+def _curves(folder: Path, log: dict[str, list[float]]) -> bytes | None:
+    """PNG of losses, gradient norm (Fig. 19) and speed over the steps; also kept as curves.png."""
+    if not log:
         return None
     from matplotlib.figure import Figure
 
-    columns = {key: [float(row[key]) for row in rows] for key in rows[0]}
+    columns = dict(log)
     steps = columns.pop("step")
     losses = [key for key in columns if key not in ("grad_norm", "lr", "images_per_s")]
     figure = Figure(figsize=(10, 3), layout="constrained")
     panels = (("loss", losses), ("gradient norm", ["grad_norm"]), ("pictures / s", ["images_per_s"]))
     for axes, (title, keys) in zip(figure.subplots(1, 3), panels, strict=True):
         for key in keys:
-            axes.plot(steps, columns[key], label=key, linewidth=1, marker="." if len(steps) < 3 else "")
+            axes.plot(steps, columns[key], label=WORDS.get(key, key), linewidth=1, marker="." if len(steps) < 3 else "")
         axes.set(title=title, xlabel="step")
-        if min(min(columns[key]) for key in keys) > 0:
+        if keys == ["images_per_s"]:
+            axes.set_ylim(bottom=0)
+        elif min(min(columns[key]) for key in keys) > 0:
             axes.set_yscale("log")
         if len(keys) > 1:
             axes.legend(fontsize=7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import shutil
 import sys
@@ -24,6 +25,7 @@ from train.report import write_report
 from train.stages import stage_class
 from train.stages.base import Context, Stage, stage_of
 
+FULL_DISK = "; what was finished before is intact: free disk space and run the same command"
 WATCH_FIELDS = {"checkpoint_every", "keep_checkpoints", "log_every", "preview_every", "shard", "architecture"}
 
 
@@ -45,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{stopped}", file=sys.stderr)
         return 143
     except (RecipeError, CheckpointError, CacheError, NonFinite, OSError, ValueError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        hint = FULL_DISK if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        print(f"\nerror: {error}{hint}", file=sys.stderr)
         return 1
     finally:
         distributed.stop()

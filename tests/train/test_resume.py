@@ -1,13 +1,14 @@
-"""A run in its own process, killed and resumed, on one rank and on two."""
+"""A run in its own process, killed, stopped or out of disk, and resumed; on one rank and on two."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,81 +16,132 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-REPO = Path(__file__).resolve().parents[2]
 STEPS = ["finetune.steps=12", "finetune.checkpoint_every=3", "finetune.preview_every=0", "finetune.rank=2"]
 
 
-def start(debug_run: Path, out: Path, ranks: int) -> list[subprocess.Popen]:
-    """The run's processes, launched as torchrun launches them (without its agent, which costs another import)."""
-    inputs = [f"finetune.cache={debug_run}/cache", f"finetune.start={debug_run}/head"]
-    inputs += [f"finetune.base={debug_run}/tiny/release", f"finetune.autoencoder={debug_run}/tiny/dc-ae"]
-    inputs += [f"output={out}"]
-    command = [sys.executable, "-m", "train.run", "debug", "--stage", "finetune", *inputs, *STEPS]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = []
-    for rank in range(ranks):
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if ranks > 1:
-            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes.append(subprocess.Popen(command, cwd=REPO, env=env, stderr=subprocess.PIPE, text=True))
-    return processes
+@pytest.fixture(scope="module")
+def processes():
+    """What starts runs: a fork server that has imported all they need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["train.run", "train.stages.finetune", "diffusers", "diffusers.models.transformers.transformer_flux", "peft"]
+    )
+    return context
 
 
-def run(debug_run: Path, out: Path, ranks: int = 1) -> dict:
-    """The adapter of a run that is left to finish."""
-    for process in start(debug_run, out, ranks):
-        error = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, error[-3000:]
-    return load_file(out / "finetune" / "adapter.safetensors")
+def enter(arguments: list[str], environment: dict[str, str], errors: Path) -> None:
+    """One rank, in its own process: `python -m train.run ARGUMENTS` with its messages in a file."""
+    import torch
+
+    from train.run import main
+
+    descriptor = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 2)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    sys.exit(main(arguments))
 
 
-def stop_midway(debug_run: Path, out: Path, number: int, ranks: int = 1) -> tuple[int, str]:
-    """Send a signal to all processes of a run after its second checkpoint; (exit code, stderr) of the first."""
-    processes = start(debug_run, out, ranks)
-    until = time.monotonic() + 200
-    while not (out / "finetune" / "checkpoints" / "step-00000006").exists():
-        assert processes[0].poll() is None, processes[0].stderr.read()[-3000:]
-        assert time.monotonic() < until, "no checkpoint in time"
-        time.sleep(0.002)
-    for process in processes:
-        process.send_signal(number)
-    errors = [process.communicate(timeout=60)[1] for process in processes]
-    return processes[0].returncode, errors[0]
+class Run:
+    """The processes of one run, launched with the environment that torchrun gives."""
+
+    def __init__(self, processes, debug_run: Path, out: Path, ranks: int = 1) -> None:
+        inputs = [f"finetune.cache={debug_run}/cache", f"finetune.start={debug_run}/head"]
+        inputs += [f"finetune.base={debug_run}/tiny/release", f"finetune.autoencoder={debug_run}/tiny/dc-ae"]
+        arguments = ["debug", "--stage", "finetune", *inputs, f"output={out}", *STEPS]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        out.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = out / "finetune" / "checkpoints"
+        self.adapter = out / "finetune" / "adapter.safetensors"
+        self.errors = [out / f"errors-{rank}.txt" for rank in range(ranks)]
+        self.ranks = []
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), **where}
+            job = (arguments, place if ranks > 1 else {}, self.errors[rank])
+            self.ranks.append(processes.Process(target=enter, args=job))
+            self.ranks[-1].start()
+
+    def wait(self) -> tuple[int | None, str]:
+        """(exit code, messages) of the first rank when all have ended."""
+        for process in self.ranks:
+            process.join(timeout=300)
+        return self.ranks[0].exitcode, self.errors[0].read_text()
+
+    def until(self, step: int) -> None:
+        """Wait for a checkpoint."""
+        limit = time.monotonic() + 200
+        while not (self.checkpoints / f"step-{step:08d}").exists():
+            assert self.ranks[0].is_alive(), self.errors[0].read_text()[-3000:]
+            assert time.monotonic() < limit, "no checkpoint in time"
+            time.sleep(0.002)
+
+    def stopped(self, number: int) -> tuple[int | None, str]:
+        """Send all ranks a signal after the second checkpoint."""
+        self.until(6)
+        for process in self.ranks:
+            os.kill(process.pid, number)
+        return self.wait()
+
+    def finished(self) -> dict:
+        """The adapter of a run that is left to finish."""
+        code, error = self.wait()
+        assert code == 0, error[-3000:]
+        return load_file(self.adapter)
 
 
 @pytest.fixture(scope="module")
-def whole(debug_run, tmp_path_factory):
+def start(processes, debug_run):
+    return lambda out, ranks=1: Run(processes, debug_run, out, ranks)
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
     """The adapter of an uninterrupted run on one rank."""
-    return run(debug_run, tmp_path_factory.mktemp("whole"))
+    return start(tmp_path_factory.mktemp("whole")).finished()
 
 
 def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(bool((a[name] == b[name]).all()) for name in a)
 
 
-def test_kill_9_and_the_same_command_give_the_same_bits(debug_run, whole, tmp_path):
-    code, _ = stop_midway(debug_run, tmp_path, signal.SIGKILL)
+def test_kill_9_and_the_same_command_give_the_same_bits(start, whole, tmp_path):
+    code, _ = start(tmp_path).stopped(signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert not (tmp_path / "finetune" / "done.json").exists()
-    assert equal(run(debug_run, tmp_path), whole)
+    assert equal(start(tmp_path).finished(), whole)
 
 
-def test_sigterm_says_what_it_did(debug_run, tmp_path):
-    code, error = stop_midway(debug_run, tmp_path, signal.SIGTERM)
+def test_sigterm_says_what_it_did(start, tmp_path):
+    code, error = start(tmp_path).stopped(signal.SIGTERM)
     assert code == 143
     assert re.search(r"stopped by a signal after step \d+; checkpoint in", error)
 
 
-def test_two_ranks_killed_equal_two_ranks_and_nearly_one(debug_run, whole, tmp_path):
-    both = run(debug_run, tmp_path / "both", ranks=2)
-    stop_midway(debug_run, tmp_path / "cut", signal.SIGKILL, ranks=2)
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(start, whole, tmp_path):
+    """The kernel refuses to write more than half of a checkpoint's weights into any file, from the second one on."""
+    run = start(tmp_path)
+    run.until(3)
+    size = (run.checkpoints / "step-00000003" / "weights.safetensors").stat().st_size
+    resource.prlimit(run.ranks[0].pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
+    code, error = run.wait()
+    assert code == 1
+    assert re.search(r"checkpoint of step \d+ in .*weights\.safetensors could not be written .*is intact", error)
+    left = sorted(path.name for path in run.checkpoints.iterdir())
+    assert left
+    assert all(re.fullmatch(r"step-\d{8}", name) for name in left), left
+    assert equal(start(tmp_path).finished(), whole)
+
+
+def test_two_ranks_killed_equal_two_ranks_and_nearly_one(start, whole, tmp_path):
+    both = start(tmp_path / "both", ranks=2).finished()
+    start(tmp_path / "cut", ranks=2).stopped(signal.SIGKILL)
     shutil.copytree(tmp_path / "cut", tmp_path / "fewer")
-    assert equal(run(debug_run, tmp_path / "cut", ranks=2), both)
+    assert equal(start(tmp_path / "cut", ranks=2).finished(), both)
     assert largest_difference(both, whole) < 1e-4
-    assert largest_difference(run(debug_run, tmp_path / "fewer", ranks=1), whole) < 1e-4
+    assert largest_difference(start(tmp_path / "fewer").finished(), whole) < 1e-4
 
 
 def largest_difference(a: dict, b: dict) -> float:
