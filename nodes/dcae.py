@@ -16,6 +16,13 @@ STRIP_TIP = (
 )
 
 
+def _vae_and_strip() -> list[io.Input]:
+    return [
+        io.Vae.Input("vae", tooltip="A DC-AE, from DCAELoader or a release."),
+        io.Int.Input("strip", default=0, min=0, max=4096, tooltip=STRIP_TIP),
+    ]
+
+
 class DCAELoader(io.ComfyNode):
     """VAE from a DC-AE file or folder."""
 
@@ -66,8 +73,7 @@ class DCAEEncode(io.ComfyNode):
             "around the middle to multiples of the autoencoder's factor.",
             inputs=[
                 io.Image.Input("image", tooltip="Any size from one latent pixel (32, 64 or 128 pixels) up."),
-                io.Vae.Input("vae", tooltip="A DC-AE, from DCAELoader or a release."),
-                io.Int.Input("strip", default=0, min=0, max=4096, tooltip=STRIP_TIP),
+                *_vae_and_strip(),
             ],
             outputs=[io.Latent.Output()],
         )
@@ -93,8 +99,7 @@ class DCAEDecode(io.ComfyNode):
             "less than 2 GB beside the weights. The preview fills from the top while it works.",
             inputs=[
                 io.Latent.Input("samples", tooltip="A latent of this autoencoder; one of another is refused by name."),
-                io.Vae.Input("vae", tooltip="A DC-AE, from DCAELoader or a release."),
-                io.Int.Input("strip", default=0, min=0, max=4096, tooltip=STRIP_TIP),
+                *_vae_and_strip(),
             ],
             outputs=[io.Image.Output()],
         )

@@ -600,8 +600,8 @@ def toy_sana() -> Workflow:
     adapter = "toy-sana-dcgen.safetensors"
     apply = w.node("DCGenApply", at=(0, 150), model=load(0), adapter_name=adapter, strength=1.0)
     vae = w.node("DCAELoader", at=(0, 310), vae_name=TOY_VAE)
-    size, text = {"width": 128, "height": 128, "batch_size": 4}, "octopus on a green background"
-    return sana_parts(w, apply(), load(1), vae(), size, "dcgen/toy-sana", text, seed=7, cfg=3.5)
+    size, text = {"width": 128, "height": 128, "batch_size": 4}, "panda on a green background"
+    return sana_parts(w, apply(), load(1), vae(), size, "dcgen/toy-sana", text, seed=7, cfg=2.5)
 
 
 JOBS: dict[str, Callable[[], Workflow]] = {
@@ -708,7 +708,7 @@ def opened(url: str) -> Iterator[tuple]:
         try:
             page.open(url)
             ready = "window.app && window.app.extensionManager && window.LiteGraph.registered_node_types.DCGenApply"
-            page.until(f"!!({ready})")
+            page.until(f"!!({ready})", 180)
             for setting in ("Comfy.Minimap.Visible", "Comfy.Workflow.ShowMissingModelsWarning"):
                 page.js(f"app.extensionManager.setting.set('{setting}', false)")
             for name, kind in FOREIGN.items():

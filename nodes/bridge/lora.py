@@ -7,9 +7,9 @@ to the f8 latent. Those few are left out here; the core would try them at each l
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import comfy.model_patcher
@@ -66,13 +66,30 @@ def log(said: LoraReport) -> None:
     logging.log(logging.INFO if whole else logging.WARNING, "%s", said)
 
 
-class _Reporting:
-    """Mixin for a ModelPatcher of a whole DC-Gen model."""
+class Reporting:
+    """Mixin for the ModelPatcher of a DC-Gen model: LoRA without what was made for another latent, with a report."""
+
+    def latent_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights that a LoRA for another latent cannot change."""
+        return latent_shapes(self.model)
 
     def add_patches(self, patches: Mapping, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
-        """As the core's, without what was made for another latent; says in the log what was applied."""
-        kept, misfits = split_patches(patches, latent_shapes(self.model))
-        added = super().add_patches(kept, strength_patch, strength_model)
+        """As the core's; says in the log what was applied and what was left out."""
+        return self._reported(patches, self._add_patches, strength_patch, strength_model)
+
+    def add_hook_patches(
+        self, hook: Any, patches: Mapping, strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> list:
+        """The same for LoRA that come with a conditioning (Create Hook LoRA), which the core swaps while it samples."""
+        add = partial(super().add_hook_patches, hook)
+        return self._reported(patches, add, strength_patch, strength_model)
+
+    def _add_patches(self, patches: Mapping, *strengths: float) -> list:
+        return super().add_patches(patches, *strengths)
+
+    def _reported(self, patches: Mapping, add: Callable[..., list], *strengths: float) -> list:
+        kept, misfits = split_patches(patches, self.latent_shapes())
+        added = add(kept, *strengths)
         log(report(patches, misfits, added))
         return added
 
@@ -80,7 +97,7 @@ class _Reporting:
 @cache
 def reporting(kind: type[comfy.model_patcher.ModelPatcher]) -> type[comfy.model_patcher.ModelPatcher]:
     """The patcher class `kind` with a LoRA report."""
-    return type(kind.__name__, (_Reporting, kind), {})
+    return type(kind.__name__, (Reporting, kind), {})
 
 
 def latent_shapes(model: Any) -> dict[str, tuple[int, ...]]:

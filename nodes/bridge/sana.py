@@ -36,9 +36,9 @@ TIMESTEPS = 1000
 TEXT_KEY = "dcgen_text"
 GUIDANCE = 4.5
 # Live activations per token at the peak of a block, as this many times D numbers of the computing dtype. Measured
-# (tests/core/test_sana_memory.py): 14 to 15, mostly the feed-forward's 1x1 and 3x3 outputs of 5 D each; float16 19.7,
-# because it is clamped.
-PEAK_WIDTHS, PEAK_WIDTHS_FLOAT16 = 16, 21
+# (tests/core/test_sana_memory.py): 12.6 to 14.1, mostly the feed-forward's 1x1 and 3x3 outputs of 5 D each; less where
+# an image has more tokens than the network convolves at a time.
+PEAK_WIDTHS = 15
 # The core's estimate is latent pixels * dtype size * this * memory_usage_factor.
 BYTES_OF_FACTOR = 0.01 * 1024 * 1024
 
@@ -211,9 +211,7 @@ def _copy(target: nn.Parameter, value: Tensor) -> None:
 def finish(model: SanaModel, info: ModelInfo) -> None:
     """What the latent decides on a BaseModel beyond its network: memory per latent pixel, shift, and its own info."""
     width = model.diffusion_model.config.width
-    half = (model.manual_cast_dtype or model.get_dtype()) == torch.float16
-    widths = PEAK_WIDTHS_FLOAT16 if half else PEAK_WIDTHS
-    model.memory_usage_factor = widths * width / BYTES_OF_FACTOR / info.patch_size**2
+    model.memory_usage_factor = PEAK_WIDTHS * width / BYTES_OF_FACTOR / info.patch_size**2
     model.dcgen = info
     tokens, channels = info.native_tokens, info.token_channels
     model.model_sampling.set_parameters(shift=shift_ratio(tokens=tokens, channels=channels, **info.schedule))

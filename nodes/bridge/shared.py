@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from . import lora
 
 LENDER = "dcgen_lender"
+PACKED = "GGUFModelPatcher"  # ComfyUI-GGUF's, known by name
 
 
 class _Borrower(nn.Module):
@@ -57,7 +58,7 @@ def borrow(lender: nn.Module, **own: Any) -> nn.Module:
     return module.eval()
 
 
-class BorrowingPatcher(comfy.model_patcher.ModelPatcher):
+class BorrowingPatcher(lora.Reporting, comfy.model_patcher.ModelPatcher):
     """Patcher of a BaseModel made by `borrow`. Patches on borrowed weights go to the lender's patcher."""
 
     @property
@@ -65,16 +66,30 @@ class BorrowingPatcher(comfy.model_patcher.ModelPatcher):
         """This patcher's own clone of the base's patcher."""
         return self.get_additional_models_with_key(LENDER)[0]
 
-    def add_patches(self, patches: Mapping, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
-        """As the core's, on whoever owns the weight; says in the log what was left out (bridge.lora)."""
-        shapes = {key: tuple(value.shape) for key, value in self.model.named_parameters()}
-        kept, misfits = lora.split_patches(patches, shapes)
-        ours = {key: value for key, value in kept.items() if (key if isinstance(key, str) else key[0]) in shapes}
-        theirs = {key: value for key, value in kept.items() if key not in ours}
-        added = super().add_patches(ours, strength_patch, strength_model) if ours else []
-        added += self.lender.add_patches(theirs, strength_patch, strength_model)
-        lora.log(lora.report(patches, misfits, added))
-        return added
+    def latent_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all weights that are this model's own."""
+        return {key: tuple(value.shape) for key, value in self.model.named_parameters()}
+
+    def _add_patches(self, patches: Mapping, *strengths: float) -> list:
+        own = self.latent_shapes()
+        ours = {key: value for key, value in patches.items() if (key if isinstance(key, str) else key[0]) in own}
+        theirs = {key: value for key, value in patches.items() if key not in ours}
+        added = super()._add_patches(ours, *strengths) if ours else []
+        return added + self.lender.add_patches(theirs, *strengths)
+
+    def add_hook_patches(
+        self, hook: Any, patches: Mapping, strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> list:
+        """As the core's, which finds borrowed weights here too and puts them back after sampling.
+
+        ValueError for packed weights (GGUF), which the core would take for numbers.
+        """
+        if type(self.lender).__name__ == PACKED:
+            raise ValueError(
+                "LoRA hooks cannot change a GGUF model's packed weights. Load it with an ordinary LoRA loader, or "
+                "use an fp8 or 16-bit file of the base."
+            )
+        return super().add_hook_patches(hook, patches, strength_patch, strength_model)
 
     def model_size(self) -> int:
         """Bytes of the new layers. The state dict lists the borrowed ones too; the lender's patcher counts those."""

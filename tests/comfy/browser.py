@@ -86,6 +86,7 @@ class Browser:
         self.socket = WebSocket("127.0.0.1", port, path, timeout=180)
         self.count = 0
         self.errors: list[str] = []
+        self.dragged: list[dict] = []
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
 
@@ -98,6 +99,8 @@ class Browser:
             if message.get("method") == "Runtime.exceptionThrown":
                 details = message["params"]["exceptionDetails"]
                 self.errors.append(details.get("exception", {}).get("description", details["text"]))
+            if message.get("method") == "Input.dragIntercepted":
+                self.dragged.append(message["params"]["data"])
             if message.get("id") == self.count:
                 if "error" in message:
                     raise RuntimeError(f"{method}: {message['error']}")
@@ -141,6 +144,33 @@ class Browser:
             self.mouse("mouseMoved", *(a + (b - a) * share for a, b in zip(start, end, strict=True)), held=True)
             time.sleep(0.03)  # a frame, so that the page sees a movement and not a jump
         self.mouse("mouseReleased", *end)
+
+    def drop(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+        """Drag an element of the page (the browser's own drag and drop) and let it go over another place."""
+        self.call("Input.setInterceptDrags", enabled=True)
+        self.mouse("mouseMoved", *start)
+        self.mouse("mousePressed", *start, held=True)
+        stop = time.monotonic() + 20
+        while not self.dragged:
+            if time.monotonic() > stop:
+                raise TimeoutError(f"nothing can be dragged at {start}")
+            self.mouse("mouseMoved", start[0] + 10, start[1] + 10, held=True)
+            time.sleep(0.05)
+        data = self.dragged.pop()
+        self.dragged.clear()
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=end[0], y=end[1], data=data)
+        self.mouse("mouseReleased", *end)
+        self.call("Input.setInterceptDrags", enabled=False)
+
+    def keys(self, text: str, *named: str) -> None:
+        """Type text, then press keys by name ("Enter")."""
+        self.call("Input.insertText", text=text)
+        for name in named:
+            code = {"Enter": 13, "Escape": 27}[name]
+            for kind in ("keyDown", "keyUp"):
+                event = {"key": name, "code": name, "windowsVirtualKeyCode": code, "text": "\r" if code == 13 else ""}
+                self.call("Input.dispatchKeyEvent", type=kind, **event)
 
     def screenshot(self, file: Path) -> Path:
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))

@@ -144,7 +144,7 @@ class Comfy:
         tensors: dict[str, torch.Tensor] | None = None,
         params: dict | None = None,
         flags: tuple[str, ...] = ("--cpu",),
-        timeout: float = 300,
+        timeout: float = 850,
     ) -> tuple[dict[str, torch.Tensor], dict]:
         """Call `where` ("script:function") inside ComfyUI. Returns the tensors and the JSON it gave back.
 

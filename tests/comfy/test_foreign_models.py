@@ -82,6 +82,7 @@ def test_gguf(ran, expected, helper):
     """The base's own patcher goes on owning the packed blocks: it applies LoRA after expanding them."""
     found, facts = ran
     assert facts["gguf"]["lender"] == ["GGUFModelPatcher"] * 2
+    assert "ordinary LoRA loader" in facts["gguf"]["said"]["hook"]
     assert facts["gguf"]["still"] == facts["gguf"]["packed"] > 30, "packed weights were replaced"
     for turn, name in enumerate(("deep", "base", "lora", "aligned", "before", "base")):
         for case, velocity in expected[name].items():

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 PROMPT = "a red cat on a blue background"
 STEPS, GUIDANCE, SEED = 4, 2.5, 11
@@ -98,6 +99,17 @@ def test_pixels_equal_a_plain_diffusers_loop(server, request, tiny, kind, width,
     assert np.abs(saved - wanted).max() < 1.5 / 255
 
 
+def test_releases_below_a_folder(server, deep_release):
+    """Two releases in one repository, as they were first published."""
+    folder = server.base / "models" / "diffusers" / "DC-Gen-FLUX.1-Krea-Dev"
+    folder.mkdir(parents=True)
+    (folder / "DC-Gen-FLUX.1-Krea-Dev-v1.0-Res1K").symlink_to(deep_release[0], target_is_directory=True)
+    name = "DC-Gen-FLUX.1-Krea-Dev/DC-Gen-FLUX.1-Krea-Dev-v1.0-Res1K"
+    for kind, field in (("DCGenReleaseLoader", "release"), ("DCGenModelLoader", "model_name")):
+        assert name in server.get(f"/object_info/{kind}")[kind]["input"]["required"][field][1]["options"]
+    server.queue(text_to_image(name, 64, 64))
+
+
 def both(base_name, adapter_name, deep_name, seed):
     """Base and DC-Gen from one loaded base in one graph, each with core's KSampler."""
 
@@ -155,6 +167,62 @@ def test_base_and_dcgen_in_one_graph_with_previews(server, base_name, adapter_na
         assert len(listener.previews) == 3
         same = [(pictures[f"save_{kind}"][0] == reference[kind]).all() for kind in reference]
         assert same == [seed == 3] * 2
+
+
+def lora_file(server, base_release):
+    """A user's LoRA made for plain FLUX: two layers of the blocks, and the embedder and head of the f8 latent."""
+    layers = dict(base_release[1].transformer.named_modules())
+    names = ("transformer_blocks.0.attn.to_k", "single_transformer_blocks.1.proj_mlp", "x_embedder", "proj_out")
+    draw, tensors = torch.Generator().manual_seed(2), {}
+    for name in names:
+        for part, shape in (("A", (4, layers[name].in_features)), ("B", (layers[name].out_features, 4))):
+            tensors[f"transformer.{name}.lora_{part}.weight"] = torch.randn(shape, generator=draw)
+    folder = server.base / "models" / "loras"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "user.safetensors")
+    return "user.safetensors"
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_lora_hook_on_a_conditioning(server, base_name, adapter_name, deep_name, base_release, kind):
+    """Core swaps a hook's LoRA in while it samples. It changes the picture as an ordinary LoRA does, says what it
+    cannot change, and leaves the weights, which base and DC-Gen share, as they were."""
+    file, model = lora_file(server, base_release), "apply" if kind == "adapter" else "other"
+    graph = both(base_name, adapter_name, deep_name, 6)
+    for deep in ("empty_deep", "sample_deep"):
+        graph[deep]["inputs"]["model"] = [model, 0]
+    graph["save_deep"] = node("TestDump", images=["decode_deep", 0], name="deep")
+    graph["save_base"] = node("TestDump", images=["decode_base", 0], name="base")
+    ordinary = node("LoraLoaderModelOnly", model=[model, 0], lora_name=file, strength_model=0.7)
+    hook = node("CreateHookLora", lora_name=file, strength_model=0.7, strength_clip=0.0)
+    hooked = {"strength": 1.0, "set_cond_area": "default", "cond_NEW": ["text", 0], "hooks": ["hook", 0]}
+
+    def run(model=None, positive=None, **more):
+        graphs = {
+            **graph,
+            **more,
+            "sample_deep": {**graph["sample_deep"], "inputs": dict(graph["sample_deep"]["inputs"])},
+        }
+        graphs["sample_deep"]["inputs"] |= {"model": model} if model else {}
+        graphs["sample_deep"]["inputs"] |= {"positive": positive} if positive else {}
+        said = len(server.log())
+        server.queue(graphs)
+        return server.dumped("deep"), server.dumped("base"), server.log()[said:]
+
+    plain, base, _ = run()
+    wanted, _, told = run(model=["lora", 0], lora=ordinary)
+    found, _, heard = run(positive=["hooked", 0], hook=hook, hooked=node("ConditioningSetProperties", **hooked))
+    assert np.abs(found - wanted).max() < 1e-4
+    assert np.abs(found - plain).max() > 1e-2
+    for text in (told, heard):
+        assert "LoRA on a DC-Gen model: 2 of 4 changes applied" in text
+        assert "final_layer.linear (proj_out), img_in (x_embedder)" in text
+        assert "SHAPE MISMATCH" not in text
+        assert "ERROR lora" not in text
+    server.raw("/free", {"free_memory": True})  # the results, not the models
+    again = run()
+    assert np.abs(again[0] - plain).max() < 1e-6
+    assert np.abs(again[1] - base).max() < 1e-6
 
 
 def test_one_node_sampler_is_the_same_bit_for_bit(server, deep_name):
@@ -373,12 +441,20 @@ def test_damaged_releases_are_refused_by_name(server, deep_release, harm, said):
         assert part in error
 
 
-def test_cancel_leaves_comfyui_usable(server, deep_name):
-    graph = text_to_image(deep_name, 512, 512)
-    graph["sigmas"]["inputs"]["steps"] = 1000
-    prompt_id = server.post("/prompt", {"prompt": graph, "client_id": "tests"})["prompt_id"]
-    time.sleep(1.5)
-    server.raw("/interrupt", {})
-    entry = server.wait(prompt_id, 60)
-    assert server.error(entry) == "interrupted", json.dumps(entry["status"])[:500]
+@pytest.mark.parametrize(("stage", "side", "steps"), [("sample", 512, 1000), ("decode", 3072, 1)])
+def test_cancel_leaves_comfyui_usable(server, deep_name, stage, side, steps):
+    """Interrupted once the node has said how far it is; the next graph runs as ever."""
+    graph = text_to_image(deep_name, side, side)
+    graph["sigmas"]["inputs"]["steps"] = steps
+    graph["decode"] = node("DCAEDecode", samples=["sample", 0], vae=["load", 2], strip=1)
+    with server.listening() as listener:
+        prompt_id = server.post("/prompt", {"prompt": graph, "client_id": "tests"})["prompt_id"]
+        stop = time.monotonic() + 120
+        while not any(m["type"] == "progress" and m["data"]["node"] == stage for m in list(listener.messages)):
+            assert time.monotonic() < stop, "no progress was said"
+            time.sleep(0.02)
+        server.raw("/interrupt", {})
+        entry = server.wait(prompt_id, 60)
+    (where,) = (data["node_id"] for kind, data in entry["status"]["messages"] if kind == "execution_interrupted")
+    assert where == stage
     server.queue(text_to_image(deep_name, 64, 64))

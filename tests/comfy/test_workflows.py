@@ -205,76 +205,124 @@ def test_toy_runs_from_the_browser(server, page, name, tmp_path):
     page.until("app.graph._nodes.some((node) => node.type === 'SaveImage' && node.imgs && node.imgs.length === 4)", 30)
 
 
-def test_built_by_hand(server, page, base_release):
-    """A user's way: put nodes down, drag a link between them, type a size, read the tokens, run, wipe."""
-    target = server.base / "models" / "diffusers" / "tiny-hand"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        target.symlink_to(base_release[0], target_is_directory=True)
+class Hand:
+    """A user's hands on the page: nodes dragged out of the library, links drawn, values typed, the run button."""
+
+    SEARCH = "document.querySelector('input[placeholder^=\"Search Nodes\"]')"
+    LIBRARY = "app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library')"
+
+    def __init__(self, page):
+        self.page = page
+        empty = {"nodes": [], "links": [], "groups": [], "version": 0.4, "last_node_id": 0, "last_link_id": 0}
+        page.js(f"app.loadGraphData({json.dumps(empty)}, true, true, 'hand')")
+        page.js(self.LIBRARY)
+        page.until(f"!!{self.SEARCH}", 60)
+        page.js("new Promise((done) => setTimeout(done, 1000))")  # the page moves the view after loading a graph
+        page.js("app.canvas.ds.scale = 0.6; app.canvas.ds.offset = [0, 0]; app.canvas.draw(true, true)")
+
+    def middle(self, element):
+        """Page coordinates of an element's middle."""
+        area = f"{element}.getBoundingClientRect()"
+        return tuple(self.page.js(f"(() => {{ const r = {area}; return [r.x + r.width / 2, r.y + r.height / 2]; }})()"))
+
+    def click(self, place):
+        self.page.mouse("mouseMoved", *place)
+        self.page.mouse("mousePressed", *place, held=True)
+        self.page.mouse("mouseReleased", *place)
+
+    def put(self, title, x, y):
+        """Find a node in the library and drag it to a place; a JavaScript name for it."""
+        page, count = self.page, self.page.js("app.graph._nodes.length")
+        page.js(f"{self.SEARCH}.focus(); {self.SEARCH}.select()")
+        page.keys(title)
+        leaf = f"[...document.querySelectorAll('.tree-leaf')].find((e) => e.textContent.trim() === {json.dumps(title)})"
+        page.until(f"!!({leaf})", 60)
+        page.drop(self.middle(f"({leaf})"), (x, y))
+        page.until(f"app.graph._nodes.length === {count + 1}", 30)
+        return f"app.graph.getNodeById({page.js('app.graph._nodes.at(-1).id')})"
+
+    def link(self, source, slot, target, name):
+        """Draw a link from an output to an input."""
+        place = (
+            "(node, input, slot) => { const area = app.canvas.canvas.getBoundingClientRect(), view = app.canvas.ds;"
+            "const [x, y] = node.getConnectionPos(input, slot);"
+            "return [(x + view.offset[0]) * view.scale + area.x, (y + view.offset[1]) * view.scale + area.y]; }"
+        )
+        to = f"{target}.findInputSlot({json.dumps(name)})"
+        start = self.page.js(f"({place})({source}, false, {slot})")
+        self.page.drag(start, self.page.js(f"({place})({target}, true, {to})"))
+        self.page.until(f"{target}.getInputNode({to}) === {source}", 30)
+
+    def widget(self, node, name):
+        """Click in the middle of a widget."""
+        self.click(
+            self.page.js(
+                "((node, name) => { const area = app.canvas.canvas.getBoundingClientRect(), view = app.canvas.ds;"
+                "const y = node.widgets.find((widget) => widget.name === name).y + 10;"
+                "return [(node.pos[0] + node.size[0] / 2 + view.offset[0]) * view.scale + area.x,"
+                f" (node.pos[1] + y + view.offset[1]) * view.scale + area.y]; }})({node}, {json.dumps(name)})"
+            )
+        )
+
+    def type(self, node, name, text):
+        """Type a number into a widget."""
+        self.widget(node, name)
+        field = "document.querySelector('.graphdialog input')"
+        self.page.until(f"!!{field}", 30)
+        self.page.js(f"{field}.select()")
+        self.page.keys(text, "Enter")
+        self.page.until(f"String({node}.widgets.find((w) => w.name === {json.dumps(name)}).value) === '{text}'", 30)
+
+    def choose(self, node, name, text):
+        """Choose from a widget's list."""
+        self.widget(node, name)
+        entry = f"[...document.querySelectorAll('.litemenu-entry')].find((e) => e.textContent.trim() === '{text}')"
+        self.page.until(f"!!({entry})", 30)
+        self.page.js(f"({entry}).scrollIntoView({{ block: 'nearest' }})")
+        self.click(self.middle(f"({entry})"))
+        self.page.until(f"{node}.widgets.find((w) => w.name === {json.dumps(name)}).value === '{text}'", 30)
+
+
+def test_built_by_hand(server, page, base_name):
+    """Nodes dragged in, linked, a size typed while the badge counts, run, the picture on the page, wiped."""
     page.js("app.refreshComboInNodes()")
-    page.js(
-        """(async () => {
-          const empty = { nodes: [], links: [], groups: [], version: 0.4, last_node_id: 0, last_link_id: 0 };
-          await app.loadGraphData(empty, true, true, "hand");
-          const put = (kind, x, y) => {
-            const node = LiteGraph.createNode(kind);
-            node.pos = [x, y];
-            app.graph.add(node);
-            return node;
-          };
-          window.hand = { load: put("DCGenReleaseLoader", 100, 150), empty: put("DCGenEmptyLatent", 600, 150) };
-          hand.load.widgets[0].value = "tiny-hand";
-          await new Promise((done) => setTimeout(done, 1000)); // the page moves the view after loading a graph
-          app.canvas.ds.scale = 1;
-          app.canvas.ds.offset = [0, 0];
-          app.canvas.draw(true, true);
-        })()"""
-    )
-    at = (
-        "(() => { const r = app.canvas.canvas.getBoundingClientRect();"
-        "const a = hand.load.getConnectionPos(false, 0); const b = hand.empty.getConnectionPos(true, 0);"
-        "return [a[0] + r.left, a[1] + r.top, b[0] + r.left, b[1] + r.top]; })()"
-    )
-    x1, y1, x2, y2 = page.js(at)
-    page.drag((x1, y1), (x2, y2))
-    page.until("hand.empty.getInputNode(0) === hand.load", 10)
-    page.js("hand.empty.widgets.find((w) => w.name === 'width').value = 96")
-    page.js("hand.empty.widgets.find((w) => w.name === 'height').value = 64; app.canvas.draw(true, true)")
-    page.until("[...document.querySelectorAll('.dcgen-tokens')].some((e) => e.textContent.includes('24 tokens'))", 20)
-    page.js(
-        """(() => {
-          const put = (kind, x, y) => {
-            const node = LiteGraph.createNode(kind);
-            node.pos = [x, y];
-            app.graph.add(node);
-            return node;
-          };
-          const into = (from, slot, to, name) => from.connect(slot, to, to.findInputSlot(name));
-          const text = put("CLIPTextEncode", 600, 500);
-          const sampler = put("DCGen4KSampler", 1000, 150);
-          const decode = put("VAEDecode", 1400, 150);
-          const compare = put("DCGenCompare", 1400, 350);
-          into(hand.load, 1, text, "clip");
-          into(hand.load, 0, sampler, "model");
-          into(text, 0, sampler, "positive");
-          into(hand.empty, 0, sampler, "latent");
-          into(sampler, 0, decode, "samples");
-          into(hand.load, 2, decode, "vae");
-          into(decode, 0, compare, "image_a");
-          into(decode, 0, compare, "image_b");
-          sampler.widgets.find((w) => w.name === "steps").value = 2;
-          hand.compare = compare;
-        })()"""
-    )
-    page.js("app.queuePrompt(0, 1)")
-    page.until("document.querySelectorAll('.dcgen-wipe img').length === 2", 60)
+    page.errors.clear()
+    hand = Hand(page)
+    try:
+        load_ = hand.put("Load Release (DC-Gen)", 400, 130)
+        text = hand.put("CLIP Text Encode (Prompt)", 640, 130)
+        empty = hand.put("Empty Latent (DC-Gen)", 640, 330)
+        sampler = hand.put("Sampler 4K (DC-Gen)", 900, 130)
+        decode = hand.put("VAE Decode", 1130, 130)
+        save = hand.put("Save Image", 1130, 230)
+        compare = hand.put("Compare Images (DC-Gen)", 1360, 130)
+    finally:
+        page.js(Hand.LIBRARY)
+    hand.choose(load_, "release", base_name)
+    links = [(load_, 1, text, "clip"), (load_, 0, empty, "model"), (load_, 0, sampler, "model")]
+    links += [(text, 0, sampler, "positive"), (empty, 0, sampler, "latent"), (sampler, 0, decode, "samples")]
+    links += [(load_, 2, decode, "vae"), (decode, 0, save, "images")]
+    links += [(decode, 0, compare, "image_a"), (decode, 0, compare, "image_b")]
+    for one in links:
+        hand.link(*one)
+    said = "[...document.querySelectorAll('.dcgen-tokens')].map((e) => e.textContent)"
+    hand.type(empty, "width", "96")
+    page.until(f"{said}.every((line) => line.startsWith('96 x 1024 = 384 tokens'))", 30)
+    hand.type(empty, "height", "64")
+    page.until(f"{said}.every((line) => line.startsWith('96 x 64 = 24 tokens'))", 30)
+    hand.type(sampler, "steps", "2")
+    hand.click(hand.middle("[...document.querySelectorAll('button')].find((e) => e.textContent.trim() === 'Run')"))
+    page.until(f"{save}.imgs?.length === 1 && {save}.imgs[0].naturalWidth === 96", 120)
     page.until(
-        "[...document.querySelectorAll('.dcgen-wipe img')].every((i) => i.complete && i.naturalWidth === 96)", 60
+        "document.querySelectorAll('.dcgen-wipe img').length === 2 &&"
+        "[...document.querySelectorAll('.dcgen-wipe img')].every((i) => i.complete && i.naturalWidth === 96)",
+        60,
     )
     cut = "document.querySelectorAll('.dcgen-wipe img')[1].style.clipPath"
     before = page.js(cut)
-    area = "document.querySelector('.dcgen-wipe').getBoundingClientRect()"
-    box = page.js(f"[{area}.left, {area}.top, {area}.width]")
-    page.mouse("mouseMoved", box[0] + 0.25 * box[2], box[1] + 40)
+    x, y = hand.middle("document.querySelector('.dcgen-wipe')")
+    page.mouse("mouseMoved", x - 30, y)
     page.until(f"{cut} !== {json.dumps(before)}", 10)
+    share = page.js("document.querySelector('.dcgen-wipe').getAttribute('aria-valuenow')")
+    assert 10 < int(share) < 50
     assert page.errors == []

@@ -102,7 +102,7 @@ def leave_no_room():
 
 
 def note_places():
-    """From here on modules note where they are sent and stay; returns a device that is not the CPU and holds no data."""
+    """From here on modules note where they are sent, and stay. Returns a device other than the CPU, without data."""
     mm = comfy.model_management
     mm.get_free_memory = lambda device=None, torch_free_too=False: (1 << 40, 1 << 40) if torch_free_too else 1 << 40
     torch.nn.Module.to = _note_place
@@ -128,7 +128,7 @@ def placement(pack, tensors, params):
             seen[f"strength {strength}, unload {unload}"] = [
                 _places(models[name], base, unload) for name in params["order"]
             ]
-            mm.unload_all_models()
+            comfy.model_management.unload_all_models()
     return {}, {"seen": seen}
 
 

@@ -1,9 +1,13 @@
 """Run inside ComfyUI: a DC-AE through core's VAE nodes and ours."""
 
 import importlib
+import importlib.util
+from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
+import latent_preview
+import numpy as np
 import torch
 
 import nodes as core
@@ -31,13 +35,47 @@ def everything(pack, tensors, params):
         encoded = ours.DCAEEncode.execute(image, vae, 1).result[0]
         out[f"{name}/DCAEEncode"] = encoded["samples"]
         out[f"{name}/DCAEDecode"] = ours.DCAEDecode.execute(samples, vae, 1).result[0]
-        facts[name] = facts_of(bridge, ours, vae, samples, encoded)
+        out[f"{name}/preview"] = preview(pack, bridge, params["files"][name], latent)
+        facts[name] = facts_of(ours, vae, samples, encoded)
+        facts[name]["memory"] = memory(pack, vae, latent.shape[1])
     return out, facts
 
 
-def facts_of(bridge, ours, vae, samples, encoded):
-    facts = {"ratio": vae.downscale_ratio, "memory": vae.memory_used_decode((1, 32, 64, 64), torch.bfloat16)}
-    facts |= {"oom": out_of_memory(bridge, vae, samples["samples"]), "progress": progress(ours, vae, samples)}
+def preview(pack, bridge, file, latent):
+    """The live preview that ComfyUI draws of a model-space latent, with the factors in the autoencoder's file."""
+    formats = importlib.import_module(f"{pack}.nodes.bridge.latent_format")
+    latent_preview.args.preview_method = latent_preview.LatentPreviewMethod.Latent2RGB
+    drawn = latent_preview.get_previewer("cpu", formats.latent_format(bridge.make_vae(file).space))
+    return torch.from_numpy(np.array(drawn.decode_latent_to_preview_image("JPEG", latent)[1]))
+
+
+def memory(pack, vae, channels):
+    """[what the VAE tells ComfyUI that it will take, what it takes] for two sizes, both ways."""
+    path = Path(importlib.import_module(pack).__file__).parent / "benchmarks" / "peak_memory.py"
+    spec = importlib.util.spec_from_file_location("dcgen_peak_memory", path)
+    counted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(counted)
+    known = [*vae.dcae.parameters(), *vae.dcae.buffers()]
+    found = {}
+    for side in (512, 1024):
+        image = torch.rand(1, side, side, 3)
+        latent = torch.randn(1, channels, side // vae.downscale_ratio, side // vae.downscale_ratio)
+        for way, call, x, shape in (
+            ("encode", vae.encode, image, (1, 3, side, side)),
+            ("decode", vae.decode, latent, latent.shape),
+        ):
+            with counted.PeakMemory(x, *known) as counter:
+                call(x)
+            found[f"{way} {side}"] = [getattr(vae, f"memory_used_{way}")(shape, torch.float32), counter.peak]
+    return found
+
+
+def facts_of(ours, vae, samples, encoded):
+    facts = {"ratio": vae.downscale_ratio, "large": vae.memory_used_decode((1, 32, 64, 64), torch.bfloat16)}
+    facts["oom"] = {"decode": out_of_memory(vae, "decode", samples["samples"])}
+    f = vae.downscale_ratio
+    facts["oom"]["encode"] = out_of_memory(vae, "encode", torch.rand(2, 4 * f, 2 * f, 3))
+    facts["progress"] = progress(ours, vae, samples)
     facts["cancelled"] = cancelled(ours, vae, samples)
     other = {"samples": samples["samples"], "dcgen_space": type(vae.space)("another-ae", *_numbers(vae.space))}
     facts["foreign"] = error(lambda: ours.DCAEDecode.execute(other, vae, 0))
@@ -60,23 +98,23 @@ def error(call):
     return ""
 
 
-def out_of_memory(bridge, vae, latent):
-    """Decode while everything above one row fails as a full GPU would: which strips were tried, and the difference."""
-    wanted = vae.decode(latent)
-    real, tried = vae.dcae.decode, []
+def out_of_memory(vae, way, x):
+    """Work while everything above one row fails as a full GPU would: which strips were tried, and the difference."""
+    wanted = getattr(vae, way)(x)
+    real, tried = getattr(vae.dcae, way), []
 
-    def scarce(z, rows, **options):
+    def scarce(one, rows, **options):
         tried.append(rows)
         if rows is None or rows > 1:
             raise comfy.model_management.OOM_EXCEPTION("no memory left")
-        return real(z, rows, **options)
+        return real(one, rows, **options)
 
-    vae.dcae.decode = scarce
+    setattr(vae.dcae, way, scarce)
     try:
-        found = vae.decode(latent)
+        found = getattr(vae, way)(x)
     finally:
-        vae.dcae.decode = real
-    return {"tried": tried, "difference": (found - wanted).abs().max().item()}
+        setattr(vae.dcae, way, real)
+    return {"tried": tried, "difference": ((found - wanted).abs().max() / wanted.abs().max()).item()}
 
 
 def progress(ours, vae, samples):

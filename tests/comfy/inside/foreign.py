@@ -168,7 +168,9 @@ def gguf(pack, tensors, params):
             out |= cases(inputs, found, f"{prefix}{turn}-{name}-")
         lender = type(deep.lender).__name__, type(deep.clone().lender).__name__
         if base is model:
-            facts = {"lender": lender, "packed": len(packed), "still": sum(_is_packed(model, name) for name in packed)}
+            _attempt(said := {}, "hook", lambda: deep.clone().add_hook_patches(None, {}))  # noqa: B023
+            still = sum(_is_packed(model, name) for name in packed)
+            facts = {"said": said, "lender": lender, "packed": len(packed), "still": still}
     return out, facts
 
 

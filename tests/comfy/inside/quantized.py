@@ -19,6 +19,8 @@ LAYOUTS = {
     "float8_e5m2": "TensorCoreFP8E5M2Layout",
     "nvfp4": "TensorCoreNVFP4Layout",
 }
+if "mxfp8" in comfy.quant_ops.QUANT_ALGOS:  # not in 0.8.0
+    LAYOUTS["mxfp8"] = "TensorCoreMXFP8Layout"
 PREFIX = "model.diffusion_model."
 
 
@@ -29,9 +31,12 @@ def pack_weights(weights, name):
         if not (key.startswith(BLOCKS) and key.endswith(".weight") and tensor.ndim == 2):
             continue
         layer = key.removesuffix(".weight")
-        packed = comfy.quant_ops.QuantizedTensor.from_float(tensor, LAYOUTS[name], scale="recalculate")
+        scale = {} if name == "mxfp8" else {"scale": "recalculate"}
+        packed = comfy.quant_ops.QuantizedTensor.from_float(tensor, LAYOUTS[name], **scale)
         file[key] = packed._qdata
-        if name == "nvfp4":
+        if name == "mxfp8":
+            file[f"{layer}.weight_scale"] = packed._params.scale.view(torch.uint8)
+        elif name == "nvfp4":
             file[f"{layer}.weight_scale_2"] = packed._params.scale.float()
             file[f"{layer}.weight_scale"] = packed._params.block_scale.view(torch.uint8)
         else:
@@ -142,6 +147,9 @@ def refusals(load, folder, weights, notes):
         "diffusers names": {"transformer_blocks.0.x.weight": weights["img_in.weight"], "a.comfy_quant": torch.zeros(1)},
         "smoothed": {**with_conf(file, layers, format="float8_e4m3fn"), f"{layers[0]}.pre_quant_scale": torch.ones(32)},
     }
+    if "mxfp8" not in LAYOUTS:
+        LAYOUTS["mxfp8"] = "TensorCoreMXFP8Layout"  # comfy-kitchen has it before the core does
+        bad["mxfp8"] = with_conf(pack_weights(weights, "mxfp8")[0], layers, format=LAYOUTS.popitem()[0])
     said = {}
     for name, tensors in bad.items():
         save(folder, f"bad-{name}", tensors, notes)

@@ -216,8 +216,6 @@ def compiled(pack, tensors, params):
             counters.clear()
             latent = {"samples": torch.zeros_like(of["x"][:1])}
             out[f"{kind}/{name}"] = sampling.sample(model, latent, sigmas, 3, "euler", text)["samples"]
-            known[f"{kind}/{name}"] = {
-                "graphs": counters["stats"]["unique_graphs"],
-                "breaks": len(counters["graph_break"]),
-            }
+            graphs, breaks = counters["stats"]["unique_graphs"], len(counters["graph_break"])
+            known[f"{kind}/{name}"] = {"graphs": graphs, "breaks": breaks}
     return out, {"compiled": known}
