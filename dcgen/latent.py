@@ -109,26 +109,24 @@ SHARED: tuple[frozenset[str], ...] = (
     frozenset({"dc-ae-f32c32-sana-1.0", "dc-ae-f32c32-sana-1.1", "dc-ae-lite-f32c32-sana-1.1"}),
 )
 
-# scaling = 1 / RMS of the raw latent. Sources: diffusers scripts/convert_dcae_to_diffusers.py, the DC-Gen model zoo,
-# FLUX.1 and SD vae/config.json. dc-ae-1.5-f32c128 is left out: no factor is published.
+
+def _one_encoder(first: str, second: str) -> bool:
+    return any(first in names and second in names for names in SHARED)
+
+
+# A DC-AE's entry is in dcae.variants. That package imports LatentSpace from here, so it can only be read now.
+from .dcae.variants import VARIANTS  # noqa: E402
+
+# Scaling and shift from the vae/config.json of FLUX.1 and SD; a DC-AE without a published factor is left out.
 SPACES: dict[str, LatentSpace] = {
     space.name: space
     for space in (
         LatentSpace("flux-f8c16", 16, 8, 0.3611, 0.1159),
         LatentSpace("sd-f8c4", 4, 8, 0.18215),
-        LatentSpace("dc-ae-f32c32-sana-1.0", 32, 32, 0.41407),
-        LatentSpace("dc-ae-f32c32-sana-1.1", 32, 32, 0.41407),
-        LatentSpace("dc-ae-lite-f32c32-sana-1.1", 32, 32, 0.41407),
-        LatentSpace("dc-ae-f32c32-in-1.0", 32, 32, 0.3189),
-        LatentSpace("dc-ae-f32c32-mix-1.0", 32, 32, 0.4552),
-        LatentSpace("dc-ae-f64c128-in-1.0", 128, 64, 0.2889),
-        LatentSpace("dc-ae-f64c128-mix-1.0", 128, 64, 0.4538),
-        LatentSpace("dc-ae-f128c512-in-1.0", 512, 128, 0.4883),
-        LatentSpace("dc-ae-f128c512-mix-1.0", 512, 128, 0.3620),
-        LatentSpace("dc-ae-1.5-f64c128", 128, 64, 0.5935),
+        *(
+            LatentSpace(ae.name, ae.latent_channels, ae.spatial_factor, ae.scaling_factor)
+            for ae in VARIANTS.values()
+            if ae.scaling_factor is not None
+        ),
     )
 }
-
-
-def _one_encoder(first: str, second: str) -> bool:
-    return any(first in names and second in names for names in SHARED)

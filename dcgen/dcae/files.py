@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import pickle
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..files import replacing
 from ..latent import LatentSpace
 from .config import DCAEConfig, DCAEError
 from .keys import (
@@ -110,13 +110,12 @@ def save_dcae(
     notes = {CONFIG_KEY: json.dumps(config, sort_keys=True), HASH_KEY: checksum(state), "format": "pt"}
     notes |= model.latent_space.to_metadata() | dict(metadata or {})
     target = Path(path)
-    if target.suffix == ".safetensors":
-        target.parent.mkdir(parents=True, exist_ok=True)
-    else:
-        target.mkdir(parents=True, exist_ok=True)
-        _replace(target / "config.json", lambda name: Path(name).write_text(json.dumps(config, indent=2) + "\n"))
+    if target.suffix != ".safetensors":
+        with replacing(target / "config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n")
         target = target / (WEIGHT_NAMES[0] if format == "diffusers" else WEIGHT_NAMES[1])
-    _replace(target, lambda name: save_file(state, name, metadata=notes))
+    with replacing(target) as temporary:
+        save_file(state, temporary, metadata=notes)
     return target
 
 
@@ -128,18 +127,6 @@ def checksum(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _replace(target: Path, write: Any) -> None:
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    os.close(handle)
-    try:
-        write(name)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def _open(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> _Source:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,7 +18,7 @@ from .config import DCAEConfig
 from .stream import Chunks, Collector, regroup, source_rows
 
 if TYPE_CHECKING:
-    from .model import Layer
+    from .layers import Layer
 
 OnStrip = Callable[[int, int, "Tensor | None"], None]  # (work done, work in all, finished rows)
 
@@ -175,35 +176,65 @@ def peak_bytes(
 ) -> int:
     """Upper estimate of the activation memory of "encode" or "decode" at a latent size of h x w, in bytes.
 
-    result + inputs of the two largest neighbouring attention layers + rows carried between chunks + K * working set,
-    where the working set is `budget` and K = 2 (chunks of several layers wait while the deepest one works;
-    measured up to 1.5), or 1 for a whole picture. Weights, the input and a kernel's scratch space are not in it.
+    A picture runs from one attention layer to the next, since each needs all of its input before it yields anything.
+    The estimate is the largest over these stretches of: held by the attention at either end (its whole input, its
+    joined projection) + rows and folded kernels carried by the layers between + K * working set; plus the result in
+    the last. The working set is `budget`, or what the layers of the stretch take for a whole picture if that is less.
+    K = 2 (chunks of several layers wait while the deepest one works; measured up to 1.5), or 1 for a whole picture.
+    Weights, the input and a kernel's scratch space are not in it.
     """
     layers = _layers_of(config, direction)
     factor = config.spatial_factor
     height, width = (h * factor, w * factor) if direction == "encode" else (h, w)
-    sizes = _sizes(layers, width)
     result = 3 * h * w * factor**2 if direction == "decode" else config.latent_channels * h * w
     part = width if strip.columns is None else min(width, strip.columns * width // w)
-    whole = torch.Size((1, 3, height, width))
-    limit = whole_budget(layers, whole) if strip.rows is None else budget(layers, part, strip.rows)
-    held = []
-    for layer, columns, _ in sizes:
-        pixels = columns * columns * height // width
-        kept = layer.kept * pixels
-        held += [layer.fixed + layer.held * pixels + kept * (kept <= limit // KEEP_SHARE)] if layer.held else []
-    pair = max((first + second for first, second in zip(held, [*held[1:], 0], strict=False)), default=0)
     if strip.rows is None:
-        return batch * dtype.itemsize * (result + pair + limit)
-    carried = sum(layer.carried * columns for layer, columns, _ in _sizes(layers, part))
-    carried += sum(layer.fixed for layer in layers if not layer.held)
-    middle = 0
-    if strip.columns is not None:
-        cut = local_part(layers, width, direction, factor)
-        if 0 < cut < len(layers):  # the picture that is handed over between the two parts
-            middle = layers[cut].channels * sizes[cut][1] ** 2 * height // width
-    # several pictures share only the results
-    return dtype.itemsize * (batch * result + pair + carried + middle + 2 * limit)
+        limit = whole_budget(layers, torch.Size((1, 3, height, width)))
+    else:
+        limit = budget(layers, part, strip.rows)
+    cut = None if strip.columns is None else local_part(layers, width, direction, factor)
+    places = []
+    for index, (layer, columns, _) in enumerate(_sizes(layers, width)):
+        panels = cut is not None and (index >= cut if direction == "decode" else index < cut)
+        places.append(Place(layer, columns, columns * height // width, columns * part // width if panels else columns))
+    middle = places[cut].pixels * places[cut].layer.channels if cut and cut < len(places) else 0
+    # a picture beyond the index limit is worked on in strips even if none are asked for
+    whole = strip.rows is None and limit >= max(place.layer.live * place.pixels for place in places)
+    peak = 0
+    for stretch in _stretches(places):
+        working = min(limit, max(place.layer.live * place.pixels for place in stretch))
+        held = sum(place.held(limit) for place in (stretch[0], stretch[-1]))
+        carried = 0 if whole else sum(place.layer.carried * place.part for place in stretch)
+        fixed = sum(place.layer.fixed for place in stretch if not place.layer.held)
+        last = result if stretch[-1] is places[-1] else 0
+        peak = max(peak, last + held + fixed + carried + (working if whole else 2 * working))
+    # pictures that are worked on one by one share all but the results
+    return dtype.itemsize * (batch * peak if whole else peak + middle + (batch - 1) * result)
+
+
+class Place(NamedTuple):
+    """A layer and the size of its input; `part` columns of it are worked on at a time."""
+
+    layer: Layer
+    columns: int
+    rows: int
+    part: int
+
+    @property
+    def pixels(self) -> int:
+        return self.columns * self.rows
+
+    def held(self, limit: int) -> int:
+        """Elements that an attention layer holds of the whole picture; `kept` ones only while they are few."""
+        layer = self.layer
+        kept = layer.kept * self.pixels
+        return layer.fixed + layer.held * self.pixels + kept * (kept <= limit // KEEP_SHARE) if layer.held else 0
+
+
+def _stretches(places: Sequence[Place]) -> list[Sequence[Place]]:
+    """Cut at attention layers; such a layer ends one stretch and begins the next."""
+    cuts = [0, *(index for index, place in enumerate(places) if place.layer.held), len(places) - 1]
+    return [places[first : last + 1] for first, last in itertools.pairwise(cuts) if last > first]
 
 
 def choose_strip(

@@ -126,6 +126,20 @@ class Collector:
         return whole
 
 
+def batched(pictures: Iterator[Tensor], count: int) -> Tensor:
+    """`count` pictures (1,C,H,W) as one batch, each written into it when it is there unless autograd is watching."""
+    out: Tensor | None = None
+    parts = []
+    for index, picture in enumerate(pictures):
+        if picture.requires_grad:
+            parts.append(picture)
+            continue
+        if out is None:
+            out = torch.empty_like(picture.expand(count, -1, -1, -1), memory_format=torch.channels_last)
+        out[index] = picture[0]
+    return torch.cat(parts) if out is None else out
+
+
 def source_rows(x: Tensor, dtype: torch.dtype, rows: int) -> Chunks:
     """x (B,C,H,W) in chunks of rows, in the dtype and memory layout that the layers want."""
     for piece in x.split(rows, 2):

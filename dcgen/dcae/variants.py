@@ -1,6 +1,7 @@
 """Every published DC-AE as data. A new autoencoder is one entry here.
 
-Scaling factors: diffusers' convert_dcae_to_diffusers script and the dc-ai model zoo. None = no published figure.
+Scaling factor = 1 / RMS of the raw latent: diffusers' convert_dcae_to_diffusers script and the dc-ai model zoo. None =
+no published figure. `latent.SPACES` is made from this table.
 """
 
 from __future__ import annotations

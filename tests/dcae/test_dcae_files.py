@@ -81,7 +81,7 @@ def test_save_and_load_round_trip_bit_for_bit(
     assert loaded.rgb_factors == model.rgb_factors
     for key, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor), key
-    assert [p.name for p in tmp_path.rglob("*.part")] == []
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_a_folder_of_diffusers_loads_and_ours_opens_there(tiny: DCAEConfig, pair, tmp_path: Path) -> None:
@@ -98,9 +98,13 @@ def test_a_folder_of_diffusers_loads_and_ours_opens_there(tiny: DCAEConfig, pair
 
 
 @pytest.mark.parametrize("prefix", ["", "vae.", "module.model.", "first_stage_model."])
-def test_wrapper_prefixes_and_nested_state_dicts(pair, tiny_config, prefix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["diffusers", "original"])
+def test_wrapper_prefixes_and_nested_state_dicts(pair, tiny_config, prefix: str, format: str, tmp_path: Path) -> None:
     _, model = pair(tiny_config)
-    state = {prefix + key: value for key, value in model.state_dict().items()}
+    state = model.state_dict()
+    if format == "original":
+        state = to_original(state, rename_table(tiny_config, list(state)))
+    state = {prefix + key: value for key, value in state.items()}
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "ae.pt")
     for source in (state, tmp_path / "ae.pt"):
         loaded = load_dcae(source, scaling_factor=0.25)
@@ -120,12 +124,25 @@ def test_one_candidate_or_one_common_scale_needs_no_help(meta_like) -> None:
     assert settled(meta_like("dc-ae-f32c32-mix-1.0"), scaling_factor=0.4552)[0] == "dc-ae-f32c32-mix-1.0"
 
 
-def settled(state: dict[str, torch.Tensor], **options: float) -> tuple[str, float | None]:
+@pytest.mark.parametrize("name", ["dc-ae-f32c32-in-1.0", "dc-ae-f32c32-mix-1.0"])
+def test_config_json_tells_in_from_mix(meta_like, name: str) -> None:
+    state = meta_like(name)
+    for config in (
+        {"model_name": name},
+        VARIANTS[name].to_diffusers(),
+        {**VARIANTS[name].to_diffusers(), "_name_or_path": ""},
+    ):
+        assert settled(state, config) == (name, VARIANTS[name].scaling_factor)
+
+
+def settled(
+    state: dict[str, torch.Tensor], config: dict | None = None, scaling_factor: float | None = None
+) -> tuple[str, float | None]:
     from dcgen.dcae.files import _settle, _Source
 
     seen = infer_config({key: tensor.shape for key, tensor in state.items()}, "diffusers")
-    config = _settle(_Source(state, {}, None, "file", ""), seen, options.get("scaling_factor"))
-    return config.name, config.scaling_factor
+    found = _settle(_Source(state, {}, config, "file", ""), seen, scaling_factor)
+    return found.name, found.scaling_factor
 
 
 @pytest.fixture
