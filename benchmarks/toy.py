@@ -59,6 +59,7 @@ class Arm:
     stages: tuple[str, ...] = ("align", "head", "finetune")
     changes: tuple[str, ...] = ()
     two_passes: bool = False
+    against_cfg: bool = False  # whether its one pass is compared with true CFG
     ae_ratio: float | None = None
 
 
@@ -73,10 +74,20 @@ MAIN = {
         ("finetune",),
         BARE,
     ),
-    "finetuned": Arm("DC-Gen", "the whole of it: Eq. 1, head, LoRA on Eq. 7 (SANA: Eq. 2)"),
-    "eq2": Arm("Eq. 2 at g = 1", "flow matching instead of Eq. 7, guidance embedding fixed at 1", "-eq2", changes=FLOW),
+    "finetuned": Arm("DC-Gen", "the whole of it: Eq. 1, head, LoRA on Eq. 7 (SANA: Eq. 2)", against_cfg=True),
+    "eq2": Arm(
+        "Eq. 2 at g = 1",
+        "flow matching instead of Eq. 7, guidance embedding fixed at 1",
+        "-eq2",
+        changes=FLOW,
+        against_cfg=True,
+    ),
     "eq2-w": Arm(
-        "Eq. 2 at random g", "flow matching, guidance embedding drawn as in Eq. 7", "-eq2-w", changes=FLOW + RANDOM_W
+        "Eq. 2 at random g",
+        "flow matching, guidance embedding drawn as in Eq. 7",
+        "-eq2-w",
+        changes=FLOW + RANDOM_W,
+        against_cfg=True,
     ),
     "eq2-cfg": Arm("true CFG", "the Eq. 2 model, two passes a step (Eq. 4)", "-eq2", changes=FLOW, two_passes=True),
 }
@@ -144,6 +155,7 @@ class Bench:
         self.judge = Judge(evaluator, self.recipe.stages["cache"].data.path)
         self.pairs = self.judge.pictures.pairs("all")[::every]
         self.captions = self.judge.captions(self.pairs)
+        self.guided: dict[int, Tensor] = {}  # features of the reference's pictures by true CFG, by seed
 
     def arms(self, wanted: Sequence[str] | None) -> list[str]:
         """The arms to run: those asked for, else the main ones that mean something on this base."""
@@ -183,13 +195,15 @@ class Bench:
 
         def against_cfg() -> dict[str, float]:
             pipeline, reference = self.pipeline(name, seed), self.pipeline(REFERENCE, seed)
-            images, guided = (draw(p, self.judge, self.pairs, seed, p is reference) for p in (pipeline, reference))
-            distance = frechet(self.judge.features(images), self.judge.features(guided))
+            if seed not in self.guided:
+                self.guided[seed] = self.judge.features(draw(reference, self.judge, self.pairs, seed, True))
+            images = draw(pipeline, self.judge, self.pairs, seed)
+            distance = frechet(self.judge.features(images), self.guided[seed])
             return {"cfg_gap": round(self.cfg_gap(pipeline, reference), 4), "frechet_cfg": round(distance, 4)}
 
-        settings, last = self._setting([name, made_of]), arm.stages[-1:] == ("finetune",)
+        settings = self._setting([name, made_of])
         scores = self._once(self._path(name, seed).stem, settings, make)
-        if self.distilled and last and not arm.two_passes and arm.ae_ratio is None:
+        if self.distilled and arm.against_cfg:
             scores |= self._once(f"cfg-{self._path(name, seed).stem}", settings, against_cfg)
         return scores
 
