@@ -32,12 +32,7 @@ def ddpm_loss(
 
     `model(x_t, t, cond)` gives (B,C,h,w) or (B,2C,h,w). Rows whose condition was dropped are logged as loss_uncond.
     """
-    step = batch.integers("step", STEPS)
-    noise = batch.normal("noise", latents.shape[1:])
-    cond, dropped = drop_captions(batch, cond, empty, dropout)
-    level = _at(alphas_cumprod(), step)
-    noised = level.sqrt() * latents + (1 - level).sqrt() * noise
-    output = model(noised, step, cond)
+    output, noise, noised, step, dropped = ddpm_terms(model, batch, latents, cond, empty, dropout)
     channels = latents.shape[1]
     errors = (output[:, :channels] - noise).square().flatten(1).mean(1)
     metrics = losses_by_caption(errors, dropped)
@@ -46,6 +41,23 @@ def ddpm_loss(
         bound = variational_bound(output[:, :channels].detach(), output[:, channels:], latents, noised, step).mean()
         loss, metrics["bound"] = loss + bound, bound.detach()
     return loss, metrics
+
+
+def ddpm_terms(
+    model: RawOutput,
+    batch: Batch,
+    latents: Tensor,
+    cond: dict[str, Tensor],
+    empty: dict[str, Tensor],
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(the model's output, the noise it should name, the noised latents, their steps (B,), dropped rows (B,))."""
+    step = batch.integers("step", STEPS)
+    noise = batch.normal("noise", latents.shape[1:])
+    cond, dropped = drop_captions(batch, cond, empty, dropout)
+    level = _at(alphas_cumprod(), step)
+    noised = level.sqrt() * latents + (1 - level).sqrt() * noise
+    return model(noised, step, cond), noise, noised, step, dropped
 
 
 def raw_output(model: torch.nn.Module, x: Tensor, step: Tensor, cond: dict[str, Tensor]) -> Tensor:

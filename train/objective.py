@@ -87,6 +87,28 @@ def objective_loss(
         if raw is None:
             raise ValueError("objective.loss: ddpm needs a network that predicts noise at whole steps (DiT)")
         return ddpm_loss(raw, batch, latents, text, empty, objective.caption_dropout)
+    corrected, target, dropped = objective_terms(
+        objective, velocity, batch, latents, text, empty, tokens=tokens, distilled=distilled
+    )
+    errors = (corrected.float() - target).square().flatten(1).mean(1)  # Eq. 2, Eq. 7
+    return errors.mean(), losses_by_caption(errors, dropped)
+
+
+def objective_terms(
+    objective: Objective,
+    velocity: Velocity,
+    batch: Batch,
+    latents: Tensor,
+    text: dict[str, Tensor],
+    empty: dict[str, Tensor],
+    *,
+    tokens: int,
+    distilled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What Eq. 2 or Eq. 7 compare: (the model's corrected velocity, noise - data (B,C,h,w), dropped rows (B,)).
+
+    The correction is linear in what `velocity` gives, so that may as well be (B,D,h,w) features under a linear head.
+    """
     noise = batch.normal("noise", latents.shape[1:])
     sigma = objective.timesteps.draw(batch, tokens, latents.shape[1])
     text, dropped = drop_captions(batch, text, empty, objective.caption_dropout)
@@ -96,8 +118,7 @@ def objective_loss(
         corrected = velocity(noised, sigma, text, _flow_scale(objective, batch) if distilled else None)
     else:
         corrected = _corrected(objective, velocity, batch, noised, sigma, text, empty, dropped)
-    errors = (corrected.float() - target).square().flatten(1).mean(1)  # Eq. 2, Eq. 7
-    return errors.mean(), losses_by_caption(errors, dropped)
+    return corrected, target, dropped
 
 
 def _corrected(

@@ -14,19 +14,21 @@ from torch import Tensor, nn
 
 from dcgen import schedule
 from dcgen.adapter import Adapter, load_adapter, save_adapter
+from train.alignment import NormalEquations
 from train.autoencoders import latent_space, load_autoencoder
-from train.batches import Batch
+from train.batches import Batch, BatchPlan
 from train.cache import Cache
 from train.config import Optimizer, StageConfig
-from train.ddpm import raw_output
+from train.ddpm import ddpm_terms, raw_output
 from train.lora import lora_pairs
 from train.models import base_backbone, load_network, moved_network, read_tensors
-from train.objective import Objective, objective_loss
+from train.objective import Objective, objective_loss, objective_terms
 from train.plan import plan_moved
 from train.sample import euler, grid, seeded_noise
 from train.stages.base import Stage, complaints
 from train.text import TextEncoder, load_text
 
+FIT_BATCHES = 32  # that a closed-form head is fitted to
 KEEP = "base"  # value of `start`: the base already works on this latent
 
 
@@ -59,13 +61,14 @@ class MovedStage(Stage):
     def check(self) -> list[str]:
         if self.context.pending(self.config.base):
             return []
-        if self.config.objective.loss == "ddpm" and not complaints(
-            base_backbone, self.context.resolve(self.config.base)
-        ):
-            found = base_backbone(self.context.resolve(self.config.base))[0].name
-            if found != "dit":
-                return [f"objective.loss: ddpm is DiT's; the base is {found}: use flow or guided"]
-        return complaints(base_backbone, self.context.resolve(self.config.base))
+        base = self.context.resolve(self.config.base)
+        return complaints(base_backbone, base) or self.check_objective(base_backbone(base)[0].name)
+
+    def check_objective(self, base: str) -> list[str]:
+        """Problems of the objective with a base of that name."""
+        if self.config.objective.loss == "ddpm" and base != "dit":
+            return [f"objective.loss: ddpm is DiT's; the base is {base}: use flow or guided"]
+        return []
 
     def describe_plan(self) -> list[str]:
         return plan_moved(self.context, self.config, self.lora_rank())[0]
@@ -137,13 +140,17 @@ class MovedStage(Stage):
             return self.backbone.velocity(self.model, x, sigma, cond, scale)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float | Tensor]]:
-        latents = self.cache.latents(batch.indices, "student").to(self.device)
-        text = self._text(self.cache.caption_numbers(batch.indices))
-        text = {name: value.to(self.device) for name, value in text.items()}
+        latents, text = self._samples(batch)
         return objective_loss(
             self.config.objective, self.velocity, batch, latents, text, self.empty,
             tokens=self._tokens(latents), distilled=self.distilled, raw=self._raw,
         )  # fmt: skip
+
+    def _samples(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents (B,C,h,w) of a batch and their text."""
+        latents = self.cache.latents(batch.indices, "student").to(self.device)
+        text = self._text(self.cache.caption_numbers(batch.indices))
+        return latents, {name: value.to(self.device) for name, value in text.items()}
 
     def _raw(self, x: Tensor, step: Tensor, cond: dict[str, Tensor]) -> Tensor:
         with self._autocast():
@@ -236,9 +243,27 @@ class HeadStage(MovedStage):
         steps: int = Field(5_000, ge=1, description="Table 7: FLUX, SANA 5k; DiT 20k")
         batch: int = Field(256, ge=1, description="Table 7: FLUX 256, SANA 1024/256, DiT 1024")
         optimizer: Optimizer = Optimizer(lr=1e-4, clip=0.1)
-        head_init: Literal["xavier", "zero"] = Field("xavier", description="released code: xavier-uniform")
+        head_init: Literal["xavier", "zero", "closed-form"] = Field(
+            "xavier",
+            description="released code: xavier-uniform; closed-form: least squares of the loss in the head alone",
+        )
 
     config: Config
+
+    def check_objective(self, base: str) -> list[str]:
+        problems = super().check_objective(base)
+        if self.config.head_init == "closed-form" and self.config.patch_size != 1:
+            problems.append(f"head_init: closed-form is for patch_size 1, not {self.config.patch_size}; use xavier")
+        if self.config.head_init == "closed-form" and base == "dit" and self.config.objective.loss != "ddpm":
+            problems.append("head_init: closed-form on DiT, whose head names the noise, is for objective.loss: ddpm")
+        return problems
+
+    def setup(self) -> nn.Module:
+        module = super().setup()
+        self.fitted: dict[str, float] = {}
+        if self.config.head_init == "closed-form":
+            self.fitted = self.fit_head()
+        return module
 
     def prepare(self) -> None:
         if self.config.head_init == "zero":
@@ -247,4 +272,49 @@ class HeadStage(MovedStage):
 
     def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
         self.write_adapter(weights)
-        return {"parameters": sum(t.numel() for t in weights.values())}
+        return {"parameters": sum(t.numel() for t in weights.values()), **self.fitted}
+
+    @torch.no_grad()
+    def fit_head(self) -> dict[str, float]:
+        """Set the head to the minimiser of the loss over FIT_BATCHES batches, with all else as it is.
+
+        The head is linear, so Eq. 2, Eq. 7 and DDPM's noise error are least squares in it, as Eq. 1 is in the embedder.
+        """
+        head: Any = self.model.to(self.device).get_submodule(self.backbone.head)
+        equations = NormalEquations.empty(head.in_features, self.space.channels, self.device)
+        plan = BatchPlan(self.buckets(), self.config.batch, self.context.recipe.seed)
+        place = {"rank": self.context.rank, "world": self.context.world, "accumulate": self.config.accumulate}
+        for step in range(FIT_BATCHES):
+            for batch in plan.micro_batches(step, device=self.device, **place):
+                features, target = self.head_terms(batch)
+                equations.add(features.movedim(1, -1), target.movedim(1, -1))
+        equations.reduce()
+        weight, bias = equations.solve()
+        head.weight.zero_()
+        head.bias.zero_()
+        head.weight[: len(weight)].copy_(weight)  # the rest is DiT's variance
+        head.bias[: len(bias)].copy_(bias)
+        return {"closed_form_loss": equations.loss(weight, bias), "variance": equations.variance()}
+
+    def head_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the loss is in the head: (B,D,h,w) features, guidance corrected where it corrects, and their targets."""
+        head = self.model.get_submodule(self.backbone.head)
+        seen: list[Tensor] = []
+        handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+
+        def features(x: Tensor, *arguments: Any) -> Tensor:
+            run = self._raw if self.config.objective.loss == "ddpm" else self.velocity
+            run(x, *arguments)
+            return seen.pop().float().movedim(-1, 1).unflatten(2, x.shape[2:])
+
+        latents, text = self._samples(batch)
+        objective = self.config.objective
+        try:
+            if objective.loss == "ddpm":
+                return ddpm_terms(features, batch, latents, text, self.empty, objective.caption_dropout)[:2]
+            return objective_terms(
+                objective, features, batch, latents, text, self.empty,
+                tokens=self._tokens(latents), distilled=self.distilled,
+            )[:2]  # fmt: skip
+        finally:
+            handle.remove()
