@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dcgen.backbones.sana import SanaConfig, SanaNet
+from dcgen.backbones.sana import SanaConfig, SanaNet, network
 
 BRIDGE = Path(__file__).resolve().parents[2] / "nodes" / "bridge" / "sana.py"
 
@@ -37,18 +37,18 @@ class Live(TorchDispatchMode):
 
 
 def estimate():
-    """{name: number} of the bridge's constants, read without importing ComfyUI."""
+    """The bridge's constant, read without importing ComfyUI."""
     for line in ast.parse(BRIDGE.read_text()).body:
-        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Tuple):
-            names = [name.id for name in line.targets[0].elts]
-            if names[0] == "PEAK_WIDTHS":
-                return dict(zip(names, ast.literal_eval(line.value), strict=True))
+        if isinstance(line, ast.Assign) and getattr(line.targets[0], "id", "") == "PEAK_WIDTHS":
+            return ast.literal_eval(line.value)
     raise AssertionError("no PEAK_WIDTHS")
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_estimate_covers_the_peak_and_not_much_more(dtype):
-    heads, side, batch = 8, 24, 2
+def test_estimate_covers_the_peak_and_not_much_more(dtype, batch, monkeypatch):
+    monkeypatch.setattr(network, "STRIP_CPU", network.STRIP)  # the estimate is for a GPU
+    heads, side = 8, 24
     config = SanaConfig(
         num_attention_heads=heads,
         num_cross_attention_heads=heads,
@@ -69,6 +69,5 @@ def test_estimate_covers_the_peak_and_not_much_more(dtype):
     with torch.inference_mode(), Live(given) as live:
         net(x, torch.full((batch,), 500.0), text, torch.ones(batch, 30))
     widths = live.peak / (batch * side * side * config.width * dtype.itemsize)
-    known = estimate()
-    stated = known["PEAK_WIDTHS_FLOAT16" if dtype == torch.float16 else "PEAK_WIDTHS"]
+    stated = estimate()
     assert 0.8 * stated < widths < stated

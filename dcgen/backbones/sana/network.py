@@ -16,11 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...cpu import onednn_linear
+
 QK_NORM = "rms_norm_across_heads"
 SINUSOID = 256
 FLOAT16_MAX = 65504.0
 # What a masked text token gets added to its attention score.
 MASKED = -10000.0
+# The 3x3 convolution and its gate, the peak of a block's memory, run on so many tokens at a time: on a CPU what stays
+# in its cache, elsewhere enough for a GPU to be busy with.
+STRIP_CPU, STRIP = 128, 2048
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,6 @@ class SanaNet(nn.Module):
         self.caption_norm = operations.RMSNorm(D, eps=1e-5, **place)
         self.transformer_blocks = nn.ModuleList(Block(config, operations, place) for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.empty(2, D, **place))
-        self.norm_out = operations.LayerNorm(D, elementwise_affine=False, eps=1e-6, **place)
         self.proj_out = operations.Linear(D, p * p * config.out_channels, **place)
         self._positions: tuple[Any, Tensor] | None = None
 
@@ -112,17 +116,24 @@ class SanaNet(nn.Module):
         if (guidance is None) == config.guidance_embeds:
             needs = "needs" if config.guidance_embeds else "has no embedding for"
             raise ValueError(f"this SANA {needs} guidance")
+        with onednn_linear(latents):
+            return self._run(latents, timestep, *readable(caption, caption_mask), guidance)
+
+    def _run(
+        self, latents: Tensor, timestep: Tensor, caption: Tensor, mask: Tensor | None, guidance: Tensor | None
+    ) -> Tensor:
+        config = self.config
         rows, columns = (side // config.patch_size for side in latents.shape[2:])
-        x = self.patch_embed.proj(latents).flatten(2).transpose(1, 2)
+        x = self.patch_embed.proj(latents).flatten(2).transpose(1, 2).contiguous()
         if config.interpolation_scale is not None:
             x = self._add_positions(x, rows, columns)
         modulation, time = self.time_embed(timestep, guidance, x.dtype)
         text = self.caption_norm(self.caption_projection(caption))
-        bias = None if caption_mask is None else ((1 - caption_mask.to(x.dtype)) * MASKED)[:, None, None]
+        bias = None if mask is None else ((1 - mask.to(x.dtype)) * MASKED)[:, None, None]
         for block in self.transformer_blocks:
             x = block(x, text, bias, modulation, rows, columns)
         shift, scale = (_table(self.scale_shift_table, x) + time[:, None]).chunk(2, dim=1)
-        tokens = self.proj_out(modulate(self.norm_out(x), shift, scale))
+        tokens = self.proj_out(modulated_norm(x, shift, scale, 1e-6))
         return unpatchify(tokens, rows, columns, config.patch_size)
 
     def _add_positions(self, x: Tensor, rows: int, columns: int) -> Tensor:
@@ -141,11 +152,9 @@ class Block(nn.Module):
     def __init__(self, config: SanaConfig, operations: Any, place: dict[str, Any]) -> None:
         super().__init__()
         D = config.width
-        norm = {"elementwise_affine": False, "eps": config.norm_eps, **place}
-        self.norm1 = operations.LayerNorm(D, **norm)
+        self.eps = config.norm_eps
         self.attn1 = LinearAttention(D, config.num_attention_heads, config.attention_bias, config, operations, place)
         self.attn2 = CrossAttention(D, config.num_cross_attention_heads, True, config, operations, place)
-        self.norm2 = operations.LayerNorm(D, **norm)
         self.ff = GLUMBConv(D, int(config.mlp_ratio * D), operations, place)
         self.scale_shift_table = nn.Parameter(torch.empty(6, D, **place))
 
@@ -155,9 +164,9 @@ class Block(nn.Module):
         """x (B,N,D), text (B,T,D), bias (B,1,1,T), modulation (B,6D) -> (B,N,D)."""
         table = _table(self.scale_shift_table, x) + modulation.unflatten(1, (6, -1))
         shift, scale, gate, shift_ff, scale_ff, gate_ff = table.chunk(6, dim=1)
-        x = finite(torch.addcmul(x, gate, self.attn1(modulate(self.norm1(x), shift, scale))))
+        x = finite(torch.addcmul(x, gate, self.attn1(modulated_norm(x, shift, scale, self.eps))))
         x = finite(x + self.attn2(x, text, bias))
-        return finite(torch.addcmul(x, gate_ff, self.ff(modulate(self.norm2(x), shift_ff, scale_ff), rows, columns)))
+        return finite(torch.addcmul(x, gate_ff, self.ff(x, shift_ff, scale_ff, self.eps, rows, columns)))
 
 
 class _Attention(nn.Module):
@@ -192,11 +201,16 @@ class LinearAttention(_Attention):
     def forward(self, x: Tensor) -> Tensor:
         """(B,N,D) -> (B,N,D); the sums over tokens are float32 whatever x is."""
         query, key, value = self.qkv(x, x)
-        query, key, value = relu(query).float(), relu(key).float(), value.float()
-        sums = torch.cat((key.transpose(2, 3) @ value, key.sum(dim=2)[..., None]), dim=3)  # (B,H,d,d+1)
-        mixed = query @ sums
+        sums = _sums(relu(key).float(), value.float())
+        del key, value  # before the query's float32 is made
+        mixed = relu(query).float() @ sums
         mixed = mixed[..., :-1] / (mixed[..., -1:] + 1e-15)
         return finite(self.to_out[0](mixed.transpose(1, 2).flatten(2).to(x.dtype)))
+
+
+def _sums(key: Tensor, value: Tensor) -> Tensor:
+    """sum over tokens of key value^T, and of key in the last column: (B,H,N,d) both -> (B,H,d,d+1)."""
+    return torch.cat((key.transpose(2, 3) @ value, key.sum(dim=2)[..., None]), dim=3)
 
 
 class CrossAttention(_Attention):
@@ -210,7 +224,7 @@ class CrossAttention(_Attention):
 
 
 class GLUMBConv(nn.Module):
-    """1x1 -> SiLU -> depthwise 3x3 -> value * SiLU(gate) -> 1x1; the 3x3 is what tells SANA where a token is.
+    """Norm, 1x1 -> SiLU -> depthwise 3x3 -> value * SiLU(gate) -> 1x1; the 3x3 is what tells SANA where a token is.
 
     The 1x1 convolutions of the files are Linear layers here, on tokens as they lie in memory: no copies, and they run
     where a runtime has better kernels for Linear (fp8, nvfp4).
@@ -223,12 +237,35 @@ class GLUMBConv(nn.Module):
         self.conv_point = operations.Linear(hidden, D, bias=False, **place)
         self.register_load_state_dict_pre_hook(_as_linear)
 
-    def forward(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        """(B, rows*columns, D) -> the same shape."""
-        x = silu(finite(self.conv_inverted(x))).unflatten(1, (rows, columns))
-        x = finite(self.conv_depth(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        value, gate = x.flatten(1, 2).chunk(2, dim=2)
-        return finite(self.conv_point(finite(value * silu(gate))))
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, rows: int, columns: int) -> Tensor:
+        """x (B, rows*columns, D), normalised with shift and scale (B,1,D) -> (B, rows*columns, D)."""
+        wide = silu(finite(self.conv_inverted(modulated_norm(x, shift, scale, eps)))).unflatten(1, (rows, columns))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            gated = torch.mul(*self._convolved(wide, 0, rows))
+        else:
+            gated = self._gated(wide)
+        del wide  # before the next large tensor is made
+        return finite(self.conv_point(finite(gated.flatten(1, 2))))
+
+    def _gated(self, x: Tensor) -> Tensor:
+        """3x3 and gate, (B, rows, columns, 2*hidden) -> (B, rows, columns, hidden), some rows at a time."""
+        rows, columns, width = x.shape[1:]
+        step = max(1, (STRIP_CPU if x.device.type == "cpu" else STRIP) // columns)
+        if step >= rows:
+            value, gate = self._convolved(x, 0, rows)
+            return value.mul_(gate)
+        out = x.new_empty(*x.shape[:3], width // 2)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            torch.mul(*self._convolved(x, start, stop), out=out[:, start:stop])
+        return out
+
+    def _convolved(self, x: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Value and SiLU(gate) of the rows start..stop, which see one row beyond them where there is one."""
+        above, below = max(0, start - 1), min(x.shape[1], stop + 1)
+        seen = finite(self.conv_depth(x[:, above:below].permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        value, gate = seen[:, start - above : stop - above].chunk(2, dim=3)
+        return value, silu(gate)
 
 
 def _as_linear(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -277,9 +314,28 @@ class MLP(nn.Module):
         return self.linear_2(hidden)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B,N,D) * (1 + scale) + shift, both (B,1,D)."""
-    return finite(torch.addcmul(shift, x, 1 + scale))
+def readable(caption: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Caption (B,T,Dc) and mask (B,T) without the positions that are padding in the whole batch.
+
+    Exact: padding has no weight in float32, nor in 16 bit. The mask is None where no padding is left. A row of nothing
+    but padding would read it evenly, so then all of it stays; so it does under torch.compile, which wants one shape.
+    """
+    if mask is None or mask.device.type == "meta" or torch.compiler.is_compiling():
+        return caption, mask
+    tokens = (mask != 0).cpu()
+    if not tokens.any(dim=1).all():
+        return caption, mask
+    kept = tokens.any(dim=0).nonzero()[:, 0]
+    if len(kept) < tokens.shape[1]:
+        caption, mask = (part.index_select(1, kept.to(part.device)) for part in (caption, mask))
+    return caption, None if tokens[:, kept].all() else mask
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm of x (B,N,D) over D, times (1 + scale), plus shift, both (B,1,D)."""
+    if len(x) == 1:  # the modulation is then the norm's own weight and bias, in one kernel
+        return finite(F.layer_norm(x, x.shape[-1:], (1 + scale).flatten(), shift.flatten(), eps))
+    return finite(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale))
 
 
 def unpatchify(tokens: Tensor, rows: int, columns: int, p: int) -> Tensor:
@@ -323,8 +379,14 @@ def relu(x: Tensor) -> Tensor:
 
 
 def finite(x: Tensor) -> Tensor:
-    """float16 kept from running into infinity, where diffusers does it behind the linear attention only."""
-    return x.clamp(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype == torch.float16 else x
+    """float16 kept from running into infinity, where diffusers does it behind the linear attention only.
+
+    For tensors just made: in place where no gradient is kept.
+    """
+    if x.dtype != torch.float16:
+        return x
+    bounded = torch.clamp if torch.is_grad_enabled() else torch.clamp_
+    return bounded(x, -FLOAT16_MAX, FLOAT16_MAX)
 
 
 def _table(table: Tensor, x: Tensor) -> Tensor:
