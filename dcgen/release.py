@@ -102,7 +102,9 @@ def open_model(path: str | os.PathLike[str]) -> Model:
     tensors = Tensors.open(weights)
     try:
         backbone, config = detect_backbone(tensors.meta())
-        config = {**config, **_stored_config(tensors, weights, backbone)}
+        names = backbone.bare_keys({key: key for key in tensors.entries})
+        config |= backbone.read_values(names, lambda key: tensors.get(names[key]))
+        config |= _stored_config(tensors, weights, backbone)
         latent, schedule = _latent(tensors.metadata, path), _schedule(tensors.metadata, path)
     except ValueError as error:
         raise ValueError(f"{weights}: {error}") from error

@@ -6,13 +6,13 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from ..latent import LatentSpace
-from .keymap import KeyMap, strip_prefix
+from .keymap import KeyMap, count_blocks, strip_prefix
 
 Config = dict[str, Any]
 T = TypeVar("T")
@@ -36,6 +36,14 @@ class Backbone(ABC):
     prefixes: tuple[str, ...] = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
     lora_targets: tuple[str, ...]
     """Regular expressions on whole module paths, joined by | for peft's target_modules."""
+    signatures: tuple[tuple[str, ...], ...]
+    """Sets of keys, in either naming; a state dict that has all of one set is this model's."""
+    probes: ClassVar[Mapping[str, tuple[str, str, int]]]
+    """What tensor shapes tell: field -> (diffusers tensor, original tensor, dimension)."""
+    stacks: ClassVar[Mapping[str, tuple[str, str, str]]]
+    """Lists of blocks in the order they run: kind in `keys` -> (config field with their number, both names)."""
+    fingerprint_fields: tuple[str, ...]
+    """Config fields that, beside the width, two models share if they fit one adapter."""
 
     @abstractmethod
     def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:
@@ -56,48 +64,83 @@ class Backbone(ABC):
     ) -> Tensor:
         """Velocity noise - x0 (B,C,h,w) at noised model-space latents (B,C,h,w) and sigma (B,) in 0..1."""
 
-    @abstractmethod
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """The repeated blocks in the order they run: units of sharding and checkpointing."""
+        return [block for _, name, _ in self.stacks.values() for block in child(model, name)]
 
-    @abstractmethod
     def fingerprint(self, config: Config) -> dict[str, Any]:
         """The parts of the config that do not depend on the latent: two models fit one adapter if these agree."""
+        return {"width": self.width(config), **{field: config[field] for field in self.fingerprint_fields}}
 
-    @abstractmethod
     def latent_shapes(self, base: Mapping[str, Any], channels: int, patch_size: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors tied to the latent, by name, for a base with this fingerprint: embedder and head."""
+        """Shapes of the tensors tied to the latent, by name, for a base with this fingerprint: embedder and head.
+
+        This is for an embedder that is a convolution over patches.
+        """
+        width, p = base["width"], patch_size
+        outputs = channels * p * p * (2 if base.get("learned_sigma") else 1)
+        return {
+            f"{self.embedder}.weight": (width, channels, p, p),
+            f"{self.embedder}.bias": (width,),
+            f"{self.head}.weight": (outputs, width),
+            f"{self.head}.bias": (outputs,),
+        }
 
     @abstractmethod
     def extra_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Tensors beside the head that an adapter may replace whole: the norm or modulation before it."""
 
     @abstractmethod
+    def layers(self, base: Mapping[str, Any]) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        """As linears, but of one block of each kind in `stacks`, and under "" of what stands around the blocks."""
+
     def linears(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Weight shape of every layer that a LoRA may sit on, by module path, for a base with this fingerprint.
 
         (out, in) of a Linear, (out, in, 1, 1) of a 1x1 convolution.
         """
+        layers = self.layers(base)
+        found = dict(layers[""])
+        for kind, (field, name, _) in self.stacks.items():
+            for i in _depth(base, field):
+                found |= {f"{name}.{i}.{layer}": shape for layer, shape in layers[kind].items()}
+        return found
 
-    @abstractmethod
     def matches(self, state_dict: Mapping[str, Tensor]) -> bool:
         """Whether the keys look like this model, in either naming (cheap; detect() does the checking)."""
+        keys = self.bare_keys(state_dict)
+        return any(all(key in keys for key in names) for names in self.signatures)
 
     @abstractmethod
     def detect(self, state_dict: Mapping[str, Tensor]) -> Config:
         """The config read off tensor shapes (meta tensors do), in either naming; ValueError says what is missing."""
 
-    @abstractmethod
+    def read(self, keys: Mapping[str, Tensor]) -> dict[str, int]:
+        """Every probe's number, and how many blocks there are by config field; keys without prefix."""
+        native = self.is_native(keys)
+        found = {field: count_blocks(keys, f"{names[native]}.") for field, *names in self.stacks.values()}
+        for field, (diffusers_key, native_key, dim) in self.probes.items():
+            key = native_key if native else diffusers_key
+            if key not in keys:
+                raise ValueError(f"this is not a {self.keys.model} state dict: it has no {key}")
+            found[field] = keys[key].shape[dim]
+        return found
+
+    def read_values(self, names: Mapping[str, Any], get: Callable[[str], Tensor]) -> Config:
+        """What of the config only a tensor's values tell. names: keys without prefix; get: a tensor by such a key."""
+        return {}
+
     def depths(self, config: Mapping[str, Any]) -> dict[str, int]:
         """Number of blocks of each kind, by the kinds of `keys`."""
+        return {kind: config[field] for kind, (field, _, _) in self.stacks.items()}
 
-    @abstractmethod
     def width(self, config: Mapping[str, Any]) -> int:
         """D, the hidden size."""
+        return config["num_attention_heads"] * config["attention_head_dim"]
 
-    @abstractmethod
     def packed_channels(self, config: Mapping[str, Any]) -> int:
         """Values per token: C * p * p."""
+        return config["in_channels"] * config.get("patch_size", 1) ** 2
 
     @abstractmethod
     def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,7 +189,7 @@ class Backbone(ABC):
         return (height_px // side) * (width_px // side)
 
 
-def depth(base: Mapping[str, Any], field: str) -> range:
+def _depth(base: Mapping[str, Any], field: str) -> range:
     """range over the blocks that a fingerprint says there are; ValueError for a count that no model has."""
     count = base[field]
     if not isinstance(count, int) or not 0 <= count < 1000:

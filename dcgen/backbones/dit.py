@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..latent import LatentSpace
-from .base import Backbone, Config, child, depth, model_config
-from .keymap import KeyMap, Row, count_blocks
+from .base import Backbone, Config, child, model_config
+from .keymap import KeyMap, Row
 
 STEPS = 1000
 BETAS = (1e-4, 0.02)  # linear
@@ -69,6 +69,23 @@ class DiT(Backbone):
     native_head = "final_layer.linear"
     keys = KEYS
     lora_targets = (r"transformer_blocks\.\d+\.(attn1\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))",)
+    signatures = (
+        ("pos_embed.proj.weight", "proj_out_2.weight"),
+        ("x_embedder.proj.weight", "y_embedder.embedding_table.weight"),
+    )
+    probes: ClassVar[dict[str, tuple[str, str, int]]] = {
+        "width": ("pos_embed.proj.weight", "x_embedder.proj.weight", 0),
+        "in_channels": ("pos_embed.proj.weight", "x_embedder.proj.weight", 1),
+        "patch_size": ("pos_embed.proj.weight", "x_embedder.proj.weight", 2),
+        "out_channels": ("proj_out_2.weight", "final_layer.linear.weight", 0),
+        "num_embeds_ada_norm": (
+            "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight",
+            "y_embedder.embedding_table.weight",
+            0,
+        ),
+    }
+    stacks: ClassVar[dict[str, tuple[str, str, str]]] = {"block": ("num_layers", "transformer_blocks", "blocks")}
+    fingerprint_fields = ("num_layers", "num_attention_heads", "num_embeds_ada_norm")
 
     def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:
         """The head keeps predicting a variance if it did. sample_size, which positions refer to, keeps its tokens."""
@@ -114,29 +131,14 @@ class DiT(Backbone):
         found = model(latents, timestep=timestep, class_labels=cond["labels"], return_dict=False)[0]
         return found[:, : latents.shape[1]]  # a learned variance follows the noise
 
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
-        return list(child(model, "transformer_blocks"))
-
     def fingerprint(self, config: Config) -> dict[str, Any]:
-        fields = ("num_layers", "num_attention_heads", "num_embeds_ada_norm")
-        found = {field: config[field] for field in fields}
-        return {"width": self.width(config), **found, "learned_sigma": _learned_sigma(config)}
-
-    def latent_shapes(self, base: Mapping[str, Any], channels: int, patch_size: int) -> dict[str, tuple[int, ...]]:
-        width, p = base["width"], patch_size
-        outputs = p * p * channels * (2 if base["learned_sigma"] else 1)
-        return {
-            "pos_embed.proj.weight": (width, channels, p, p),
-            "pos_embed.proj.bias": (width,),
-            "proj_out_2.weight": (outputs, width),
-            "proj_out_2.bias": (outputs,),
-        }
+        return {**super().fingerprint(config), "learned_sigma": _learned_sigma(config)}
 
     def extra_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         width = base["width"]
         return {"proj_out_1.weight": (2 * width, width), "proj_out_1.bias": (2 * width,)}
 
-    def linears(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    def layers(self, base: Mapping[str, Any]) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
         D = base["width"]
         block = {
             "norm1.linear": (6 * D, D),
@@ -146,51 +148,23 @@ class DiT(Backbone):
             "ff.net.0.proj": (4 * D, D),
             "ff.net.2": (D, 4 * D),
         }
-        blocks = {f"transformer_blocks.{i}.{n}": shape for i in depth(base, "num_layers") for n, shape in block.items()}
-        return {"proj_out_1": (2 * D, D), **blocks}
-
-    def matches(self, state_dict: Mapping[str, Tensor]) -> bool:
-        keys = self.bare_keys(state_dict)
-        return all(key in keys for key in ("pos_embed.proj.weight", "proj_out_2.weight")) or all(
-            key in keys for key in ("x_embedder.proj.weight", "y_embedder.embedding_table.weight")
-        )
+        return {"": {"proj_out_1": (2 * D, D)}, "block": block}
 
     def detect(self, state_dict: Mapping[str, Tensor]) -> Config:
         """Heads are in no tensor: 72 wide as in DiT-XL, else 64. So is the size: that of 256 px at f8 is taken."""
-        keys = self.bare_keys(state_dict)
-        native = self.is_native(keys)
-        names = {
-            "embedder": f"{self.native_embedder if native else self.embedder}.weight",
-            "head": f"{self.native_head if native else self.head}.weight",
-            "table": ("" if native else "transformer_blocks.0.norm1.emb.class_")
-            + ("y_embedder.embedding_table.weight" if native else "embedder.embedding_table.weight"),
-        }
-        for name in names.values():
-            if name not in keys:
-                raise ValueError(f"this is not a DiT state dict: it has no {name}")
-        width, channels, p, _ = keys[names["embedder"]].shape
+        found = self.read(self.bare_keys(state_dict))
+        width, p = found.pop("width"), found["patch_size"]
         head_dim = HEAD_DIM if width % HEAD_DIM == 0 else 64
         if width % head_dim:
             raise ValueError(f"DiT width {width} is a multiple of neither 72 nor 64")
         return {
-            "in_channels": channels,
-            "out_channels": keys[names["head"]].shape[0] // p**2,
-            "patch_size": p,
-            "num_layers": count_blocks(keys, "blocks." if native else "transformer_blocks."),
+            **found,
+            "out_channels": found["out_channels"] // p**2,
+            "num_embeds_ada_norm": found["num_embeds_ada_norm"] - 1,  # the last row is for no class
             "num_attention_heads": width // head_dim,
             "attention_head_dim": head_dim,
-            "num_embeds_ada_norm": keys[names["table"]].shape[0] - 1,
             "sample_size": 16 * p,
         }
-
-    def depths(self, config: Mapping[str, Any]) -> dict[str, int]:
-        return {"block": config["num_layers"]}
-
-    def width(self, config: Mapping[str, Any]) -> int:
-        return config["num_attention_heads"] * config["attention_head_dim"]
-
-    def packed_channels(self, config: Mapping[str, Any]) -> int:
-        return config["in_channels"] * config["patch_size"] ** 2
 
     def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> dict[str, Any]:
         """DiT was trained on all steps alike: no shift."""

@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from ..latent import LatentSpace
-from .base import Backbone, Config, child, depth, model_config, patch_size
-from .keymap import REST, KeyMap, Row, count_blocks
+from .base import Backbone, Config, child, model_config, patch_size
+from .keymap import REST, KeyMap, Row
 
 _QKV = ("to_q", "to_k", "to_v")
 _ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -88,17 +88,6 @@ KEYS = KeyMap(
     },
 )
 
-PREFIXES = Backbone.prefixes
-
-# What detect() reads, as (diffusers tensor, native tensor, dim).
-_PROBES: dict[str, tuple[str, str, int]] = {
-    "width": ("x_embedder.weight", "img_in.weight", 0),
-    "in_channels": ("x_embedder.weight", "img_in.weight", 1),
-    "out_channels": ("proj_out.weight", "final_layer.linear.weight", 0),
-    "joint_attention_dim": ("context_embedder.weight", "txt_in.weight", 1),
-    "pooled_projection_dim": ("time_text_embed.text_embedder.linear_1.weight", "vector_in.in_layer.weight", 1),
-}
-
 
 class Flux(Backbone):
     """FLUX.1. cond: prompt_embeds (B,T,Dt) and pooled (B,Dp); guidance is g = 1 + w in plain units."""
@@ -116,6 +105,29 @@ class Flux(Backbone):
         r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
         r"transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)",
         r"single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)",
+    )
+    signatures = (
+        ("img_in.weight", "vector_in.in_layer.weight"),
+        ("x_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"),
+    )
+    probes: ClassVar[dict[str, tuple[str, str, int]]] = {
+        "width": ("x_embedder.weight", "img_in.weight", 0),
+        "in_channels": ("x_embedder.weight", "img_in.weight", 1),
+        "out_channels": ("proj_out.weight", "final_layer.linear.weight", 0),
+        "joint_attention_dim": ("context_embedder.weight", "txt_in.weight", 1),
+        "pooled_projection_dim": ("time_text_embed.text_embedder.linear_1.weight", "vector_in.in_layer.weight", 1),
+    }
+    stacks: ClassVar[dict[str, tuple[str, str, str]]] = {
+        "double": ("num_layers", "transformer_blocks", "double_blocks"),
+        "single": ("num_single_layers", "single_transformer_blocks", "single_blocks"),
+    }
+    fingerprint_fields = (
+        "num_attention_heads",
+        "num_layers",
+        "num_single_layers",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+        "guidance_embeds",
     )
 
     def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:
@@ -154,40 +166,20 @@ class Flux(Backbone):
         )[0]
         return unpack(tokens, rows, columns, p)
 
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
-        return [*child(model, "transformer_blocks"), *child(model, "single_transformer_blocks")]
-
     def fingerprint(self, config: Config) -> dict[str, Any]:
-        return {
-            "width": self.width(config),
-            **{
-                key: config[key]
-                for key in (
-                    "num_attention_heads",
-                    "num_layers",
-                    "num_single_layers",
-                    "joint_attention_dim",
-                    "pooled_projection_dim",
-                    "guidance_embeds",
-                )
-            },
-            "axes_dims_rope": list(config["axes_dims_rope"]),
-        }
+        return {**super().fingerprint(config), "axes_dims_rope": list(config["axes_dims_rope"])}
 
     def latent_shapes(self, base: Mapping[str, Any], channels: int, patch_size: int) -> dict[str, tuple[int, ...]]:
-        width, packed = base["width"], channels * patch_size * patch_size
-        return {
-            "x_embedder.weight": (width, packed),
-            "x_embedder.bias": (width,),
-            "proj_out.weight": (packed, width),
-            "proj_out.bias": (packed,),
-        }
+        """The embedder is a Linear on packed tokens."""
+        shapes = super().latent_shapes(base, channels * patch_size**2, 1)
+        weight = f"{self.embedder}.weight"
+        return {**shapes, weight: shapes[weight][:2]}
 
     def extra_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         width = base["width"]
         return {"norm_out.linear.weight": (2 * width, width), "norm_out.linear.bias": (2 * width,)}
 
-    def linears(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    def layers(self, base: Mapping[str, Any]) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
         D = base["width"]
         top = {
             "context_embedder": (D, base["joint_attention_dim"]),
@@ -209,53 +201,24 @@ class Flux(Backbone):
             "proj_mlp": (4 * D, D),
             "proj_out": (D, 5 * D),
         }
-        return {
-            **top,
-            **{f"transformer_blocks.{i}.{n}": shape for i in depth(base, "num_layers") for n, shape in double.items()},
-            **{
-                f"single_transformer_blocks.{i}.{n}": shape
-                for i in depth(base, "num_single_layers")
-                for n, shape in single.items()
-            },
-        }
-
-    def matches(self, state_dict: Mapping[str, Tensor]) -> bool:
-        keys = self.bare_keys(state_dict)
-        return all(key in keys for key in ("img_in.weight", "vector_in.in_layer.weight")) or all(
-            key in keys for key in ("x_embedder.weight", "time_text_embed.text_embedder.linear_1.weight")
-        )
+        return {"": top, "double": double, "single": single}
 
     def detect(self, state_dict: Mapping[str, Tensor]) -> Config:
         keys = self.bare_keys(state_dict)
-        native = self.is_native(keys)
-        found: dict[str, int] = {}
-        for field, (diffusers_key, native_key, dim) in _PROBES.items():
-            key = native_key if native else diffusers_key
-            if key not in keys:
-                raise ValueError(f"this is not a FLUX.1 state dict: it has no {key}")
-            found[field] = keys[key].shape[dim]
+        found = self.read(keys)
         width = found.pop("width")
-        depths = self._depths(keys, native)
         head_dim = _head_dim(keys)
         if width % head_dim:
             raise ValueError(f"FLUX.1 width {width} is not a multiple of its head dimension {head_dim}")
-        guidance = "guidance_in.in_layer.weight" if native else "time_text_embed.guidance_embedder.linear_1.weight"
+        guidance = ("time_text_embed.guidance_embedder.linear_1.weight", "guidance_in.in_layer.weight")
         return {
             "patch_size": 1,
             **found,
-            "num_layers": depths["double"],
-            "num_single_layers": depths["single"],
             "attention_head_dim": head_dim,
             "num_attention_heads": width // head_dim,
-            "guidance_embeds": guidance in keys,
+            "guidance_embeds": any(key in keys for key in guidance),
             "axes_dims_rope": rope_axes(head_dim),
         }
-
-    def depths(self, config: Mapping[str, Any]) -> dict[str, int]:
-        return {"double": config["num_layers"], "single": config["num_single_layers"]}
-
-    def width(self, config: Mapping[str, Any]) -> int:
-        return config["num_attention_heads"] * config["attention_head_dim"]
 
     def packed_channels(self, config: Mapping[str, Any]) -> int:
         return config["in_channels"]
@@ -263,13 +226,6 @@ class Flux(Backbone):
     def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> dict[str, Any]:
         """DC-Gen's f32 models follow FLUX.2's rule, its f64 models and FLUX itself FLUX.1's."""
         return {"rule": "flux2" if latent.spatial_factor == 32 else "flux"}
-
-    @staticmethod
-    def _depths(keys: Mapping[str, Tensor], native: bool) -> dict[str, int]:
-        double, single = (
-            ("double_blocks.", "single_blocks.") if native else ("transformer_blocks.", "single_transformer_blocks.")
-        )
-        return {"double": count_blocks(keys, double), "single": count_blocks(keys, single)}
 
 
 def pack(latents: Tensor, p: int) -> Tensor:

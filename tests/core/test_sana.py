@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcgen.backbones import BACKBONES, detect_backbone
-from dcgen.backbones.sana import SanaConfig, SanaNet, network_timestep
+from dcgen.backbones.sana import SanaConfig, SanaNet, network, network_timestep
 from dcgen.backbones.sana.network import position_table
+from dcgen.cpu import onednn_linear
 from dcgen.schedule import sigmas
 
 sana = BACKBONES["sana"]
@@ -143,6 +145,68 @@ def test_masked_tokens_do_not_matter():
     changed = torch.where(mask[..., None] > 0, caption, caption + 5)
     torch.testing.assert_close(network(latents, timestep, changed, mask), network(latents, timestep, caption, mask))
     assert not torch.allclose(network(latents, timestep, changed), network(latents, timestep, caption))
+
+
+@torch.no_grad()
+def test_a_caption_of_nothing_but_padding_is_read_as_diffusers_reads_it():
+    """The other row's padding then stays too."""
+    model = make(**TINY)
+    latents, timestep, caption, mask, _ = inputs(model, 2, (4, 4))
+    mask[1] = 0
+    given = (latents, timestep, caption, mask, None)
+    assert error(ours(model)(*given), call_diffusers(model, *given)) < 1e-5
+
+
+@pytest.mark.parametrize("strip", [1, 8, 20, 40, 1000])
+@torch.no_grad()
+def test_any_strip_gives_the_whole(strip, monkeypatch):
+    """Rows are convolved some at a time, with the row beyond: 1 to 7 rows of 8 columns, a last strip of fewer."""
+    model = make(**{**TINY, **NORMED})
+    given = inputs(model, 2, (7, 8))
+    monkeypatch.setattr(network, "STRIP_CPU", strip)
+    assert error(ours(model)(*given), call_diffusers(model, *given)) < 1e-5
+
+
+@torch.no_grad()
+def test_linear_layers_go_through_onednn():
+    """On a float32 CPU outside of training, once a layer is large; the results agree, and nothing is left switched."""
+    calls = []
+    linear = torch.nn.functional.linear
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("not an x86 processor with AVX")
+    weight, bias, x = torch.randn(200, 100), torch.randn(200), torch.randn(3, 5, 100)
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    def runs(x, weight, bias=None):
+        calls.clear()
+        with onednn_linear(x), Spy():
+            found = torch.nn.functional.linear(x, weight, bias)
+        return found, any("mkldnn::_linear_pointwise" in name for name in calls)
+
+    wide = torch.randn(3, 5, 200)
+    strided = {"as it is": x, "rows in another order": x.transpose(0, 1), "part of a wider one": wide[..., 50:150]}
+    for name, given in strided.items():
+        for shift in (None, bias):
+            found, used = runs(given, weight, shift)
+            assert used, name
+            expected = linear(given.double(), weight.double(), None if shift is None else shift.double())
+            torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    # The call takes these for contiguous, so it must not get them.
+    assert not runs(x, weight, weight[:, 0])[1]
+    assert not runs(x, weight.t().contiguous().t())[1]
+    assert not runs(x, weight[:20])[1]  # small
+    assert not runs(x.bfloat16(), weight.bfloat16())[1]
+    assert not runs(x[:1, :1], weight)[1]  # one row
+    with torch.enable_grad():
+        assert not runs(x, weight)[1]
+    with Spy():
+        calls.clear()
+        linear(x, weight)
+    assert "mkldnn::_linear_pointwise" not in calls
 
 
 @pytest.mark.parametrize("name", ["plain", "positions", "qk norm"])
@@ -369,9 +433,28 @@ def _original(model) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+def bytes_like(model) -> None:
+    """Random bytes in place of every weight: quickly drawn, and as good for telling tensors apart."""
+    generator = torch.Generator().manual_seed(7)
+    for module in model.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            drawn = torch.empty(value.shape, dtype=torch.uint8).random_(generator=generator)
+            module._parameters[name] = torch.nn.Parameter(drawn, requires_grad=False)
+
+
+# Every published network at its width (one block) and, narrow, at its depth; and what else the names may depend on.
+NAMED = {**{name: {**TINY, **variant} for name, variant in VARIANTS.items()}}
+NAMED |= {f"width of {name}": {"num_layers": 1, **config} for name, config in PUBLISHED.items()}
+NAMED |= {f"depth {depth}": {**TINY, **NORMED, "num_layers": depth} for depth in (20, 28, 60)}
+
+
+@pytest.mark.parametrize("name", NAMED)
 def test_key_maps_both_ways(name):
-    model = make(**{**TINY, **VARIANTS[name]})
+    """Bit for bit, both ways; what only the original files have (null caption, positions, a loss weight) is dropped."""
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        model = diffusers.SanaTransformer2DModel(**NAMED[name])
+    bytes_like(model)
     state, original = model.state_dict(), _original(model)
     native = sana.to_native(state)
     assert set(native) == set(original)

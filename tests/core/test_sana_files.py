@@ -14,6 +14,7 @@ from dcgen.latent import SPACES
 from dcgen.release import open_model
 
 diffusers = pytest.importorskip("diffusers")
+get_2d_sincos_pos_embed = diffusers.models.embeddings.get_2d_sincos_pos_embed
 sana = BACKBONES["sana"]
 TINY = {"num_attention_heads": 2, "num_cross_attention_heads": 2, "cross_attention_head_dim": 32, "num_layers": 2}
 TINY |= {"cross_attention_dim": 64, "caption_channels": 24, "qk_norm": "rms_norm_across_heads"}
@@ -60,6 +61,25 @@ def test_pth_to_file_to_release(tmp_path):
     assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
     assert open_model(back).latent == SPACES["dc-ae-f32c32-sana-1.0"]
     assert open_model(back).schedule == {"rule": "static", "shift": 3.0}
+
+
+@pytest.mark.parametrize(("side", "scale", "shift"), [(3, None, 3.0), (8, 1.0, 3.0), (16, 2.0, 6.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_are_read_from_an_original_file(tmp_path, side, scale, shift, dtype):
+    """As the 1K, 2K and 4K files have them: a table of zeros, one of whole steps, one of half steps."""
+    model = make(sample_size=side, interpolation_scale=scale)
+    table = torch.zeros(1, side * side, 64)
+    if scale is not None:
+        table[0] = torch.as_tensor(get_2d_sincos_pos_embed(64, side, interpolation_scale=scale, base_size=side))
+    native = sana.to_native(model.state_dict())
+    tensors = {f"model.{key}": value.to(dtype) for key, value in {**native, "pos_embed": table}.items()}
+    torch.save({"state_dict": tensors}, tmp_path / "Sana.pth")
+    opened = open_model(tmp_path / "Sana.pth")
+    assert (opened.config["sample_size"], opened.config["interpolation_scale"]) == (side, scale)
+    assert sana.default_schedule(SPACES["dc-ae-f32c32-sana-1.0"], opened.config)["shift"] == shift
+    assert set(opened.entries) == set(model.state_dict())
+    with pytest.raises(ValueError, match=r"pos_embed has 10 places"):
+        sana.read_values({"pos_embed": None}, lambda key: torch.zeros(1, 10, 64))
 
 
 def test_set_refuses_what_is_no_field(tmp_path, capsys):

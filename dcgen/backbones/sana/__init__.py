@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ...latent import LatentSpace
-from ..base import Backbone, Config, child, depth, model_config
-from ..keymap import KeyMap, count_blocks
+from ..base import Backbone, Config, child, model_config
+from ..keymap import KeyMap
 from .keys import KEYS, SPRINT_KEYS
 from .network import QK_NORM, SanaConfig, SanaNet
 
@@ -18,16 +20,7 @@ TIMESTEPS = 1000
 # No tensor holds the number of cross-attention heads; these are the published networks', by width.
 CROSS_HEADS = {1152: 16, 2240: 20}
 HEAD_DIM = 32
-
-# What detect() reads, as (diffusers tensor, original tensor, dim).
-_PROBES: dict[str, tuple[str, str, int]] = {
-    "width": ("patch_embed.proj.weight", "x_embedder.proj.weight", 0),
-    "in_channels": ("patch_embed.proj.weight", "x_embedder.proj.weight", 1),
-    "patch_size": ("patch_embed.proj.weight", "x_embedder.proj.weight", 2),
-    "out_channels": ("proj_out.weight", "final_layer.linear.weight", 0),
-    "caption_channels": ("caption_projection.linear_1.weight", "y_embedder.y_proj.fc1.weight", 1),
-    "hidden": ("transformer_blocks.0.ff.conv_point.weight", "blocks.0.mlp.point_conv.conv.weight", 1),
-}
+POSITIONS = "pos_embed"
 
 
 class Sana(Backbone):
@@ -45,6 +38,28 @@ class Sana(Backbone):
     lora_targets = (
         r"transformer_blocks\.\d+\.attn[12]\.(to_[qkv]|to_out\.0)",
         r"transformer_blocks\.\d+\.ff\.conv_(inverted|point)",
+    )
+    signatures = (
+        ("patch_embed.proj.weight", "caption_norm.weight"),
+        ("x_embedder.proj.weight", "attention_y_norm.weight"),
+    )
+    probes: ClassVar[dict[str, tuple[str, str, int]]] = {
+        "width": ("patch_embed.proj.weight", "x_embedder.proj.weight", 0),
+        "in_channels": ("patch_embed.proj.weight", "x_embedder.proj.weight", 1),
+        "patch_size": ("patch_embed.proj.weight", "x_embedder.proj.weight", 2),
+        "out_channels": ("proj_out.weight", "final_layer.linear.weight", 0),
+        "caption_channels": ("caption_projection.linear_1.weight", "y_embedder.y_proj.fc1.weight", 1),
+        "hidden": ("transformer_blocks.0.ff.conv_point.weight", "blocks.0.mlp.point_conv.conv.weight", 1),
+    }
+    stacks: ClassVar[dict[str, tuple[str, str, str]]] = {"block": ("num_layers", "transformer_blocks", "blocks")}
+    fingerprint_fields = (
+        "num_layers",
+        "num_attention_heads",
+        "num_cross_attention_heads",
+        "caption_channels",
+        "mlp_ratio",
+        "qk_norm",
+        "guidance_embeds",
     )
 
     def key_map(self, config: Mapping[str, Any]) -> KeyMap:
@@ -89,28 +104,13 @@ class Sana(Backbone):
             return_dict=False,
         )[0]
 
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
-        return list(child(model, "transformer_blocks"))
-
     def fingerprint(self, config: Config) -> dict[str, Any]:
-        full = SanaConfig.from_diffusers(config)
-        fields = ("num_layers", "num_attention_heads", "num_cross_attention_heads", "caption_channels", "mlp_ratio")
-        found = {field: getattr(full, field) for field in (*fields, "qk_norm", "guidance_embeds")}
-        return {"width": full.width, **found}
-
-    def latent_shapes(self, base: Mapping[str, Any], channels: int, patch_size: int) -> dict[str, tuple[int, ...]]:
-        width, packed = base["width"], channels * patch_size * patch_size
-        return {
-            "patch_embed.proj.weight": (width, channels, patch_size, patch_size),
-            "patch_embed.proj.bias": (width,),
-            "proj_out.weight": (packed, width),
-            "proj_out.bias": (packed,),
-        }
+        return super().fingerprint(asdict(SanaConfig.from_diffusers(config)))
 
     def extra_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         return {"scale_shift_table": (2, base["width"])}
 
-    def linears(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    def layers(self, base: Mapping[str, Any]) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
         D = base["width"]
         hidden = int(base["mlp_ratio"] * D)
         guided = base["guidance_embeds"]
@@ -120,37 +120,23 @@ class Sana(Backbone):
             "ff.conv_inverted": (2 * hidden, D, 1, 1),
             "ff.conv_point": (D, hidden, 1, 1),
         }
-        return {
+        top = {
             "caption_projection.linear_1": (D, base["caption_channels"]),
             "caption_projection.linear_2": (D, D),
             "time_embed.linear": (6 * D, D),
             **{f"time_embed.{name}.linear_1": (D, 256) for name in time},
             **{f"time_embed.{name}.linear_2": (D, D) for name in time},
-            **{f"transformer_blocks.{i}.{n}": shape for i in depth(base, "num_layers") for n, shape in block.items()},
         }
-
-    def matches(self, state_dict: Mapping[str, Tensor]) -> bool:
-        keys = self.bare_keys(state_dict)
-        return any(
-            all(key in keys for key in names)
-            for names in (
-                ("patch_embed.proj.weight", "caption_norm.weight"),
-                ("x_embedder.proj.weight", "attention_y_norm.weight"),
-            )
-        )
+        return {"": top, "block": block}
 
     def detect(self, state_dict: Mapping[str, Tensor]) -> Config:
-        """Positions (interpolation_scale, sample_size) and, beyond the published widths, cross-attention heads are in
-        no tensor: a model with other than SANA-1K's (no positions) and one head per 32 needs its config.json.
+        """Positions (interpolation_scale, sample_size; see read_values) and, beyond the published widths,
+        cross-attention heads are in no shape: a model with other than SANA-1K's (no positions) and one head per 32
+        needs its config.json.
         """
         keys = self.bare_keys(state_dict)
         native = self.is_native(keys)
-        found: dict[str, Any] = {}
-        for field, (diffusers_key, native_key, dim) in _PROBES.items():
-            key = native_key if native else diffusers_key
-            if key not in keys:
-                raise ValueError(f"this is not a SANA state dict: it has no {key}")
-            found[field] = keys[key].shape[dim]
+        found = self.read(keys)
         width, hidden = found.pop("width"), found.pop("hidden")
         if width % HEAD_DIM:
             raise ValueError(f"SANA width {width} is not a multiple of its head dimension {HEAD_DIM}")
@@ -162,7 +148,6 @@ class Sana(Backbone):
             **found,
             "num_attention_heads": width // HEAD_DIM,
             "attention_head_dim": HEAD_DIM,
-            "num_layers": count_blocks(keys, "blocks." if native else "transformer_blocks."),
             "num_cross_attention_heads": cross,
             "cross_attention_head_dim": width // cross,
             "cross_attention_dim": width,
@@ -173,14 +158,20 @@ class Sana(Backbone):
             "guidance_embeds": guided,
         }
 
-    def depths(self, config: Mapping[str, Any]) -> dict[str, int]:
-        return {"block": config["num_layers"]}
+    def read_values(self, names: Mapping[str, Any], get: Callable[[str], Tensor]) -> Config:
+        """The positions of an original file, whose table is in every one of them: zeros where the model has none."""
+        if POSITIONS not in names:
+            return {}
+        table = get(POSITIONS)[0]
+        side = math.isqrt(len(table))
+        if side < 2 or side * side != len(table):
+            raise ValueError(f"{POSITIONS} has {len(table)} places, which make no square")
+        # The first number of a place is the sine of its column, counted in steps of 1 / interpolation_scale.
+        step = math.asin(float(table[1, 0]))
+        return {"sample_size": side, "interpolation_scale": round(1 / step, 1) if table.any() else None}
 
     def width(self, config: Mapping[str, Any]) -> int:
         return SanaConfig.from_diffusers(config).width
-
-    def packed_channels(self, config: Mapping[str, Any]) -> int:
-        return config["in_channels"] * config.get("patch_size", 1) ** 2
 
     def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> dict[str, Any]:
         """Shift 3; the 4K model (positions at half steps) was trained at 6; Sprint has its own one or two steps."""
