@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -43,16 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = load_recipe("toy-flux", [f"output={options.out}", "cache.data.variants=2", *SHORT])
     for stage in ("cache", "align", "head"):
         run_recipe(recipe, only=stage)
-    results: dict[str, Any] = {"torch": torch.__version__, "threads": options.threads}
-    results["alignment"] = alignment(options)
-    results["step"] = step_against_plain(options)
-    results["empty branch"] = empty_branch(options)
-    results["loader"] = loader(options, results["step"]["ours, ms"])
-    results["memory"] = memory(options)
-    if torch.cuda.is_available():
-        results["gpu"] = gpu()
-    print(table(results))
-    write_json(options.out / "results.json", results)
+    path = options.out / "results.json"
+    machine = {"torch": torch.__version__, "threads": options.threads, "cores": os.cpu_count()}
+    for part in options.parts or [part for part in PARTS if part != "gpu" or torch.cuda.is_available()]:
+        found = {part: PARTS[part](options)}
+        write_json(path, {**(read_json(path) if path.is_file() else {}), **machine, **found})
+    print(table(read_json(path)))
 
 
 def alignment(options: argparse.Namespace) -> dict[str, float]:
@@ -94,7 +91,7 @@ def empty_branch(options: argparse.Namespace) -> dict[str, float]:
             "as written / Eq. 2": best["Eq. 7 as written"] / best["Eq. 2"]}  # fmt: skip
 
 
-def loader(options: argparse.Namespace, step_ms: float) -> dict[str, float]:
+def loader(options: argparse.Namespace) -> dict[str, float]:
     """Samples a second of the cache alone (latents, text, random numbers) against what a step uses up."""
     stage = finetune_stage(options)
     stage.setup()
@@ -111,7 +108,7 @@ def loader(options: argparse.Namespace, step_ms: float) -> dict[str, float]:
     for step in range(1, 31):
         read(step)
     supply = 30 * stage.config.batch / (time.perf_counter() - begin)
-    use = stage.config.batch / step_ms * 1000
+    use = stage.config.batch / stage_step(options) * 1000
     return {"loader, samples/s": supply, "step, samples/s": use, "loader / step": supply / use}
 
 
@@ -240,8 +237,9 @@ def _median_ms(step: Callable[[], None], count: int) -> float:
     return 1000 * median(times[5:])
 
 
-def gpu(blocks: tuple[int, int] = (2, 4), tokens: int = 1024, text: int = 512, batch: int = 4) -> dict[str, float]:
+def gpu(options: argparse.Namespace) -> dict[str, float]:
     """Tokens a second and model FLOP utilisation of a LoRA step at FLUX's width, bfloat16, on the first GPU."""
+    blocks, tokens, text, batch = (2, 4), 1024, 512, 4
     from dcgen.backbones import BACKBONES
     from train.architectures import ARCHITECTURES
     from train.lora import inject_lora
@@ -277,6 +275,16 @@ def gpu(blocks: tuple[int, int] = (2, 4), tokens: int = 1024, text: int = 512, b
     }
 
 
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
+    "alignment": alignment,
+    "step": step_against_plain,
+    "empty branch": empty_branch,
+    "loader": loader,
+    "memory": memory,
+    "gpu": gpu,
+}
+
+
 def table(results: dict[str, Any]) -> str:
     """Every number on a line, Markdown."""
     lines = ["| what | figure |", "|---|---|"]
@@ -289,6 +297,7 @@ def table(results: dict[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/train-benchmark"))
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), help="measure these alone, keep the others' figures")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3, help="repetitions, taken in turns; the best counts")
     parser.add_argument("--align-steps", type=int, default=20_000, help="AdamW steps on Eq. 1 (Table 7: 20k)")
