@@ -12,6 +12,7 @@ from dcgen.latent import SPACES, LatentSpace
 
 DEEP = LatentSpace("tiny-f64", 16, 64, 0.31)
 QK = "rms_norm_across_heads"
+get_2d_sincos_pos_embed = pytest.importorskip("diffusers.models.embeddings").get_2d_sincos_pos_embed
 
 
 PROMPTS = [
@@ -64,10 +65,13 @@ OTHER = {
 
 
 def write_files(folder, tiny, sana, sana_release, base_release):
-    """Original names in a .pth, a merged single file, an adapter, a LoRA, an adapter of FLUX."""
-    native = sana.transformer(tiny, 32, 51, qk_norm=QK)
-    config = dict(native.config)
-    torch.save({"state_dict": BACKBONES["sana"].to_native(native.state_dict(), config)}, folder / "original.pth")
+    """Original names in a .pth with the table of positions at half steps (4K's), an adapter, a LoRA, FLUX's adapter."""
+    side, scale = 6, 2.0
+    native = sana.transformer(tiny, 32, 51, qk_norm=QK, sample_size=side, interpolation_scale=scale)
+    original = BACKBONES["sana"].to_native(native.state_dict(), dict(native.config))
+    table = get_2d_sincos_pos_embed(64, side, interpolation_scale=scale, base_size=side)
+    original["pos_embed"] = torch.as_tensor(table).float()[None]
+    torch.save({"state_dict": original}, folder / "original.pth")
     draw = torch.Generator().manual_seed(9)
     own = {
         "patch_embed.proj.weight": torch.randn(64, 16, 1, 1, generator=draw) * 0.2,
@@ -186,7 +190,7 @@ def test_what_the_core_reads_off_the_model(found):
     assert [facts[name]["channels"] for name in ("f32", "f64", "original", "deep")] == [8, 16, 32, 16]
     assert [facts[name]["factor"] for name in ("f32", "f64", "original", "deep")] == [32, 64, 32, 64]
     assert facts["original"]["scaling"] == SPACES["dc-ae-f32c32-sana-1.0"].scaling_factor
-    assert [facts[name]["shift"] for name in ("f32", "f64", "original", "deep")] == [3.0, 6.0, 3.0, 6.0]
+    assert [facts[name]["shift"] for name in ("f32", "f64", "original", "deep")] == [3.0, 6.0, 6.0, 6.0]
     assert facts["f32"]["schedule"] == {"rule": "static", "shift": 3.0}
     assert facts["shared"]
 
