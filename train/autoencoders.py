@@ -48,6 +48,7 @@ def load_autoencoder(
     """Load a diffusers autoencoder folder (AutoencoderKL or AutoencoderDC), frozen and in eval mode."""
     folder = Path(folder)
     config = autoencoder_config(folder)
+    _weights(folder)
     if config["_class_name"] == "AutoencoderDC":
         model: nn.Module = load_dcae(folder, dtype=dtype, device=device)
     else:
@@ -86,7 +87,15 @@ def latent_space(folder: str | Path) -> LatentSpace:
 
 def autoencoder_identity(folder: str | Path) -> dict[str, Any]:
     """What decides its latents: part of a cache's fingerprint."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no .safetensors weights")
+    files = _weights(Path(folder))
     return {"config": autoencoder_config(Path(folder)), "weights": {file.name: sha256(file) for file in files}}
+
+
+def _weights(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} holds no .safetensors weights. A release may come without its autoencoder (toy/sana-base does): "
+            "name the folder that has it, as `teacher` of a cache stage or `autoencoder` of a Pipeline"
+        )
+    return files

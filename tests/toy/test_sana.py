@@ -80,6 +80,13 @@ def test_pictures_show_what_the_prompt_says(judged, how, tokens):
     assert found.both_held_out > 0.6
 
 
+def test_the_base_is_drawn_through_its_own_autoencoder_only():
+    with pytest.raises(FileNotFoundError, match="without its autoencoder"):
+        Pipeline("toy/sana-base")
+    with pytest.raises(ValueError, match=r"not the autoencoder of toy/sana-base: channels: 16 against 32"):
+        Pipeline("toy/sana-base", autoencoder="toy/dc-ae-f32")
+
+
 def test_a_merged_release_runs_in_diffusers_own_pipeline(root, judged, tmp_path):
     """The whole of it as SanaPipeline has it: text at 300 positions, DPM-Solver++, CFG, AutoencoderDC."""
     import diffusers
