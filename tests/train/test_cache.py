@@ -133,3 +133,22 @@ def test_whole_shards_are_kept_and_damaged_ones_made_anew(debug_run, tmp_path, m
     run_recipe(load_recipe("debug", [f"output={tmp_path / 'run'}"]), only="cache")
     assert len(made) == 1
     assert [path.read_bytes() for path in shards] == before
+
+
+def test_text_computed_online_trains_to_the_same_weights(debug_run, tmp_path):
+    from train.config import load_recipe
+    from train.run import run_recipe
+
+    tiny = [f"defaults.base={debug_run}/tiny/release", f"defaults.autoencoder={debug_run}/tiny/dc-ae"]
+    short = [f"finetune.start={debug_run}/head", "finetune.steps=2", "finetune.preview_every=0"]
+    found = []
+    for text in ("cache", "online"):
+        data = [f"output={tmp_path / text}", f"cache.text={text}", f"cache.data.path={debug_run}/tiny/pictures"]
+        recipe = load_recipe("debug", [*tiny, *short, *data])
+        for stage in ("cache", "finetune"):
+            run_recipe(recipe, only=stage)
+        assert bool(list((tmp_path / text / "cache" / "shards").glob("text-*"))) == (text == "cache")
+        found.append(load_file(tmp_path / text / "finetune" / "adapter.safetensors"))
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)

@@ -17,10 +17,10 @@ from train.config import Optimizer, StageConfig
 from train.files import write_json, write_tensors
 from train.models import base_backbone, embedder_only, fresh_ends, network_class, without_blocks
 from train.plan import plan_align
-from train.stages.base import Stage, complaints
+from train.stages.base import CachedStage, complaints
 
 
-class AlignStage(Stage):
+class AlignStage(CachedStage):
     """Fits the new embedder to the pooled output of the old one; the base's blocks are never loaded."""
 
     class Config(StageConfig):
@@ -70,12 +70,6 @@ class AlignStage(Stage):
 
     def shard_units(self) -> Sequence[nn.Module]:
         return [self.student.get_submodule(self.backbone.embedder)]
-
-    def buckets(self) -> Sequence[Sequence[int]]:
-        return self.cache.buckets()
-
-    def describe_samples(self, indices: Sequence[int]) -> list[str]:
-        return self.cache.describe(indices)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float | Tensor]]:
         student = self.cache.latents(batch.indices, "student").to(self.device)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from train.batches import Batch
+from train.cache import Cache
 from train.config import Recipe, StageConfig
 
 
@@ -124,3 +126,24 @@ class Stage:
         Returned numbers go into done.json.
         """
         return {}
+
+
+class CachedStage(Stage):
+    """A stage that trains on a cache, which its setup() opens as self.cache."""
+
+    cache: Cache
+
+    def buckets(self) -> Sequence[Sequence[int]]:
+        return self.cache.buckets()
+
+    def describe_samples(self, indices: Sequence[int]) -> list[str]:
+        return self.cache.describe(indices)
+
+
+class PreviewConfig(StageConfig):
+    """Fields of a stage that draws pictures while it trains."""
+
+    preview_prompts: tuple[str, ...] = ()
+    preview_guidance: float = Field(3.5, ge=0, description="g of preview pictures; by true CFG without an embedding")
+    preview_steps: int = Field(20, ge=1)
+    preview_seed: int = 0

@@ -18,21 +18,21 @@ from train.alignment import NormalEquations
 from train.autoencoders import latent_space, load_autoencoder
 from train.batches import Batch, BatchPlan
 from train.cache import Cache
-from train.config import Optimizer, StageConfig
+from train.config import Optimizer
 from train.ddpm import ddpm_terms, raw_output
 from train.lora import lora_pairs
 from train.models import base_backbone, load_network, moved_network, read_tensors
 from train.objective import Objective, objective_loss, objective_terms
 from train.plan import plan_moved
 from train.sample import euler, grid, seeded_noise
-from train.stages.base import Stage, complaints
+from train.stages.base import CachedStage, PreviewConfig, complaints
 from train.text import TextEncoder, load_text
 
 FIT_BATCHES = 32  # that a closed-form head is fitted to
 KEEP = "base"  # value of `start`: the base already works on this latent
 
 
-class MovedConfig(StageConfig):
+class MovedConfig(PreviewConfig):
     """Shared by head and finetune."""
 
     base: str = Field(description="release folder of the base model")
@@ -46,13 +46,9 @@ class MovedConfig(StageConfig):
         {"rule": "flux"}, description="sampling schedule written into the adapter and used for previews"
     )
     gradient_checkpointing: bool = Field(False, description="recompute blocks in backward: less memory, 4/3 the time")
-    preview_prompts: tuple[str, ...] = ()
-    preview_guidance: float = Field(3.5, ge=0, description="g of preview pictures; by true CFG without an embedding")
-    preview_steps: int = Field(20, ge=1)
-    preview_seed: int = 0
 
 
-class MovedStage(Stage):
+class MovedStage(CachedStage):
     """A base network whose embedder and head are new. Subclasses say what trains."""
 
     Config = MovedConfig
@@ -127,12 +123,6 @@ class MovedStage(Stage):
 
     def shard_units(self) -> Sequence[nn.Module]:
         return self.backbone.blocks(self.model)
-
-    def buckets(self) -> Sequence[Sequence[int]]:
-        return self.cache.buckets()
-
-    def describe_samples(self, indices: Sequence[int]) -> list[str]:
-        return self.cache.describe(indices)
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: dict[str, Tensor], scale: Tensor | None) -> Tensor:
         """Velocity (B,C,h,w) of the moved model."""

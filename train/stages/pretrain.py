@@ -17,31 +17,26 @@ from dcgen import schedule
 from train.autoencoders import load_autoencoder
 from train.batches import Batch
 from train.cache import Cache
-from train.config import StageConfig
 from train.ddpm import raw_output
 from train.files import write_folder
 from train.generate import base_schedule
 from train.models import base_backbone, base_patch_size, load_network
 from train.objective import Objective, objective_loss
 from train.sample import euler, grid, seeded_noise
-from train.stages.base import Stage, complaints
+from train.stages.base import CachedStage, PreviewConfig, complaints
 from train.text import load_text
 
 
-class BaseConfig(StageConfig):
+class BaseConfig(PreviewConfig):
     """Shared by pretrain and distill: a base network trained whole."""
 
     base: str = Field(description="release folder to start from")
     cache: str = Field("cache", description="cache stage or folder; its `teacher` latents are the base's own")
     objective: Objective = Objective(loss="flow")
     autocast: bool = Field(True, description="bfloat16 matrix products; weights and loss stay float32")
-    preview_prompts: tuple[str, ...] = ()
-    preview_guidance: float = Field(3.5, ge=1, description="g of preview pictures")
-    preview_steps: int = Field(20, ge=1)
-    preview_seed: int = 0
 
 
-class BaseStage(Stage):
+class BaseStage(CachedStage):
     """Loads a release, trains its transformer, writes FOLDER/release with the new transformer."""
 
     Config = BaseConfig
@@ -66,12 +61,6 @@ class BaseStage(Stage):
 
     def shard_units(self) -> Sequence[nn.Module]:
         return self.backbone.blocks(self.model)
-
-    def buckets(self) -> Sequence[Sequence[int]]:
-        return self.cache.buckets()
-
-    def describe_samples(self, indices: Sequence[int]) -> list[str]:
-        return self.cache.describe(indices)
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: dict[str, Tensor], scale: Tensor | None) -> Tensor:
         """Velocity (B,C,h,w) of the network in training."""

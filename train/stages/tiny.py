@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +14,10 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
+from dcgen.backbones import BACKBONES
 from train.config import StageConfig
 from train.files import write_folder, write_json
+from train.models import network_class
 from train.stages.base import Stage
 
 WORDS = ["a", "red", "green", "blue", "yellow", "dark", "light", "square", "on", "the", "left", "right"]
@@ -36,7 +40,7 @@ class TinyStage(Stage):
         if self.context.rank == 0:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.context.recipe.seed)
-                write_folder(self.folder / "release", lambda f: NETWORKS[self.config.backbone](f, self.config))
+                write_folder(self.folder / "release", lambda f: write_tiny(f, self.config))
                 write_folder(self.folder / "dc-ae", lambda f: tiny_dcae().save_pretrained(f))
             write_folder(
                 self.folder / "pictures", lambda f: _pictures(f, self.config.pictures, self.context.recipe.seed)
@@ -44,100 +48,94 @@ class TinyStage(Stage):
         return {"pictures": self.config.pictures}
 
 
-def tiny_flux(folder: Path, config: TinyStage.Config) -> None:
-    """A FLUX release in the diffusers layout: 2 x 16-wide heads, one block of each kind."""
+def _flux(config: TinyStage.Config) -> dict[str, Any]:
+    """2 x 16-wide heads, one block of each kind."""
+    return {
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "pooled_projection_dim": 16,
+        "guidance_embeds": config.guidance_embeds,
+        "axes_dims_rope": (4, 6, 6),
+    }
+
+
+def _sana(config: TinyStage.Config) -> dict[str, Any]:
+    """2 x 16-wide heads, two blocks, on an f8 DC-AE."""
+    return {
+        "in_channels": 8,
+        "out_channels": 8,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 16,
+        "cross_attention_dim": 32,
+        "caption_channels": 24,
+        "sample_size": 8,
+        "qk_norm": "rms_norm_across_heads",
+    }
+
+
+def _dit(config: TinyStage.Config) -> dict[str, Any]:
+    """One 64-wide head, two blocks, a learned variance; 8 classes."""
+    return {
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 2,
+        "num_attention_heads": 1,
+        "attention_head_dim": 64,
+        "num_embeds_ada_norm": 8,
+        "sample_size": 16,
+        "patch_size": 2,
+        "norm_type": "ada_norm_zero",
+    }
+
+
+@dataclass(frozen=True)
+class Family:
+    """A release in the diffusers layout: its classes, and what makes its parts."""
+
+    pipeline: str
+    sizes: Callable[[Any], dict[str, Any]]
+    autoencoder: Callable[[], Any]
+    scheduler: tuple[str, dict[str, Any]]
+    text: dict[str, Callable[[Path, Path], None]]  # class of each encoder -> what writes it and its tokenizer
+
+
+def write_tiny(folder: Path, config: TinyStage.Config) -> None:
+    """A release of the named backbone with random weights."""
     import diffusers
 
-    transformer: Any = diffusers.FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        pooled_projection_dim=16,
-        guidance_embeds=config.guidance_embeds,
-        axes_dims_rope=(4, 6, 6),
-    )
+    family = FAMILIES[config.backbone]
+    transformer = network_class(BACKBONES[config.backbone])(**family.sizes(config))
     # diffusers' own initialisation leaves modulation near zero: make every path count
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
-    transformer.save_pretrained(folder / "transformer")
-    tiny_kl().save_pretrained(folder / "vae")
-    diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(folder / "scheduler")
-    _tiny_clip(folder)
-    _tiny_t5(folder)
-    parts = {"transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
-    parts |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
-    parts |= {"text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "T5EncoderModel"]}
-    parts |= {name: ["transformers", "PreTrainedTokenizerFast"] for name in ("tokenizer", "tokenizer_2")}
-    write_json(folder / "model_index.json", {"_class_name": "FluxPipeline", "_diffusers_version": "0.36.0", **parts})
-
-
-def tiny_sana(folder: Path, config: TinyStage.Config) -> None:
-    """A SANA release on an f8 DC-AE: 2 x 16-wide heads, two blocks."""
-    import diffusers
-
-    transformer: Any = diffusers.SanaTransformer2DModel(
-        in_channels=8,
-        out_channels=8,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=16,
-        cross_attention_dim=32,
-        caption_channels=24,
-        sample_size=8,
-        qk_norm="rms_norm_across_heads",
-    )
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    transformer.save_pretrained(folder / "transformer")
-    tiny_dcae(stages=4).save_pretrained(folder / "vae")
-    diffusers.DPMSolverMultistepScheduler(
-        flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction"
-    ).save_pretrained(folder / "scheduler")
-    _tiny_gemma(folder)
-    parts = {"transformer": ["diffusers", "SanaTransformer2DModel"], "vae": ["diffusers", "AutoencoderDC"]}
-    parts |= {"scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}
-    parts |= {"text_encoder": ["transformers", "Gemma2Model"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"]}
-    write_json(folder / "model_index.json", {"_class_name": "SanaPipeline", "_diffusers_version": "0.36.0", **parts})
-
-
-def tiny_dit(folder: Path, config: TinyStage.Config) -> None:
-    """A class-conditional DiT on the f4 VAE with a learned variance; classes are the captions."""
-    import diffusers
-
-    transformer: Any = diffusers.DiTTransformer2DModel(
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        num_attention_heads=1,
-        attention_head_dim=64,
-        num_embeds_ada_norm=8,
-        sample_size=16,
-        patch_size=2,
-        norm_type="ada_norm_zero",
-    )
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    # one time and class embedder, of which diffusers keeps a copy in every block
-    shared = transformer.transformer_blocks[0].norm1.emb.state_dict()
-    for block in transformer.transformer_blocks:
-        block.norm1.emb.load_state_dict(shared)
-    transformer.save_pretrained(folder / "transformer")
-    tiny_kl().save_pretrained(folder / "vae")
-    diffusers.DDIMScheduler(beta_end=0.02, beta_start=0.0001, clip_sample=False).save_pretrained(folder / "scheduler")
-    captions = [f"a {color} square on the {side}" for side in SIDES for color in COLORS]
-    parts = {"transformer": ["diffusers", "DiTTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
-    parts |= {"scheduler": ["diffusers", "DDIMScheduler"]}
-    labels = {str(number): caption for number, caption in enumerate(captions)}
-    index = {"_class_name": "DiTPipeline", "_diffusers_version": "0.36.0", "id2label": labels, **parts}
+    if config.backbone == "dit":
+        # one time and class embedder, of which diffusers keeps a copy in every block
+        shared = transformer.transformer_blocks[0].norm1.emb.state_dict()
+        for block in transformer.transformer_blocks:
+            block.norm1.emb.load_state_dict(shared)
+    autoencoder = family.autoencoder()
+    scheduler, settings = family.scheduler
+    parts = {"transformer": transformer, "vae": autoencoder, "scheduler": getattr(diffusers, scheduler)(**settings)}
+    index: dict[str, Any] = {"_class_name": family.pipeline, "_diffusers_version": "0.36.0"}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+        index[name] = ["diffusers", type(part).__name__]
+    for number, (encoder, write) in enumerate(family.text.items()):
+        end = f"_{number + 1}" if number else ""
+        write(folder / f"text_encoder{end}", folder / f"tokenizer{end}")
+        index |= {f"text_encoder{end}": ["transformers", encoder]}
+        index |= {f"tokenizer{end}": ["transformers", "PreTrainedTokenizerFast"]}
+    if config.backbone == "dit":
+        captions = [f"a {color} square on the {side}" for side in SIDES for color in COLORS]
+        index["id2label"] = {str(number): caption for number, caption in enumerate(captions)}
     write_json(folder / "model_index.json", index)
-
-
-NETWORKS: dict[str, Callable[[Path, Any], None]] = {"flux": tiny_flux, "sana": tiny_sana, "dit": tiny_dit}
 
 
 def tiny_kl() -> Any:
@@ -183,60 +181,34 @@ def tiny_dcae(stages: int = 5) -> Any:
     )
 
 
-def _tiny_clip(folder: Path) -> None:
-    from transformers import CLIPTextConfig, CLIPTextModel
+def _text(config: str, encoder: str, fields: Callable[[Any], dict[str, Any]]) -> Callable[[Path, Path], None]:
+    """What writes an encoder of that transformers class, and a tokenizer of whole words, into two folders."""
 
-    tokenizer = _word_tokenizer(16)
-    size = len(tokenizer)
-    config = CLIPTextConfig(
-        vocab_size=size,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.eos_token_id,
-    )
-    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
+    def write(encoder_folder: Path, tokenizer_folder: Path) -> None:
+        import transformers
+
+        tokenizer = _word_tokenizer(16)
+        sizes = {"vocab_size": len(tokenizer), "num_hidden_layers": 1, **fields(tokenizer)}
+        getattr(transformers, encoder)(getattr(transformers, config)(**sizes)).save_pretrained(encoder_folder)
+        tokenizer.save_pretrained(tokenizer_folder)
+
+    return write
 
 
-def _tiny_t5(folder: Path) -> None:
-    from transformers import T5Config, T5EncoderModel
-
-    tokenizer = _word_tokenizer(16)
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=24,
-        d_kv=12,
-        d_ff=32,
-        num_layers=1,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-    )
-    T5EncoderModel(config).save_pretrained(folder / "text_encoder_2")
-    tokenizer.save_pretrained(folder / "tokenizer_2")
+def _clip_sizes(tokenizer: Any) -> dict[str, Any]:
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.eos_token_id}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "max_position_embeddings": 16}
+    return {**sizes, **ends}
 
 
-def _tiny_gemma(folder: Path) -> None:
-    from transformers import Gemma2Config, Gemma2Model
+def _t5_sizes(tokenizer: Any) -> dict[str, Any]:
+    return {"d_model": 24, "d_kv": 12, "d_ff": 32, "num_layers": 1, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
 
-    tokenizer = _word_tokenizer(16)
-    config = Gemma2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=12,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=1,
-    )
-    Gemma2Model(config).save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
+
+def _gemma_sizes(tokenizer: Any) -> dict[str, Any]:
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return {**sizes, **ends, "head_dim": 12}
 
 
 def _word_tokenizer(length: int) -> Any:
@@ -264,3 +236,34 @@ def _pictures(folder: Path, count: int, seed: int) -> None:
         array[20:44, start : start + 24] = COLORS[name]
         Image.fromarray(array.astype(np.uint8)).save(folder / f"{number:03d}.png")
         (folder / f"{number:03d}.txt").write_text(f"a {name} square on the {side}", encoding="utf-8")
+
+
+FAMILIES = {
+    "flux": Family(
+        "FluxPipeline",
+        _flux,
+        tiny_kl,
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
+        {
+            "CLIPTextModel": _text("CLIPTextConfig", "CLIPTextModel", _clip_sizes),
+            "T5EncoderModel": _text("T5Config", "T5EncoderModel", _t5_sizes),
+        },
+    ),
+    "sana": Family(
+        "SanaPipeline",
+        _sana,
+        partial(tiny_dcae, stages=4),
+        (
+            "DPMSolverMultistepScheduler",
+            {"flow_shift": 3.0, "use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+        ),
+        {"Gemma2Model": _text("Gemma2Config", "Gemma2Model", _gemma_sizes)},
+    ),
+    "dit": Family(
+        "DiTPipeline",
+        _dit,
+        tiny_kl,
+        ("DDIMScheduler", {"beta_end": 0.02, "beta_start": 0.0001, "clip_sample": False}),
+        {},
+    ),
+}
