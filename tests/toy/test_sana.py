@@ -75,9 +75,11 @@ def test_pictures_show_what_the_prompt_says(judged, how, tokens):
     pipeline = Pipeline("toy/sana-base", text_tokens=TEXT, **how)
     assert pipeline.tokens(128, 128) == tokens
     found = judge.score(draw(pipeline, judge, pairs, SEED), pairs)
+    # Over three other seeds: at most 16.3, at least 1.0, 0.937 and 0.937.
+    assert found.frechet < 25
     assert found.color > 0.95
-    assert found.both > 0.8
-    assert found.both_held_out > 0.6
+    assert found.both > 0.85
+    assert found.both_held_out > 0.75
 
 
 def test_the_base_is_drawn_through_its_own_autoencoder_only():
