@@ -344,6 +344,12 @@ def _helper(name: str):
 
 
 @pytest.fixture(scope="session")
+def helper():
+    """adapters.py: random adapters, LoRA files and network inputs."""
+    return _helper("adapters")
+
+
+@pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory):
     """A headless Chromium; skips where there is none."""
     module = _helper("browser")

@@ -1,20 +1,9 @@
 """DCGenApply on models of other packs, by stand-ins (neither runs on a CPU), and users' LoRA on DC-Gen models."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 SCALE = 24 / 16  # alpha / rank of the adapter
 DEEP = ("deep4x4", "deep3x5")
-
-
-@pytest.fixture(scope="module")
-def helper():
-    spec = importlib.util.spec_from_file_location("comfy_tests_adapters", Path(__file__).with_name("adapters.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

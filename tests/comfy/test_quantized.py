@@ -1,21 +1,11 @@
 """Core's quantized formats in DCGenModelLoader and under DCGenApply, against the same models with expanded weights."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
 STYLES = ("float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8", "metadata", "scaled_fp8", "prefixed", "cast")
 CASES = ("deep4x4", "deep3x5")
-
-
-@pytest.fixture(scope="module")
-def helper():
-    spec = importlib.util.spec_from_file_location("comfy_tests_adapters", Path(__file__).with_name("adapters.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

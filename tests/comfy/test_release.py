@@ -8,10 +8,6 @@ PROMPTS = ["a red cat on a blue background", "", "an apple, a pear " * 12]
 SIZES = [(4, 4, 1), (2, 6, 2), (7, 3, 1)]
 
 
-def relative(found, wanted):
-    return ((found - wanted).norm() / wanted.norm()).item()
-
-
 def velocity_cases(tiny, pipe, channels, patch):
     """Random inputs, and the velocity diffusers' transformer gives for them."""
     generator = torch.Generator().manual_seed(3)
@@ -47,22 +43,22 @@ def ran(comfy, tmp_path_factory, tiny, base_release, deep_release):
 
 
 @pytest.mark.parametrize("kind", ["base", "deep"])
-def test_text_equals_the_pipeline(ran, request, kind, tiny):
+def test_text_equals_the_pipeline(ran, request, kind, tiny, helper):
     found = ran[0]
     pipe = request.getfixturevalue(f"{kind}_release")[1]
     for i, prompt in enumerate(PROMPTS):
         with torch.no_grad():
             context, pooled, _ = pipe.encode_prompt(prompt, prompt, max_sequence_length=tiny.t5_tokens)
         assert found[f"{kind}/context{i}"].shape == context.shape
-        assert relative(found[f"{kind}/context{i}"], context) < 1e-4
-        assert relative(found[f"{kind}/pooled{i}"], pooled) < 1e-4
+        assert helper.relative(found[f"{kind}/context{i}"], context) < 1e-4
+        assert helper.relative(found[f"{kind}/pooled{i}"], pooled) < 1e-4
 
 
 @pytest.mark.parametrize(("kind", "channels", "patch"), [("base", 16, 2), ("deep", 8, 1)])
-def test_velocity_of_a_release(ran, request, kind, channels, patch):
+def test_velocity_of_a_release(ran, request, kind, channels, patch, helper):
     found, facts, _, wanted = ran
     for name, velocity in wanted[kind].items():
-        assert relative(found[f"{kind}/{name}"], velocity) < 1e-4, name
+        assert helper.relative(found[f"{kind}/{name}"], velocity) < 1e-4, name
     pipe = request.getfixturevalue(f"{kind}_release")[1]
     assert facts[kind] == {
         "channels": channels,
@@ -74,11 +70,11 @@ def test_velocity_of_a_release(ran, request, kind, channels, patch):
     }
 
 
-def test_base_vae_equals_diffusers(ran, base_release):
+def test_base_vae_equals_diffusers(ran, base_release, helper):
     found, _, inputs, _ = ran
     vae = base_release[1].vae
     with torch.no_grad():
         pixels = vae.decode(inputs["base/z"]).sample.movedim(1, -1)
         latent = vae.encode(inputs["base/pixels"].movedim(-1, 1) * 2 - 1).latent_dist.mode()
     assert (found["base/image"] - ((pixels + 1) / 2).clamp(0, 1)).abs().max() < 1e-4
-    assert relative(found["base/z"], latent) < 1e-4
+    assert helper.relative(found["base/z"], latent) < 1e-4

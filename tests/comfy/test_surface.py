@@ -49,6 +49,24 @@ def test_names_that_graphs_depend_on(kinds):
         assert set(kind["input"]["required"]) <= set(wanted), "what is added later must be optional"
 
 
+def test_sizes_are_the_published_buckets(kinds):
+    """The aspect-ratio buckets of the official pipelines at 1K (f32) and 4K (f64); 2K is 1K doubled, for f64."""
+    published = {
+        "1K": "1024x1024 1152x896 896x1152 1152x832 832x1152 1344x768 768x1344 1728x576 576x1728",
+        "4K": "4096x4096 4608x3328 3328x4608 4608x3584 3584x4608 5376x3072 3072x5376",
+    }
+    wanted = {name: {tuple(map(int, size.split("x"))) for size in sizes.split()} for name, sizes in published.items()}
+    wanted["2K"] = {(2 * width, 2 * height) for width, height in wanted["1K"]}
+    for kind in ("DCGenEmptyLatent", "DCGen4KSampler"):
+        found = {}
+        for option in inputs(kinds[kind])["size"][1]["options"][1:]:
+            name, _, size = option.partition(": ")
+            found.setdefault(name, set()).add(tuple(map(int, size.split(" x "))))
+        assert found == wanted
+    assert all(side % 32 == 0 for size in wanted["1K"] for side in size)
+    assert all(side % 64 == 0 for name in ("2K", "4K") for size in wanted[name] for side in size)
+
+
 def test_every_input_has_a_tooltip(kinds):
     bare = [f"{k}.{n}" for k, kind in kinds.items() for n, s in inputs(kind).items() if not s[1].get("tooltip")]
     assert bare == []

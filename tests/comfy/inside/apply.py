@@ -179,9 +179,9 @@ def refusals(pack, tensors, params):
         except ValueError as error:
             said[name] = str(error)
 
-    other = load_model(pack, params["other"])
+    merged = load_model(pack, params["other"])
     deep = flux.apply_adapter(base, adapter, 1.0)
-    attempt("merged model", lambda: flux.apply_adapter(other, adapter, 1.0))
+    attempt("merged model", lambda: flux.apply_adapter(merged, adapter, 1.0))
     attempt("twice", lambda: flux.apply_adapter(deep, adapter, 1.0))
     sampling = bridge(pack, "sampling")
     attempt("f8 latent", lambda: sampling.check_latent(deep, {"samples": torch.zeros(1, 16, 8, 8)}))
