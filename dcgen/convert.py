@@ -17,6 +17,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +138,11 @@ def _write(
         wanted = [_cast_entry(entry, dtype) for entry in entries.values()]
         stream: Iterable[tuple[str, Tensor]] = ((entry.name, get(entry.name)) for entry in wanted)
     else:
-        made = list(model.native_entries(entries))
-        wanted = [_cast_entry(entry, dtype) for _, entry in made]
-        stream = ((rule.native, rule.join(get)) for rule, _ in made)
+        made, extras = list(model.native_entries(entries)), model.extras
+        wanted = [_cast_entry(entry, dtype) for entry in (*(entry for _, entry in made), *extras.values())]
+        stream = chain(
+            ((rule.native, rule.join(get)) for rule, _ in made), ((key, model.get_extra(key)) for key in extras)
+        )
     write_stream(out, wanted, _cast(stream, dtype), metadata)
     return out
 

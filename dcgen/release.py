@@ -85,6 +85,15 @@ class Model:
             return self.tensors.get(name, start, stop)
         return next(iter(rule.split(self.tensors.get(name), self.backbone.width(self.config))))[1]
 
+    @property
+    def extras(self) -> dict[str, Entry]:
+        """What an original file holds beyond what diffusers names and is worth keeping, by original name."""
+        return {key: replace(self._bare[key], name=key) for key in self.backbone.extras if key in self._bare}
+
+    def get_extra(self, key: str) -> Tensor:
+        """A tensor of `extras`, read now."""
+        return self.tensors.get(self._prefix + key)
+
     def native_entries(self, entries: Mapping[str, Entry]) -> Iterator[tuple[Rule, Entry]]:
         """(rule, what it makes out of `entries`) for every tensor under its original name."""
         for rule in self.backbone.key_map(self.config).native_plan(entries, self.backbone.depths(self.config)):

@@ -42,6 +42,8 @@ class Backbone(ABC):
     """What tensor shapes tell: field -> (diffusers tensor, original tensor, dimension)."""
     stacks: ClassVar[Mapping[str, tuple[str, str, str]]]
     """Lists of blocks in the order they run: kind in `keys` -> (config field with their number, both names)."""
+    extras: tuple[str, ...] = ()
+    """Trained tensors that original files have and diffusers has no name for; kept where original names are written."""
     fingerprint_fields: tuple[str, ...]
     """Config fields that, beside the width, two models share if they fit one adapter."""
 

@@ -39,6 +39,7 @@ class Sana(Backbone):
         r"transformer_blocks\.\d+\.attn[12]\.(to_[qkv]|to_out\.0)",
         r"transformer_blocks\.\d+\.ff\.conv_(inverted|point)",
     )
+    extras = ("y_embedder.y_embedding",)  # the null caption, which SANA's own training drops captions to
     signatures = (
         ("patch_embed.proj.weight", "caption_norm.weight"),
         ("x_embedder.proj.weight", "attention_y_norm.weight"),

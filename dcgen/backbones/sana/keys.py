@@ -41,7 +41,7 @@ _TOP = (
     Row("final_layer.linear", ("proj_out",)),
     Row("final_layer.scale_shift_table", ("scale_shift_table",), suffixes=("",)),
 )
-# The null caption, which training drops captions to; positions, which are made anew; a loss weight of training.
+# Of no use to the network: the null caption, for training; positions, which are made anew; a loss weight of training.
 _DROPPED = ("y_embedder.y_embedding", "pos_embed", "logvar_linear.")
 
 
