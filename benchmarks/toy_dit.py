@@ -24,7 +24,7 @@ from train.generate import Pipeline
 from train.run import run_recipe
 from train.toy.pictures import SIZE
 
-STEPS = 50
+STEPS = 25
 COLUMNS = {"frechet": "Fréchet distance ↓", "subject": "class recognised ↑"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import multiprocessing
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 STEPS = ["finetune.steps=12", "finetune.checkpoint_every=3", "finetune.preview_every=0", "finetune.rank=2"]
+STEPS += ["finetune.log_every=1"]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,11 @@ class Run:
             os.kill(process.pid, number)
         return self.wait()
 
+    def losses(self) -> list[float]:
+        """The loss curve."""
+        with open(self.adapter.with_name("log.csv"), newline="") as handle:
+            return [float(row["loss"]) for row in csv.DictReader(handle)]
+
     def finished(self) -> dict:
         """The adapter of a run that is left to finish."""
         code, error = self.wait()
@@ -98,9 +105,17 @@ def start(processes, debug_run):
 
 
 @pytest.fixture(scope="module")
-def whole(start, tmp_path_factory):
-    """The adapter of an uninterrupted run on one rank."""
-    return start(tmp_path_factory.mktemp("whole")).finished()
+def whole_run(start, tmp_path_factory):
+    """An uninterrupted run on one rank."""
+    run = start(tmp_path_factory.mktemp("whole"))
+    run.finished()
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(whole_run):
+    """Its adapter."""
+    return load_file(whole_run.adapter)
 
 
 def equal(a: dict, b: dict) -> bool:
@@ -135,8 +150,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(start, whole, tmp_pa
     assert equal(start(tmp_path).finished(), whole)
 
 
-def test_two_ranks_killed_equal_two_ranks_and_nearly_one(start, whole, tmp_path):
-    both = start(tmp_path / "both", ranks=2).finished()
+def test_two_ranks_killed_equal_two_ranks_and_nearly_one(start, whole_run, whole, tmp_path):
+    run = start(tmp_path / "both", ranks=2)
+    both = run.finished()
+    assert run.losses() == pytest.approx(whole_run.losses(), rel=1e-5)
+    assert len(run.losses()) == 12
     start(tmp_path / "cut", ranks=2).stopped(signal.SIGKILL)
     shutil.copytree(tmp_path / "cut", tmp_path / "fewer")
     assert equal(start(tmp_path / "cut", ranks=2).finished(), both)
