@@ -429,7 +429,7 @@ def figure(rows: dict[str, list[dict[str, float]]], strips: dict[str, Path], pat
         axis.barh(has, [p["mean"] for p in parts], xerr=[p["spread"] for p in parts], color="#5b8fb9", ecolor="#333")
         axis.set(title=COLUMNS[column], yticks=places, ylim=(len(titles) - 0.5, -0.5))
         axis.set_yticklabels(titles if axis is axes[0] else [])
-        if column.startswith("frechet"):
+        if column == "frechet":
             axis.set_xscale("log")
     for place, title in enumerate(titles):
         axes[4].imshow(plt.imread(strips[title]), extent=(0, 8, place + 0.48, place - 0.48), aspect="auto")
