@@ -143,7 +143,7 @@ return [80, 100, (right - left) * scale, (bottom - top) * scale];
 ONE_NODE = """
 app.graph.clear();
 const node = LiteGraph.createNode(name);
-node.pos = [100, 100];
+node.pos = [500, 200];  // clear of the page's own menus
 app.graph.add(node);
 const need = node.computeSize();
 node.setSize([Math.max(320, need[0]), Math.max(node.size[1], need[1])]);
@@ -151,7 +151,7 @@ app.canvas.ds.scale = 1;
 app.canvas.ds.offset = [0, 0];
 app.canvas.draw(true, true);
 const area = app.canvas.canvas.getBoundingClientRect();
-return [area.left + 80, area.top + 50, node.size[0] + 40, node.size[1] + 70];
+return [area.left + 480, area.top + 150, node.size[0] + 40, node.size[1] + 70];
 """
 
 
@@ -308,7 +308,7 @@ TOY_NOTE = (
 
 def toy() -> Workflow:
     w = Workflow("DC-Gen toy", "## DC-Gen on a toy FLUX, with core's KSampler" + TOY_NOTE)
-    apply, vae, guide, empty = toy_loaders(w, "octopus on a green background")
+    apply, vae, guide, empty = toy_loaders(w, "strawberry on a white background")
     values = {"seed": 7, "steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     latent = w.node(
         "KSampler",
@@ -325,7 +325,7 @@ def toy() -> Workflow:
 
 def toy_custom() -> Workflow:
     w = Workflow("DC-Gen toy, SamplerCustomAdvanced", "## DC-Gen on a toy FLUX, with SamplerCustomAdvanced" + TOY_NOTE)
-    apply, vae, guide, empty = toy_loaders(w, "sunflower on a blue background")
+    apply, vae, guide, empty = toy_loaders(w, "watermelon on a purple background")
     noise = w.node("RandomNoise", at=(820, 0), noise_seed=7)
     guider = w.node("BasicGuider", at=(820, 130), model=apply(), conditioning=guide())
     euler = w.node("KSamplerSelect", at=(820, 230), sampler_name="euler")
@@ -389,7 +389,8 @@ def nunchaku_4k() -> Workflow:
         "ComfyUI-Manager offers it under Install Missing Custom Nodes, then run its wheel installer. NVIDIA 20 to 50 "
         "series only; on the 50 series choose the `svdq-fp4_r32-flux.1-krea-dev` file of the same place.\n\n"
         f"{ADAPTER}Extract it with `--rank 256`; nunchaku takes multiples of 16 up to 320. Its autoencoder:{GET_F64}"
-        "Nunchaku's LoRA nodes go between its loader and Apply DC-Gen; core's LoRA loaders do nothing here.",
+        "Nunchaku's LoRA nodes go between its loader and Apply DC-Gen; core's LoRA loaders do nothing here. Its 4-bit "
+        "weights were calibrated on f8 latents, so this is not the quantized DC-Gen model of the paper.",
     )
     file = "svdq-int4_r32-flux.1-krea-dev.safetensors"
     model = w.node("NunchakuFluxDiTLoader", at=(0, 0), model_path=file)

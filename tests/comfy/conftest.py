@@ -229,7 +229,7 @@ class Server:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_environment())
         self._wait_until_up()
 
-    def _wait_until_up(self, seconds: float = 120) -> None:
+    def _wait_until_up(self, seconds: float = 600) -> None:
         stop = time.monotonic() + seconds
         while time.monotonic() < stop:
             if self.process.poll() is not None:
@@ -239,6 +239,8 @@ class Server:
                 break
             except (urllib.error.URLError, ConnectionError):
                 time.sleep(0.3)
+        else:
+            pytest.fail(f"ComfyUI did not answer within {seconds:g} s:\n{self.log()[-4000:]}", pytrace=False)
         failed = [line for line in self.log().splitlines() if "IMPORT FAILED" in line and PACK_NAME in line]
         assert not failed, f"the pack did not load:\n{self.log()[-6000:]}"
 

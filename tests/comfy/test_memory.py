@@ -34,4 +34,5 @@ def test_loading_a_sharded_release_takes_little_more_than_its_weights(comfy, tmp
     del model
     _, found = comfy.run("memory:peak", tmp_path, params={"release": str(folder), "warm": str(deep_release[0])})
     assert found["weights"] == weights
-    assert found["peak"] < 1.2 * weights, f"{found['peak'] / weights:.2f} times the weights"
+    print(f"peak {found['peak'] / weights:.3f} times the weights")  # pytest -rP shows it
+    assert found["peak"] < 1.2 * weights

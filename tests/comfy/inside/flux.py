@@ -61,7 +61,7 @@ def everything(pack, tensors, params):
             "schedule": info.schedule,
         }
         if "z" in inputs:
-            vae = bridge(pack, "release").load_vae(release_of(pack, folder))
+            vae = bridge(pack, "release").load_vae(release_of(pack, folder), {})
             found |= {"image": vae.decode(inputs["z"]), "z": vae.encode(inputs["pixels"])}
         out |= {f"{name}/{key}": value for key, value in found.items()}
     return out, facts
