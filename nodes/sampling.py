@@ -6,7 +6,6 @@ from comfy_api.latest import io
 
 from . import inputs
 from .bridge import samplers, sampling
-from .bridge.latent_format import empty_latent
 from .model import CATEGORY
 from .sizes import LARGEST, chosen
 
@@ -147,12 +146,7 @@ class DCGen4KSampler(io.ComfyNode):
         batch_size=1,
         shift=0.0,
     ) -> io.NodeOutput:
-        if latent is None:
-            latent = empty_latent(model, *chosen(size, width, height), batch_size)
-        if image is not None:
-            latent = sampling.encoded(model, latent, image, vae)
+        latent = sampling.start(model, latent, chosen(size, width, height), batch_size, image, vae)
         sigmas = sampling.sigmas_for(model, latent, steps, denoise, shift)
-        positive = sampling.with_guidance(positive, guidance)
-        if negative is not None:
-            negative = sampling.with_guidance(negative, guidance)
+        positive, negative = (sampling.with_guidance(c, guidance) for c in (positive, negative))
         return io.NodeOutput(sampling.sample(model, latent, sigmas, seed, sampler_name, positive, negative, cfg))

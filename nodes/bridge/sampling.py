@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...dcgen.schedule import sigmas as schedule
-from .latent_format import ModelInfo, check_stamp, info_of, space_of_vae
+from .latent_format import ModelInfo, check_stamp, empty_latent, info_of, space_of_vae
 from .samplers import sampler_object
 
 
@@ -39,6 +39,20 @@ def check_latent(model: Any, latent: dict[str, Any]) -> ModelInfo:
         )
     check_stamp(latent, info.space, "this model")
     return info
+
+
+def start(
+    model: Any,
+    latent: dict[str, Any] | None,
+    pixels: tuple[int, int],
+    batch_size: int,
+    image: Tensor | None,
+    vae: Any,
+) -> dict[str, Any]:
+    """The LATENT that sampling starts from: `latent`, else an empty one of `pixels` (width, height); with `image` in it
+    if there is one. ValueError for what does not fit the model."""
+    latent = empty_latent(model, *pixels, batch_size) if latent is None else latent
+    return latent if image is None else encoded(model, latent, image, vae)
 
 
 def encoded(model: Any, latent: dict[str, Any], image: Tensor, vae: Any) -> dict[str, Any]:
@@ -119,6 +133,6 @@ def sample(
     return {**out, "samples": samples.to(comfy.model_management.intermediate_device())}
 
 
-def with_guidance(conditioning: list, guidance: float) -> list:
-    """CONDITIONING with FLUX's guidance scale g = 1 + w."""
-    return node_helpers.conditioning_set_values(conditioning, {"guidance": guidance})
+def with_guidance(conditioning: list | None, guidance: float) -> list | None:
+    """CONDITIONING with FLUX's guidance scale g = 1 + w; None stays None."""
+    return conditioning and node_helpers.conditioning_set_values(conditioning, {"guidance": guidance})
