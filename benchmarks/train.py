@@ -186,11 +186,12 @@ def plain_step(options: argparse.Namespace) -> float:
     config, cache = stage.config, None
     stage.setup()
     cache = stage.cache
-    model = FluxTransformer2DModel.from_config(dict(stage.moved_config))
+    dtype = getattr(torch, config.dtype)
+    model = FluxTransformer2DModel.from_config(dict(stage.moved_config)).to(dtype)
     targets = "|".join(stage.backbone.lora_targets)
     model = get_peft_model(model, LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets))
     for module in (model.base_model.model.x_embedder, model.base_model.model.proj_out):
-        module.requires_grad_(True)
+        module.float().requires_grad_(True)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay)
     average = [p.detach().clone() for p in trained]
@@ -210,12 +211,13 @@ def plain_step(options: argparse.Namespace) -> float:
         dropped = torch.rand(config.batch) < config.objective.caption_dropout
         x = (1 - sigma[:, None, None]) * x0 + sigma[:, None, None] * noise
 
+        @torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
         def velocity(picks: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
             return model(
                 hidden_states=x[picks], timestep=sigma[picks], guidance=1 + w[picks], pooled_projections=pooled,
                 encoder_hidden_states=embeds, txt_ids=torch.zeros(embeds.shape[1], 3), img_ids=ids.reshape(-1, 3),
                 return_dict=False,
-            )[0]  # fmt: skip
+            )[0].float()  # fmt: skip
 
         embeds = torch.where(dropped[:, None, None], empty["prompt_embeds"], text["prompt_embeds"])
         pooled = torch.where(dropped[:, None], empty["pooled"], text["pooled"])
