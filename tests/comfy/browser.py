@@ -12,6 +12,7 @@ import struct
 import subprocess
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -145,17 +146,26 @@ class Browser:
             time.sleep(0.03)  # a frame, so that the page sees a movement and not a jump
         self.mouse("mouseReleased", *end)
 
-    def drop(self, start: tuple[float, float], end: tuple[float, float]) -> None:
-        """Drag an element of the page (the browser's own drag and drop) and let it go over another place."""
+    def drop(self, place: Callable[[], tuple[float, float]], end: tuple[float, float], tries: int = 5) -> None:
+        """Drag an element of the page (the browser's own drag and drop) and let it go over another place.
+
+        place: its middle on the page, asked anew for each try; a page that is busy may miss a press.
+        """
         self.call("Input.setInterceptDrags", enabled=True)
-        self.mouse("mouseMoved", *start)
-        self.mouse("mousePressed", *start, held=True)
-        stop = time.monotonic() + 20
-        while not self.dragged:
-            if time.monotonic() > stop:
-                raise TimeoutError(f"nothing can be dragged at {start}")
-            self.mouse("mouseMoved", start[0] + 10, start[1] + 10, held=True)
-            time.sleep(0.05)
+        for _ in range(tries):
+            start = place()
+            self.mouse("mouseMoved", *start)
+            self.mouse("mousePressed", *start, held=True)
+            for step in range(40):
+                if self.dragged:
+                    break
+                self.mouse("mouseMoved", start[0] + 5 + step % 5, start[1] + 5, held=True)
+                time.sleep(0.05)
+            if self.dragged:
+                break
+            self.mouse("mouseReleased", *start)
+        else:
+            raise TimeoutError(f"nothing can be dragged at {start}")
         data = self.dragged.pop()
         self.dragged.clear()
         for kind in ("dragEnter", "dragOver", "drop"):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ def test_runs_with_tiny_files(server, name, deep_name, base_name, adapter_name):
     entry = server.queue(small(api, deep_name, base_name, adapter_name))
     saved = [image for images in server.images(entry).values() for image in images]
     shown = [node for node in entry["outputs"].values() if "a_images" in node]
-    assert len(saved) == sum(node["class_type"] == "SaveImage" for node in api.values())
+    assert len(saved) == sum(node["class_type"] in ("SaveImage", "PreviewImage") for node in api.values())
     assert len(shown) == sum(node["class_type"] == "DCGenCompare" for node in api.values())
     assert all(image.shape == (64, 96, 3) and image.std() > 3 for image in saved)
 
@@ -225,6 +226,14 @@ class Hand:
         area = f"{element}.getBoundingClientRect()"
         return tuple(self.page.js(f"(() => {{ const r = {area}; return [r.x + r.width / 2, r.y + r.height / 2]; }})()"))
 
+    def still(self, element):
+        """Middle of an element that no longer moves: the library is laid out anew while it filters."""
+        before = None
+        while (now := self.middle(element)) != before:
+            before = now
+            time.sleep(0.4)
+        return now
+
     def click(self, place):
         self.page.mouse("mouseMoved", *place)
         self.page.mouse("mousePressed", *place, held=True)
@@ -237,7 +246,7 @@ class Hand:
         page.keys(title)
         leaf = f"[...document.querySelectorAll('.tree-leaf')].find((e) => e.textContent.trim() === {json.dumps(title)})"
         page.until(f"!!({leaf})", 60)
-        page.drop(self.middle(f"({leaf})"), (x, y))
+        page.drop(lambda: self.still(f"({leaf})"), (x, y))
         page.until(f"app.graph._nodes.length === {count + 1}", 30)
         return f"app.graph.getNodeById({page.js('app.graph._nodes.at(-1).id')})"
 
