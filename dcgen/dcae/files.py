@@ -80,11 +80,11 @@ def load_dcae(
     except (DCAEError, KeyError, IndexError, AttributeError, ValueError) as error:
         raise DCAEError(f"{found.label}: the tensors do not form a DC-AE: {error}. Fetch the file again") from error
     config = _settle(found, seen, scaling_factor)
-    model = DCAE(config, operations=operations, dtype=dtype, device="meta")
-    state = _renamed(model, state, kind, found.label)
+    state = _renamed(config, state, kind, found.label)
     _check_values(state, found)
     dtype = dtype or state["decoder.conv_in.weight"].dtype
     state = {key: _placed(tensor, dtype, device) for key, tensor in state.items()}
+    model = DCAE(config, operations=operations, dtype=dtype, device="meta")
     model.load_state_dict(state, strict=True, assign=True)
     stored = _stored_space(found.metadata)
     if stored is not None and stored.rgb_factors is not None:
@@ -251,9 +251,10 @@ def _given_config(found: _Source) -> DCAEConfig | None:
     return dataclasses.replace(config, name=Path(config.name).name.removesuffix("-diffusers"))
 
 
-def _renamed(model: DCAE, state: dict[str, Tensor], kind: str, label: str) -> dict[str, Tensor]:
-    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    table = rename_table(model.config, list(shapes)) if kind == "original" else {}
+def _renamed(config: DCAEConfig, state: dict[str, Tensor], kind: str, label: str) -> dict[str, Tensor]:
+    # Of torch's own layers: ComfyUI's have no weights before they are loaded (dynamic VRAM), and then check no shapes.
+    shapes = {key: tensor.shape for key, tensor in DCAE(config, device="meta").state_dict().items()}
+    table = rename_table(config, list(shapes)) if kind == "original" else {}
     wanted = original_shapes(table, shapes) if kind == "original" else shapes
     optional = {key for key in wanted if key.endswith("num_batches_tracked")}  # a training counter some writers drop
     missing = sorted(set(wanted) - set(state) - optional)
@@ -269,7 +270,7 @@ def _renamed(model: DCAE, state: dict[str, Tensor], kind: str, label: str) -> di
             for title, keys in (("missing", missing), ("unexpected", extra), ("misshapen", bent))
             if keys
         ]
-        name = model.config.name or "DC-AE"
+        name = config.name or "DC-AE"
         raise DCAEError(
             f"{label}: the tensors do not fit {name!r} ({kind} keys). {'; '.join(listed)}. The file is damaged, or "
             "its config belongs to another autoencoder"
