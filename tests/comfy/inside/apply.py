@@ -16,7 +16,7 @@ def adapters(pack):
 
 
 def _load(pack, params):
-    flux = bridge(pack, "flux")
+    flux = bridge(pack, "apply")
     base = load_model(pack, params["release"])
     adapter = adapters(pack).load_adapter(params["adapter"])
     return flux, base, adapter
@@ -84,7 +84,7 @@ def lowvram(pack, tensors, params):
     out, partial = {}, []
     for turn in range(2):
         out |= cases(for_deep, deep, f"{turn}-lora_after-")
-        partial.append(deep.lender.model.model_lowvram)
+        partial.append(deep.base.model.model_lowvram)
         out |= cases(for_base, base, f"{turn}-base-")
         partial.append(base.model.model_lowvram)
     return out, {"partial": partial}
