@@ -138,11 +138,8 @@ def write_files(models: Path, small: bool) -> None:
     save_file(lora, models / "loras" / LORA)
     (models / "vae").mkdir(exist_ok=True)
     torch.manual_seed(0)
-    config = (
-        VARIANTS[F64] if not small else VARIANTS[F64].__class__(**{**vars(VARIANTS[F64]), **_narrow(VARIANTS[F64])})
-    )
-    autoencoder = DCAE(config, dtype=torch.bfloat16)
-    save_dcae(autoencoder, models / "vae" / DEEP)
+    config = _narrow(VARIANTS[F64]) if small else VARIANTS[F64]
+    save_dcae(DCAE(config, dtype=torch.bfloat16), models / "vae" / DEEP)
 
 
 def _narrow(config: DCAEConfig) -> DCAEConfig:

@@ -29,6 +29,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Types that older PyTorch lacks; the scales of mxfp8 are E8M0.
+NEWER = {"F8_E8M0": "float8_e8m0fnu", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
+DTYPES |= {name: getattr(torch, dtype) for name, dtype in NEWER.items() if hasattr(torch, dtype)}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WRITE_BYTES = 64 << 20
 

@@ -154,7 +154,8 @@ class Reporting:
             log_merge(misfits)
         else:
             log(report(patches, misfits, added, self.model))
-        return added
+        # The core warns once more of each change that is not in the answer.
+        return [*added, *(key for key in patches if key not in kept)]
 
 
 @cache

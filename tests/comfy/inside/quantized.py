@@ -10,6 +10,7 @@ import comfy.utils
 import folder_paths
 import torch
 from apply import adapters
+from core_nodes import any_width
 from flux import bridge, cases, load_model
 from safetensors.torch import save_file
 
@@ -216,7 +217,8 @@ def newer(pack, tensors, params):
                 )
                 out |= run(inputs, wanted, f"{name}/expanded/")
                 if (family, kind) == ("flux", "base") and params["core"]:
-                    out |= run(inputs, comfy.sd.load_diffusion_model(str(path)), f"{name}/core/")
+                    with any_width():
+                        out |= run(inputs, comfy.sd.load_diffusion_model(str(path)), f"{name}/core/")
     return out, {"known": sorted(known)}
 
 
