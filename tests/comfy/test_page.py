@@ -1,0 +1,226 @@
+"""What our scripts show in the page, in classic nodes and in Nodes 2.0: the token line, the wipe, previews.
+
+COMFYUI_FRONTENDS: static folders of further frontends to test with this ComfyUI, besides the one it comes with.
+"""
+
+import json
+import os
+
+import pytest
+
+PAGE = "ComfyUI-DC-Gen/js/tokens.js"
+READY = "!!(window.app && window.app.extensionManager && window.LiteGraph.registered_node_types.DCGenApply)"
+EMPTY = {"nodes": [], "links": [], "groups": [], "version": 0.4, "last_node_id": 0, "last_link_id": 0}
+FRONTENDS = [None, *filter(None, os.environ.get("COMFYUI_FRONTENDS", "").split(os.pathsep))]
+
+# Functions of the page. `made`: the nodes of the graph by their names in a test.
+FUNCTIONS = """
+window.put = (nodes, links) => {
+  window.made = {};
+  let x = 80;
+  for (const [key, [type, values = {}]] of Object.entries(nodes)) {
+    const node = LiteGraph.createNode(type);
+    node.pos = [x, 150];
+    x += node.size[0] + 60;
+    app.graph.add(node);
+    made[key] = node;
+    for (const [name, value] of Object.entries(values)) node.widgets.find((w) => w.name === name).value = value;
+  }
+  for (const link of links) join(...link);
+};
+window.join = (from, slot, to, name) =>
+  void made[from].connect(slot, made[to], made[to].inputs.findIndex((input) => input.name === name));
+// As the page's own widgets do when a user has typed or chosen.
+window.choose = (key, name, value) => {
+  const widget = made[key].widgets.find((w) => w.name === name);
+  widget.value = value;
+  widget.callback?.(value, app.canvas, made[key]);
+};
+window.nest = (...keys) => {
+  const { subgraph, node } = app.graph.convertToSubgraph(new Set(keys.map((key) => made[key])));
+  made.nested = node;
+  for (const key of keys) made[key] = subgraph.nodes.find((n) => n.type === made[key].type);
+};
+// The element of ours that a user sees on a node, or undefined.
+window.seen = (key, css) => {
+  const drawn = LiteGraph.vueNodesMode
+    ? document.querySelector(`[data-node-id="${made[key].id}"] ${css}`)
+    : made[key].widgets?.map((w) => w.element).find((element) => element?.matches(css));
+  return drawn?.isConnected && drawn.getBoundingClientRect().width ? drawn : undefined;
+};
+window.told = (key) => seen(key, ".dcgen-tokens")?.textContent;
+window.pictures = (key) => [...(seen(key, ".dcgen-wipe")?.querySelectorAll("img") ?? [])]
+  .filter((i) => i.complete && i.naturalWidth).map((i) => new URL(i.src).searchParams.get("filename"));
+window.store = (name) => document.querySelector("#vue-app").__vue_app__.config.globalProperties.$pinia._s.get(name);
+"""
+
+
+class Page:
+    """A page of one frontend in one way of drawing nodes."""
+
+    def __init__(self, browser, url, mode):
+        self.browser, self.mode = browser, mode
+        browser.open(url)
+        browser.until(READY, 120)
+        nodes2 = json.dumps(mode == "nodes2")
+        # Without the second, the browser asks at the next page whether to leave unsaved work, and waits.
+        for name, value in (("VueNodes.Enabled", nodes2), ("Window.UnloadConfirmation", "false")):
+            self.js(f"app.extensionManager.setting.set('Comfy.{name}', {value})")
+        browser.until(f"!!LiteGraph.vueNodesMode === {nodes2}")
+        self.js(FUNCTIONS)
+
+    def js(self, expression):
+        return self.browser.js(expression)
+
+    def run(self, statements):
+        """Statements whose value is of no interest (nor small enough to be handed out)."""
+        self.js(f"(async () => {{ {statements} }})()")
+
+    def until(self, expression, seconds=20):
+        return self.browser.until(expression, seconds)
+
+    def load(self, graph, name="test"):
+        """Open a graph and wait until its nodes are drawn where they stay."""
+        self.js(f"app.loadGraphData({json.dumps(graph)}, true, true, {json.dumps(name)})")
+        self.settle()
+
+    def settle(self):
+        """Two equal looks at the view, a frame apart: a page that has just opened a graph still moves it."""
+        look = (
+            "JSON.stringify([app.canvas.ds.offset, app.canvas.ds.scale, [...document.querySelectorAll('[data-node-id]')]"
+            ".map((e) => [e.offsetWidth, e.offsetHeight, e.style.transform])])"
+        )
+        frames = "new Promise((done) => requestAnimationFrame(() => setTimeout(done, 100)))"
+        self.until(f"(async () => {{ const before = {look}; await {frames}; return before === {look}; }})()")
+
+    def put(self, nodes, links):
+        """A new graph: nodes {key: [type, {widget: value}]}, links [(key, output, key, input)]."""
+        self.browser.errors.clear()
+        self.load(EMPTY)
+        self.run(f"put({json.dumps(nodes)}, {json.dumps(links)})")
+        self.run("app.canvas.ds.scale = 0.7; app.canvas.ds.offset = [0, 0]; app.canvas.draw(true, true)")
+
+    def queue(self):
+        """Run the graph; waits for its end."""
+        before = "fetch('/history').then((r) => r.json()).then((h) => Object.keys(h).length)"
+        count = self.js(before)
+        self.run("app.queuePrompt(0, 1)")
+        self.until(f"{before}.then((now) => now > {count})", 120)
+
+
+@pytest.fixture(scope="module", params=FRONTENDS, ids=lambda root: "newer" if root else "pinned")
+def site(request, server, comfy, tmp_path_factory):
+    """A server with that frontend."""
+    if request.param is None:
+        yield server
+        return
+    flags = ("--front-end-root", request.param)
+    running = type(server)(comfy, tmp_path_factory.mktemp("frontend") / "base", flags)
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module", params=["classic", "nodes2"])
+def page(request, site, browser):
+    yield Page(browser, site.url, request.param)
+    browser.js("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
+
+
+BASE, ADAPTER = "toy/flux-base", "toy-flux-dcgen.safetensors"
+SIZE = {"width": 128, "height": 128}
+CHAIN = {
+    "loader": ["DCGenReleaseLoader", {"release": BASE}],
+    "apply": ["DCGenApply", {"adapter_name": ADAPTER}],
+    "empty": ["DCGenEmptyLatent", SIZE],
+    "sampler": ["DCGen4KSampler", {}],
+}
+LINKS = [("loader", 0, "apply", "model"), ("apply", 0, "empty", "model"), ("apply", 0, "sampler", "model")]
+LINKS += [("empty", 0, "sampler", "latent")]
+DEEP, FLAT = "128 x 128 = 16 tokens, 4x fewer than f8", "128 x 128 = 64 tokens"
+UNKNOWN = "tokens: depends on what is linked"
+NO_MODEL = "connect a model to count tokens"
+SETTER = """
+class Get extends LiteGraph.LGraphNode {
+  constructor() { super("Get"); this.isVirtualNode = true; this.addOutput("MODEL", "MODEL"); }
+}
+if (!LiteGraph.registered_node_types.TestGet) LiteGraph.registerNodeType("TestGet", Get);
+made.get = LiteGraph.createNode("TestGet");
+app.graph.add(made.get);
+join("get", 0, "empty", "model");
+"""
+
+# What a user does to CHAIN, and the lines of `empty` and `sampler` after it.
+LINES = {
+    "as built": ("", DEEP, DEEP),
+    "a width is typed": ("choose('empty', 'width', 256)", *["256 x 128 = 32 tokens, 4x fewer than f8"] * 2),
+    "a width that does not fit": ("choose('empty', 'width', 144)", *["144 x 128: this model needs multiples of 32"] * 2),
+    "a size is chosen": (
+        "choose('empty', 'size', '1K: 1024 x 1024')",
+        *["1024 x 1024 = 1,024 tokens, 4x fewer than f8"] * 2,
+    ),
+    "the model is cut off": ("made.empty.disconnectInput(0); made.sampler.disconnectInput(0)", NO_MODEL, NO_MODEL),
+    "another model is connected": ("join('loader', 0, 'empty', 'model')", FLAT, DEEP),
+    "the latent is cut off": (
+        "made.sampler.disconnectInput(2); choose('sampler', 'width', 128); choose('sampler', 'height', 128);"
+        "choose('sampler', 'size', 'width x height')",
+        DEEP,
+        DEEP,
+    ),
+    "the adapter is bypassed": ("made.apply.mode = 4; app.graph.change(); captured()", FLAT, FLAT),
+    "the adapter is muted": ("made.apply.mode = 2; app.graph.change(); captured()", UNKNOWN, UNKNOWN),
+    "the loaders are in a subgraph": ("nest('loader', 'apply'); captured()", DEEP, DEEP),
+    "the latent is in a subgraph": ("nest('empty'); captured()", None, DEEP),
+    "the loader is outside": (
+        "nest('empty', 'sampler'); captured(); app.canvas.setGraph(made.nested.subgraph)",
+        DEEP,
+        DEEP,
+    ),
+    "the subgraph is used twice": (
+        "nest('empty', 'sampler'); app.graph.add(LiteGraph.createNode(made.nested.type)); captured();"
+        "app.canvas.setGraph(made.nested.subgraph)",
+        UNKNOWN,
+        UNKNOWN,
+    ),
+    "a reroute is between": (
+        "made.way = LiteGraph.createNode('Reroute'); app.graph.add(made.way);"
+        "made.apply.connect(0, made.way, 0); made.way.connect(0, made.empty, 0)",
+        DEEP,
+        DEEP,
+    ),
+    "a Get node is between": (SETTER, UNKNOWN, DEEP),
+    "the width is linked": (
+        "made.number = LiteGraph.createNode('PrimitiveInt'); app.graph.add(made.number); join('number', 0, 'empty', 'width')",
+        UNKNOWN,
+        UNKNOWN,
+    ),
+    "a checkpoint of any kind": (
+        "made.other = LiteGraph.createNode('CheckpointLoaderSimple'); app.graph.add(made.other);"
+        "join('other', 0, 'empty', 'model')",
+        UNKNOWN,
+        DEEP,
+    ),
+}
+# The page notices what was done without a hand when a mouse button is let go.
+CAPTURED = "window.captured = () => window.dispatchEvent(new MouseEvent('mouseup'))"
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_token_line(page, case):
+    done, empty, sampler = LINES[case]
+    page.put(CHAIN, LINKS)
+    page.until(f"told('empty') === {json.dumps(DEEP)} && told('sampler') === {json.dumps(DEEP)}")
+    page.js(CAPTURED + "; 0")
+    page.run(done)
+    for key, line in (("empty", empty), ("sampler", sampler)):
+        if line is not None:
+            assert settled(page, f"told('{key}')", line) == line
+    assert page.browser.errors == []
+
+
+def settled(page, expression, wanted):
+    """The expression's value once it is what is wanted, else what it is after the wait."""
+    try:
+        page.until(f"{expression} === {json.dumps(wanted)}", 6)
+    except TimeoutError:
+        pass
+    return page.js(expression)
