@@ -3,6 +3,7 @@
 COMFYUI_FRONTENDS: static folders of further frontends to test with this ComfyUI, besides the one it comes with.
 """
 
+import contextlib
 import json
 import os
 
@@ -45,7 +46,7 @@ window.nest = (...keys) => {
 window.seen = (key, css) => {
   const drawn = LiteGraph.vueNodesMode
     ? document.querySelector(`[data-node-id="${made[key].id}"] ${css}`)
-    : made[key].widgets?.map((w) => w.element).find((element) => element?.matches(css));
+    : made[key].widgets?.map((w) => w.element).find((e) => e?.parentElement?.querySelector(css))?.parentElement.querySelector(css);
   return drawn?.isConnected && drawn.getBoundingClientRect().width ? drawn : undefined;
 };
 window.told = (key) => seen(key, ".dcgen-tokens")?.textContent;
@@ -99,6 +100,15 @@ class Page:
         self.load(EMPTY)
         self.run(f"put({json.dumps(nodes)}, {json.dumps(links)})")
         self.run("app.canvas.ds.scale = 0.7; app.canvas.ds.offset = [0, 0]; app.canvas.draw(true, true)")
+
+    def away_and_back(self):
+        """Open a new tab, and go back to this one."""
+        command = "app.extensionManager.command.execute"
+        self.run(f"window.mine = store('workflow').activeWorkflow.path; await {command}('Comfy.NewBlankWorkflow')")
+        self.until("store('workflow').activeWorkflow.path !== mine && !app.graph.nodes.length")
+        self.settle()
+        self.run(f"await {command}('Workspace.PreviousOpenedWorkflow')")
+        self.until("store('workflow').activeWorkflow.path === mine && app.graph.nodes.length")
 
     def queue(self):
         """Run the graph; waits for its end."""
@@ -219,8 +229,108 @@ def test_token_line(page, case):
 
 def settled(page, expression, wanted):
     """The expression's value once it is what is wanted, else what it is after the wait."""
-    try:
-        page.until(f"{expression} === {json.dumps(wanted)}", 6)
-    except TimeoutError:
-        pass
+    with contextlib.suppress(TimeoutError):
+        page.until(f"JSON.stringify({expression}) === JSON.stringify({json.dumps(wanted)})", 6)
     return page.js(expression)
+
+
+PAIR = {
+    "one": ["EmptyImage", {"width": 64, "height": 48, "batch_size": 1, "color": 255}],
+    "three": ["EmptyImage", {"width": 64, "height": 48, "batch_size": 3, "color": 65280}],
+    "compare": ["DCGenCompare", {}],
+}
+PAIR_LINKS = [("one", 0, "compare", "image_a"), ("three", 0, "compare", "image_b")]
+BOTH_SHOWN = "pictures('compare').length === 2"
+BACK = "seen('compare', '.dcgen-wipe button')"
+
+
+@pytest.fixture
+def compared(page):
+    """The page with a comparison of one image with a batch of three, run."""
+    page.put(PAIR, PAIR_LINKS)
+    page.js(CAPTURED + "; 0")
+    page.run("choose('one', 'color', Math.floor(Math.random() * 1e6))")  # nothing is run that was run before
+    page.queue()
+    page.until(BOTH_SHOWN)
+    yield page
+    assert page.browser.errors == []
+
+
+def test_wipe_shows_every_pair(compared):
+    first = compared.js("pictures('compare')")
+    seen = []
+    for number in (1, 2, 3):
+        assert compared.js(f"{BACK}.textContent") == f"{number} / 3"
+        seen.append(compared.js("pictures('compare')"))
+        compared.run(f"{BACK}.click()")
+        before = f"JSON.stringify({json.dumps(seen[-1])})"
+        compared.until(f"{BOTH_SHOWN} && JSON.stringify(pictures('compare')) !== {before}")
+    assert compared.js("pictures('compare')") == first, "after the last pair comes the first"
+    (upper, lower) = zip(*[(a, b) for b, a in seen], strict=True)
+    assert len(set(upper)) == 1, "the single image stands against each of the batch"
+    assert len(set(lower)) == 3
+
+
+def test_wipe_follows_the_pointer(compared):
+    box = "seen('compare', '.dcgen-wipe')"
+    area = compared.js(f"(() => {{ const r = {box}.getBoundingClientRect(); return [r.x, r.y, r.width, r.height]; }})()")
+    for share in (0.25, 0.75):
+        compared.browser.mouse("mouseMoved", area[0] + share * area[2], area[1] + area[3] / 2)
+        compared.until(f"Math.abs({box}.getAttribute('aria-valuenow') - {100 * share}) <= 1")
+        cut = compared.js(f"getComputedStyle({box}.querySelectorAll('img')[1]).clipPath")
+        assert abs(float(cut.split()[1].rstrip("%")) - (100 - 100 * share)) < 1.5, cut
+
+
+@pytest.mark.parametrize("size", [(360, 380), (520, 700)])
+def test_wipe_fills_its_node(compared, size):
+    """Below the sockets, down to the node's lower edge but for a margin and, in Nodes 2.0, the pack's badge."""
+    compared.run(f"made.compare.setSize({list(size)}); app.canvas.draw(true, true)")
+    compared.settle()
+    box = compared.js(
+        "(() => { const r = seen('compare', '.dcgen-wipe').getBoundingClientRect(), s = app.canvas.ds.scale;"
+        "return [r.width / s, r.height / s]; })()"
+    )
+    real = compared.js("[...made.compare.size]")
+    assert box[0] > real[0] - 50, (box, real)
+    assert box[1] > real[1] - 130, (box, real)
+
+
+def test_wipe_after_undo(compared):
+    pictures = compared.js("pictures('compare')")
+    compared.run("captured(); made.one.pos = [90, 400]; captured()")
+    compared.run("made.compare = null; await app.extensionManager.command.execute('Comfy.Undo')")
+    compared.until("!!(made.compare = app.graph.nodes.find((n) => n.type === 'DCGenCompare'))")
+    assert settled(compared, "pictures('compare')", pictures) == pictures
+
+
+def test_wipe_after_another_tab(compared):
+    pictures = compared.js("pictures('compare')")
+    compared.away_and_back()
+    compared.until("!!(made.compare = app.graph.nodes.find((n) => n.type === 'DCGenCompare'))")
+    assert settled(compared, "pictures('compare')", pictures) == pictures
+
+
+def test_wipe_of_a_job_from_the_history(compared):
+    pictures = compared.js("pictures('compare')")
+    compared.load(EMPTY, "other")
+    compared.run("await store('queue').update()")
+    compared.run("await store('queue').historyTasks[0].loadWorkflow(app)")
+    compared.until("!!(made.compare = app.graph.nodes.find((n) => n.type === 'DCGenCompare'))")
+    assert settled(compared, "pictures('compare')", pictures) == pictures
+
+
+def test_wipe_in_a_subgraph(page):
+    page.put(PAIR, PAIR_LINKS)
+    page.js(CAPTURED + "; 0")
+    page.run("choose('one', 'color', Math.floor(Math.random() * 1e6)); nest('one', 'compare')")
+    page.queue()
+    page.run("app.canvas.openSubgraph(made.nested.subgraph, made.nested); app.canvas.ds.scale = 0.7")
+    assert settled(page, BOTH_SHOWN, True)
+    page.run("app.canvas.setGraph(app.rootGraph ?? app.graph)")
+    page.away_and_back()
+    page.run(
+        "const node = app.graph.nodes.find((n) => n.subgraph); app.canvas.openSubgraph(node.subgraph, node);"
+        "made.compare = node.subgraph.nodes.find((n) => n.type === 'DCGenCompare'); app.canvas.ds.scale = 0.7"
+    )
+    assert settled(page, BOTH_SHOWN, True)
+    assert page.browser.errors == []
