@@ -6,6 +6,7 @@ COMFYUI_FRONTENDS: static folders of further frontends to test with this ComfyUI
 import contextlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -163,7 +164,10 @@ join("get", 0, "empty", "model");
 LINES = {
     "as built": ("", DEEP, DEEP),
     "a width is typed": ("choose('empty', 'width', 256)", *["256 x 128 = 32 tokens, 4x fewer than f8"] * 2),
-    "a width that does not fit": ("choose('empty', 'width', 144)", *["144 x 128: this model needs multiples of 32"] * 2),
+    "a width that does not fit": (
+        "choose('empty', 'width', 144)",
+        *["144 x 128: this model needs multiples of 32"] * 2,
+    ),
     "a size is chosen": (
         "choose('empty', 'size', '1K: 1024 x 1024')",
         *["1024 x 1024 = 1,024 tokens, 4x fewer than f8"] * 2,
@@ -273,7 +277,9 @@ def test_wipe_shows_every_pair(compared):
 
 def test_wipe_follows_the_pointer(compared):
     box = "seen('compare', '.dcgen-wipe')"
-    area = compared.js(f"(() => {{ const r = {box}.getBoundingClientRect(); return [r.x, r.y, r.width, r.height]; }})()")
+    area = compared.js(
+        f"(() => {{ const r = {box}.getBoundingClientRect(); return [r.x, r.y, r.width, r.height]; }})()"
+    )
     for share in (0.25, 0.75):
         compared.browser.mouse("mouseMoved", area[0] + share * area[2], area[1] + area[3] / 2)
         compared.until(f"Math.abs({box}.getAttribute('aria-valuenow') - {100 * share}) <= 1")
@@ -333,4 +339,55 @@ def test_wipe_in_a_subgraph(page):
         "made.compare = node.subgraph.nodes.find((n) => n.type === 'DCGenCompare'); app.canvas.ds.scale = 0.7"
     )
     assert settled(page, BOTH_SHOWN, True)
+    assert page.browser.errors == []
+
+
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+TEMPLATES = sorted(file.stem for file in FOLDER.glob("*.json"))
+# [id, type, left, top, right, bottom] of every node as it is drawn, in the graph's units. Titles are part of a node.
+BOXES = """
+(() => {
+  const view = app.canvas.ds, area = app.canvas.canvas.getBoundingClientRect();
+  return app.graph.nodes.map((node) => {
+    if (!LiteGraph.vueNodesMode) {
+      const [x, y, width, height] = node.getBounding();
+      return [node.id, node.type, x, y, x + width, y + height];
+    }
+    const r = document.querySelector(`[data-node-id="${node.id}"]`).getBoundingClientRect();
+    const x = (r.left - area.left) / view.scale - view.offset[0], y = (r.top - area.top) / view.scale - view.offset[1];
+    return [node.id, node.type, x, y, x + r.width / view.scale, y + r.height / view.scale];
+  });
+})()
+"""
+LINKS_OF = "[...app.graph.links.values()].map((link) => [link.origin_id, link.target_id])"
+# How far the text of each note reaches below what is shown of it.
+HIDDEN = """
+app.graph.nodes.filter((node) => node.type === "MarkdownNote").map((node) => {
+  const root = LiteGraph.vueNodesMode ? document.querySelector(`[data-node-id="${node.id}"]`) : node.widgets[0].element;
+  const box = root.querySelector("h2").parentElement;
+  return box.scrollHeight - box.clientHeight;
+})
+"""
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_template(page, name):
+    """Every node is known, none lies on another, links lead to the right, the note is whole, sizes are kept."""
+    graph = json.loads((FOLDER / f"{name}.json").read_text())
+    page.browser.errors.clear()
+    page.load(graph, name)
+    assert page.js("app.graph.nodes.filter((n) => !LiteGraph.registered_node_types[n.type]).map((n) => n.type)") == []
+    boxes = page.js(BOXES)
+    for i, (number, kind, *box) in enumerate(boxes):
+        for other, other_kind, *that in boxes[:i]:
+            apart = box[0] >= that[2] or that[0] >= box[2] or box[1] >= that[3] or that[1] >= box[3]
+            assert apart, f"{kind} {number} and {other_kind} {other}: {box}, {that}"
+    place = {str(number): box for number, _, *box in boxes}
+    for start, end in page.js(LINKS_OF):
+        assert place[str(start)][2] < place[str(end)][0], f"the link from {start} to {end} goes back"
+    assert all(more <= 1 for more in page.js(HIDDEN)), "text of a note is hidden"
+    if page.mode == "classic":
+        kept = page.js("app.graph.serialize().nodes.map((n) => [n.id, ...n.size])")
+        wanted = {node["id"]: list(node["size"]) for node in graph["nodes"]}
+        assert {number: [*size] for number, *size in kept} == wanted
     assert page.browser.errors == []
