@@ -80,12 +80,12 @@ SOCKETS = {
     "*",
 }
 
-WIDTH = 300  # of a node that says no other
-ACROSS, DOWN = (
-    70,
-    80,
-)  # between columns; between nodes of one column: a title bar, and what Nodes 2.0 hangs below a node
-NOTE = 660
+WIDTH = 270  # of a node that says no other
+NARROW = 230  # of a node without much to read
+NOTE = 860
+ACROSS = 40  # between columns
+DOWN = 80  # between nodes of one column: a title bar, and what Nodes 2.0 hangs below a node
+TALLEST = 1080  # what the page can show at a size that can be read
 INSIDE, OUTSIDE = -10, -20  # the ends of a subgraph, as links name them
 
 
@@ -100,38 +100,49 @@ class Outer:
 class Workflow:
     """Nodes and links of one graph. A node stands in the first column to the right of all that feed it."""
 
-    def __init__(self, title: str, note: str = ""):
-        self.title, self.nodes = title, []
+    def __init__(self, title: str, note: str = "", width: int = WIDTH):
+        self.title, self.width, self.nodes = title, width, []
         if note:
             self.node("MarkdownNote", box=(NOTE, 0), text=note)
             self.nodes[-1]["title"] = title
 
-    def node(self, kind: str, box: tuple[int, int] | None = None, **inputs) -> Callable:
-        """Add a node; inputs are widget values, or outputs of other nodes. box: its least width and height.
+    def node(self, kind: str, box: tuple[int, int] | None = None, column: int = 0, **inputs) -> Callable:
+        """Add a node; inputs are widget values, or outputs of other nodes. box: its least width and height; column: the
+        leftmost it may stand in.
 
         Returns output(i), to be given to other nodes as input.
         """
         number = len(self.nodes) + 1
-        column = 1 + max((self.nodes[v[0] - 1]["column"] for v in inputs.values() if isinstance(v, tuple)), default=-1)
-        self.nodes.append({"id": number, "kind": kind, "column": column, "box": box or (WIDTH, 0), "inputs": inputs})
+        feeding = [self.nodes[value[0] - 1]["column"] for value in inputs.values() if isinstance(value, tuple)]
+        column = max(column, *(before + 1 for before in feeding)) if feeding else column
+        box = box or (NARROW if kind.endswith("Decode") else self.width, 0)
+        self.nodes.append({"id": number, "kind": kind, "column": column, "box": box, "inputs": inputs})
         return lambda slot=0: (number, slot)
 
     def places(self, heights: dict[int, float]) -> dict[int, tuple[list[int], list[int]]]:
-        """{node id: (position, size)}: columns from left to right, their nodes one below the other, the note on top."""
-        places, x = {}, 0
-        drawn = [spec for spec in self.nodes if spec["kind"] != "MarkdownNote"]
-        for column in range(1 + max((spec["column"] for spec in drawn), default=-1)):
-            here, y = [spec for spec in drawn if spec["column"] == column], 0
-            for spec in here:
-                size = [spec["box"][0], round(max(spec["box"][1], heights[spec["id"]]))]
-                places[spec["id"]] = ([x, y], size)
-                y += size[1] + DOWN
-            x += max(spec["box"][0] for spec in here) + ACROSS
+        """{node id: (position, size)}: columns from left to right, their nodes one below the other, the note on top.
+
+        Where that is too tall, the columns to the right of the note start at its top.
+        """
         for spec in self.nodes:
-            if spec["kind"] == "MarkdownNote":
-                height = round(heights[spec["id"]])
-                places[spec["id"]] = ([0, -height - DOWN], [spec["box"][0], height])
+            spec["size"] = [spec["box"][0], round(max(spec["box"][1], heights[spec["id"]]))]
+        notes = [spec for spec in self.nodes if spec["kind"] == "MarkdownNote"]
+        above = max((spec["size"][1] + DOWN for spec in notes), default=0)
+        columns = self._columns()
+        tall = above + max(sum(spec["size"][1] + DOWN for spec in column) for column in columns) > TALLEST
+        places, x = {spec["id"]: ([0, -above], spec["size"]) for spec in notes}, 0
+        for column in columns:
+            y = -above if tall and notes and x >= NOTE + ACROSS else 0
+            for spec in column:
+                places[spec["id"]] = ([x, y], spec["size"])
+                y += spec["size"][1] + DOWN
+            x += max(spec["size"][0] for spec in column) + ACROSS
         return places
+
+    def _columns(self) -> list[list[dict]]:
+        drawn = [spec for spec in self.nodes if spec["kind"] != "MarkdownNote"]
+        last = max((spec["column"] for spec in drawn), default=-1)
+        return [[spec for spec in drawn if spec["column"] == column] for column in range(last + 1)]
 
     def ui(self, kinds: dict, places: dict[int, tuple[list[int], list[int]]] | None = None) -> dict:
         """As the frontend loads it; `kinds` is /object_info. Without places the nodes stand apart, to be measured."""

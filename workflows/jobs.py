@@ -12,7 +12,7 @@ PROMPT_4K = "a lighthouse on a cliff at dawn, long grass in the wind, film photo
 
 
 def prompt_box(w: Workflow, clip, text: str):
-    return w.node("CLIPTextEncode", box=(400, 160), clip=clip, text=text)
+    return w.node("CLIPTextEncode", box=(300, 160), clip=clip, text=text)
 
 
 def save(w: Workflow, samples, vae, prefix: str, decode: str = "DCAEDecode"):
@@ -20,7 +20,7 @@ def save(w: Workflow, samples, vae, prefix: str, decode: str = "DCAEDecode"):
     strip = {"strip": 0} if decode == "DCAEDecode" else {}
     image = w.node(decode, samples=samples, vae=vae, **strip)
     kind, name = ("SaveImage", {"filename_prefix": prefix}) if prefix else ("PreviewImage", {})
-    w.node(kind, box=(420, 440), images=image(), **name)
+    w.node(kind, box=(320, 380), images=image(), **name)
     return image
 
 
@@ -84,7 +84,9 @@ def toy() -> Workflow:
 
 
 def toy_custom() -> Workflow:
-    w = Workflow("DC-Gen toy, SamplerCustomAdvanced", "## DC-Gen on a toy FLUX, with SamplerCustomAdvanced" + TOY_NOTE)
+    w = Workflow(
+        "DC-Gen toy, SamplerCustomAdvanced", "## DC-Gen on a toy FLUX, with SamplerCustomAdvanced" + TOY_NOTE, 250
+    )
     apply, vae, guide, empty = toy_loaders(w, "watermelon on a purple background")
     noise = w.node("RandomNoise", noise_seed=7)
     guider = w.node("BasicGuider", model=apply(), conditioning=guide())
@@ -125,7 +127,7 @@ def adapted_4k(w: Workflow, model, clip, prefix: str) -> Workflow:
     """The rest of a graph from a base model to a 4K picture through an adapter."""
     adapter = "flux1-krea-dcgen-f64c128.safetensors"
     apply = w.node("DCGenApply", model=model(), adapter_name=adapter, strength=1.0)
-    vae = w.node("DCAELoader", vae_name=VAE_F64)
+    vae = w.node("DCAELoader", column=1, vae_name=VAE_F64)
     text = prompt_box(w, clip(), PROMPT_4K)
     latent = one_sampler(w, apply(), text(), "4K: 4096 x 4096")
     save(w, latent(), vae(), prefix)
@@ -154,7 +156,7 @@ def nunchaku_4k() -> Workflow:
     )
     file = "svdq-int4_r32-flux.1-krea-dev.safetensors"
     # Where its pack is missing the page draws it with a field for each value, which takes more room.
-    model = w.node("NunchakuFluxDiTLoader", box=(300, 400), model_path=file)
+    model = w.node("NunchakuFluxDiTLoader", box=(270, 400), model_path=file)
     return adapted_4k(w, model, krea_text(w), "dcgen/flux-4k-nunchaku")
 
 
@@ -165,7 +167,7 @@ def image_to_image() -> Workflow:
         f"Needs `models/diffusers/{KREA_4K}`.",
     )
     load = w.node("DCGenReleaseLoader", release=KREA_4K)
-    image = w.node("LoadImage", box=(330, 330), image="example.png")
+    image = w.node("LoadImage", box=(270, 330), image="example.png")
     text = prompt_box(w, load(1), PROMPT_4K)
     latent = one_sampler(w, load(0), text(), "4K: 4096 x 4096", denoise=0.6, image=image(), vae=load(2))
     save(w, latent(), load(2), "dcgen/flux-4k-img2img")
@@ -177,13 +179,14 @@ def refine() -> Workflow:
         "FLUX 1K to 4K refine",
         "## Compose at 1K, refine at 4K\n\nThe 1K model draws the picture; the 4K model redraws it at 4096 x 4096 with "
         f"denoise 0.45. Needs `models/diffusers/{KREA_1K}` and `{KREA_4K}`.",
+        width=250,
     )
     small = w.node("DCGenReleaseLoader", release=KREA_1K)
     large = w.node("DCGenReleaseLoader", release=KREA_4K)
-    text = prompt_box(w, small(1), PROMPT_4K)
+    text = w.node("CLIPTextEncode", box=(280, 160), clip=small(1), text=PROMPT_4K)
     drawn = one_sampler(w, small(0), text(), "1K: 1024 x 1024")
     image = w.node("DCAEDecode", samples=drawn(), vae=small(2), strip=0)
-    w.node("PreviewImage", box=(400, 380), images=image())
+    w.node("PreviewImage", box=(250, 300), images=image())
     start = {"denoise": 0.45, "image": image(), "vae": large(2)}
     detailed = one_sampler(w, large(0), text(), "4K: 4096 x 4096", **start)
     save(w, detailed(), large(2), "dcgen/refine-4k")
@@ -198,7 +201,7 @@ def inpaint() -> Workflow:
         f"Needs `models/diffusers/{KREA_1K}`.",
     )
     load = w.node("DCGenReleaseLoader", release=KREA_1K)
-    image = w.node("LoadImage", box=(330, 330), image="example.png")
+    image = w.node("LoadImage", box=(270, 330), image="example.png")
     text = prompt_box(w, load(1), PROMPT_4K)
     encoded = w.node("DCAEEncode", image=image(), vae=load(2), strip=0)
     masked = w.node("SetLatentNoiseMask", samples=encoded(), mask=image(1))
@@ -257,14 +260,14 @@ def round_trip() -> Workflow:
         "published one into `models/vae` and choose it, for example `dc-ai/dc-ae-1.5-f64c128` or the `vae` folder of "
         "`Efficient-Large-Model/Sana_1600M_1024px_diffusers`. Sides are cropped to multiples of 32, 64 or 128 pixels.",
     )
-    image = w.node("LoadImage", box=(330, 330), image="example.png")
+    image = w.node("LoadImage", box=(270, 330), image="example.png")
     vae = w.node("DCAELoader", vae_name=TOY_VAE)
     latent = w.node("DCAEEncode", image=image(), vae=vae(), strip=0)
     again = w.node("DCAEDecode", samples=latent(), vae=vae(), strip=0)
     lost = w.node("DCAEDifference", image_a=image(), image_b=again(), gain=4.0)
     w.node("PreviewAny", source=lost(1))
-    w.node("DCGenCompare", box=(520, 600), image_a=image(), image_b=again())
-    w.node("SaveImage", box=(420, 460), images=lost(), filename_prefix="dcgen/round-trip-difference")
+    w.node("DCGenCompare", box=(440, 560), image_a=image(), image_b=again())
+    w.node("SaveImage", box=(320, 380), images=lost(), filename_prefix="dcgen/round-trip-difference")
     return w
 
 
@@ -276,8 +279,8 @@ def sana_parts(
     w: Workflow, model, clip, vae, size: str | dict, prefix: str, text: str = SANA_PROMPT, **values
 ) -> Workflow:
     """Both prompts, the latent, SANA's published settings (or other values), and the picture."""
-    positive = w.node("DCGenSanaTextEncode", box=(430, 330), clip=clip, text=text, negative=False)
-    negative = w.node("DCGenSanaTextEncode", box=(430, 330), clip=clip, text="", negative=True)
+    positive = w.node("DCGenSanaTextEncode", box=(300, 190), clip=clip, text=text, negative=False)
+    negative = w.node("DCGenSanaTextEncode", box=(300, 190), clip=clip, text="", negative=True)
     empty = w.node("DCGenEmptyLatent", model=model, **({"size": size} if isinstance(size, str) else size))
     values = {"cfg": 4.5, "sampler_name": "flow_dpmpp_2m", **values}
     latent = one_sampler(w, model, positive(), empty(), negative=negative(), **values)
@@ -311,7 +314,7 @@ def sana_sprint() -> Workflow:
         "the release.",
     )
     load = w.node("DCGenReleaseLoader", release=release)
-    text = w.node("DCGenSanaTextEncode", box=(430, 330), clip=load(1), text=SANA_PROMPT, negative=False)
+    text = w.node("DCGenSanaTextEncode", box=(300, 190), clip=load(1), text=SANA_PROMPT, negative=False)
     empty = w.node("DCGenEmptyLatent", model=load(0), size="1K: 1024 x 1024")
     settings = {"steps": 2, "guidance": 4.5, "sampler_name": "flow_consistency"}
     latent = one_sampler(w, load(0), text(), empty(), **settings)
@@ -399,7 +402,7 @@ def adapter_blueprint() -> Blueprint:
     apply = w.node(
         "DCGenApply", model=Outer("model"), adapter_name=Outer("adapter_name", "flux1-krea-dcgen-f64c128.safetensors")
     )
-    text = w.node("CLIPTextEncode", box=(400, 160), clip=Outer("clip"), text=Outer("text", PROMPT_4K))
+    text = w.node("CLIPTextEncode", box=(300, 160), clip=Outer("clip"), text=Outer("text", PROMPT_4K))
     values = {"seed": Outer("seed"), "steps": Outer("steps"), "size": Outer("size", "4K: 4096 x 4096"), "guidance": 3.5}
     values |= {"width": Outer("width"), "height": Outer("height")}
     latent = w.node("DCGen4KSampler", model=apply(), positive=text(), **values)
@@ -425,7 +428,7 @@ def refine_blueprint() -> Blueprint:
         "Refine 1K to 4K",
         "Redraws a picture in the size of a 4K DC-Gen model, from the model's own MODEL, CLIP and VAE.",
     )
-    text = w.node("CLIPTextEncode", box=(400, 160), clip=Outer("clip"), text=Outer("text", PROMPT_4K))
+    text = w.node("CLIPTextEncode", box=(300, 160), clip=Outer("clip"), text=Outer("text", PROMPT_4K))
     values = {
         "seed": Outer("seed"),
         "denoise": Outer("denoise", 0.45),

@@ -6,11 +6,11 @@ COMFYUI_FRONTENDS: static folders of further frontends to test with this ComfyUI
 import contextlib
 import json
 import os
+import urllib.error
 from pathlib import Path
 
 import pytest
 
-PAGE = "ComfyUI-DC-Gen/js/tokens.js"
 READY = "!!(window.app && window.app.extensionManager && window.LiteGraph.registered_node_types.DCGenApply)"
 EMPTY = {"nodes": [], "links": [], "groups": [], "version": 0.4, "last_node_id": 0, "last_link_id": 0}
 FRONTENDS = [None, *filter(None, os.environ.get("COMFYUI_FRONTENDS", "").split(os.pathsep))]
@@ -45,14 +45,18 @@ window.nest = (...keys) => {
 };
 // The element of ours that a user sees on a node, or undefined.
 window.seen = (key, css) => {
-  const drawn = LiteGraph.vueNodesMode
-    ? document.querySelector(`[data-node-id="${made[key].id}"] ${css}`)
-    : made[key].widgets?.map((w) => w.element).find((e) => e?.parentElement?.querySelector(css))?.parentElement.querySelector(css);
+  const around = LiteGraph.vueNodesMode
+    ? [document.querySelector(`[data-node-id="${made[key].id}"]`)]
+    : (made[key].widgets ?? []).map((widget) => widget.element?.parentElement);
+  const drawn = around.map((element) => element?.querySelector(css)).find((element) => element);
   return drawn?.isConnected && drawn.getBoundingClientRect().width ? drawn : undefined;
 };
 window.told = (key) => seen(key, ".dcgen-tokens")?.textContent;
 window.pictures = (key) => [...(seen(key, ".dcgen-wipe")?.querySelectorAll("img") ?? [])]
   .filter((i) => i.complete && i.naturalWidth).map((i) => new URL(i.src).searchParams.get("filename"));
+// Whether an output node of core's shows a picture.
+window.pictures_of = (key) => LiteGraph.vueNodesMode
+  ? !!document.querySelector(`[data-node-id="${made[key].id}"] img`)?.naturalWidth : !!made[key].imgs?.length;
 window.store = (name) => document.querySelector("#vue-app").__vue_app__.config.globalProperties.$pinia._s.get(name);
 """
 
@@ -89,7 +93,8 @@ class Page:
     def settle(self):
         """Two equal looks at the view, a frame apart: a page that has just opened a graph still moves it."""
         look = (
-            "JSON.stringify([app.canvas.ds.offset, app.canvas.ds.scale, [...document.querySelectorAll('[data-node-id]')]"
+            "JSON.stringify([app.canvas.ds.offset, app.canvas.ds.scale,"
+            "[...document.querySelectorAll('[data-node-id]')]"
             ".map((e) => [e.offsetWidth, e.offsetHeight, e.style.transform])])"
         )
         frames = "new Promise((done) => requestAnimationFrame(() => setTimeout(done, 100)))"
@@ -203,7 +208,8 @@ LINES = {
     ),
     "a Get node is between": (SETTER, UNKNOWN, DEEP),
     "the width is linked": (
-        "made.number = LiteGraph.createNode('PrimitiveInt'); app.graph.add(made.number); join('number', 0, 'empty', 'width')",
+        "made.number = LiteGraph.createNode('PrimitiveInt'); app.graph.add(made.number);"
+        "join('number', 0, 'empty', 'width')",
         UNKNOWN,
         UNKNOWN,
     ),
@@ -390,4 +396,109 @@ def test_template(page, name):
         kept = page.js("app.graph.serialize().nodes.map((n) => [n.id, ...n.size])")
         wanted = {node["id"]: list(node["size"]) for node in graph["nodes"]}
         assert {number: [*size] for number, *size in kept} == wanted
+    assert page.browser.errors == []
+
+
+ROUND_TRIP = {
+    "image": ["EmptyImage", {"width": 64, "height": 2048, "batch_size": 1, "color": 255}],
+    "vae": ["DCAELoader", {"vae_name": "toy/dc-ae-f32"}],
+    "encode": ["DCAEEncode", {}],
+    "decode": ["DCAEDecode", {"strip": 4}],
+    "shown": ["PreviewImage", {}],
+}
+ROUND_TRIP_LINKS = [("image", 0, "encode", "image"), ("vae", 0, "encode", "vae"), ("encode", 0, "decode", "samples")]
+ROUND_TRIP_LINKS += [("vae", 0, "decode", "vae"), ("decode", 0, "shown", "images")]
+PREVIEWED = 'made.decode.imgs?.length || document.querySelector(`[data-node-id="${made.decode.id}"] img`)'
+
+
+def test_preview_of_decoding_goes_away(page):
+    """It is shown while the node works, and leaves no trace: neither a picture nor a taller node."""
+    page.put(ROUND_TRIP, ROUND_TRIP_LINKS)
+    page.run("choose('image', 'color', Math.floor(Math.random() * 1e6))")
+    size = page.js("[...made.decode.size]")
+    page.run(f"window.had = 0; window.watched = setInterval(() => {{ if ({PREVIEWED}) had++; }}, 5)")
+    page.queue()
+    page.until("pictures_of('shown')")
+    page.until(f"!({PREVIEWED})")
+    page.run("clearInterval(watched)")
+    assert page.js("had") > 0, "no preview was shown"
+    assert page.js("[...made.decode.size]") == size
+    assert page.js("made.decode.widgets.map((w) => w.name)") == ["strip"]
+    assert page.browser.errors == []
+
+
+BLUEPRINTS = sorted((FOLDER.parent / "subgraphs").glob("*.json"))
+
+
+@pytest.fixture
+def listed(site):
+    """The blueprints of this pack that the server lists: {name: id}. Older cores list none."""
+    try:
+        found = site.get("/global_subgraphs")
+    except urllib.error.HTTPError:
+        pytest.skip("this ComfyUI has no blueprints")
+    mine = {key: entry for key, entry in found.items() if entry["info"]["node_pack"].endswith("ComfyUI-DC-Gen")}
+    return {entry["name"]: key for key, entry in mine.items()}
+
+
+def dropped(page, site, key):
+    """Add a blueprint to an empty graph, as the page does when it is dropped out of the library: `made.nested`."""
+    page.browser.errors.clear()
+    page.load(EMPTY)
+    data = json.loads(site.get(f"/global_subgraphs/{key}")["data"])
+    items = {"nodes": data["nodes"], "subgraphs": data["definitions"]["subgraphs"], "links": []}
+    items |= {"groups": [], "reroutes": []}
+    page.run(f"app.canvas._deserializeItems({json.dumps(items)}, {{ position: [100, 150] }})")
+    page.until("app.graph.nodes.length === 1")
+    page.run("window.made = { nested: app.graph.nodes[0] }")
+    for kind, name in {"DCGenApply": "apply", "DCAELoader": "vae", "DCGen4KSampler": "sampler"}.items():
+        page.run(f"made.{name} = made.nested.subgraph.nodes.find((n) => n.type === '{kind}')")
+
+
+@pytest.mark.parametrize("file", BLUEPRINTS, ids=lambda file: file.stem)
+def test_blueprint(page, site, listed, file):
+    """Listed by the server; in the page all its nodes are known, its inputs are there and its widgets say what to do."""
+    dropped(page, site, listed[file.stem])
+    inside = json.loads(file.read_text())["definitions"]["subgraphs"][0]
+    types = page.js("made.nested.subgraph.nodes.map((n) => n.type)")
+    assert types == [node["type"] for node in inside["nodes"]]
+    assert page.js(f"{json.dumps(types)}.filter((type) => !LiteGraph.registered_node_types[type])") == []
+    assert page.js("made.nested.inputs.map((i) => i.name)") == [one["name"] for one in inside["inputs"]]
+    assert page.js("made.nested.outputs.map((o) => o.name)") == [one["name"] for one in inside["outputs"]]
+    assert page.js("made.nested.title") == file.stem
+    widgets = page.js("Object.fromEntries(made.nested.widgets.map((w) => [w.name, w.value]))")
+    for one in inside["inputs"]:
+        (link,) = (link for link in inside["links"] if link["id"] == one["linkIds"][0])
+        target = next(node for node in inside["nodes"] if node["id"] == link["target_id"])
+        if "widget" in target["inputs"][link["target_slot"]]:
+            assert widgets[one["name"]] in target["widgets_values"]
+    assert page.browser.errors == []
+
+
+def test_blueprint_of_the_round_trip_runs(page, site, listed):
+    dropped(page, site, listed["DC-AE round trip"])
+    page.run(
+        "for (const [name, type] of [['image', 'EmptyImage'], ['shown', 'PreviewImage']])"
+        "{ made[name] = LiteGraph.createNode(type); app.graph.add(made[name]); }"
+        "choose('image', 'color', Math.floor(Math.random() * 1e6)); choose('image', 'width', 96);"
+        "choose('image', 'height', 64); join('image', 0, 'nested', 'image'); join('nested', 0, 'shown', 'images')"
+    )
+    page.queue()
+    page.until("pictures_of('shown')")
+    assert page.browser.errors == []
+
+
+def test_blueprint_of_the_adapter_runs(page, site, listed):
+    """On the toy, whose sizes the line inside it tells."""
+    dropped(page, site, listed["FLUX to 4K (adapter)"])
+    values = {"adapter_name": ADAPTER, "vae_name": "toy/dc-ae-f32", "size": "width x height", "steps": 2, **SIZE}
+    page.run(
+        "for (const [name, type] of [['loader', 'DCGenReleaseLoader'], ['shown', 'PreviewImage']])"
+        "{ made[name] = LiteGraph.createNode(type); app.graph.add(made[name]); }"
+        f"choose('loader', 'release', '{BASE}'); join('loader', 0, 'nested', 'model'); join('loader', 1, 'nested', 'clip');"
+        "join('nested', 0, 'shown', 'images');"
+        f"for (const [name, value] of Object.entries({json.dumps(values)})) choose('nested', name, value)"
+    )
+    page.queue()
+    page.until("pictures_of('shown')")
     assert page.browser.errors == []

@@ -1,6 +1,7 @@
 // The wipe of DCGenCompare: two pictures on top of each other, the upper one cut where the pointer is.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { nodeAt } from "./graph.js";
 
 const CSS = `
 .dcgen-wipe { position: relative; width: 100%; height: 100%; min-height: 160px; overflow: hidden; cursor: ew-resize;
@@ -80,18 +81,6 @@ function wipe() {
       show(0);
     },
   };
-}
-
-/** The node that a key of the page's outputs is about: "5", "SUBGRAPH:5", or the way from the root, "12:5". */
-function nodeAt(key) {
-  let graph = app.rootGraph ?? app.graph.rootGraph;
-  let node = null;
-  for (const part of String(key).split(":")) {
-    const subgraph = graph?.subgraphs.get(part);
-    node = subgraph ? null : graph?.getNodeById(part);
-    graph = subgraph ?? node?.subgraph;
-  }
-  return node;
 }
 
 /** Show what the page has kept for each node: it outlives undo, other tabs, and comes with a job out of the history. */
