@@ -129,7 +129,7 @@ class Workflow:
         notes = [spec for spec in self.nodes if spec["kind"] == "MarkdownNote"]
         above = max((spec["size"][1] + DOWN for spec in notes), default=0)
         columns = self._columns()
-        tall = above + max(sum(spec["size"][1] + DOWN for spec in column) for column in columns) > TALLEST
+        tall = above - DOWN + max(sum(spec["size"][1] + DOWN for spec in column) for column in columns) > TALLEST
         places, x = {spec["id"]: ([0, -above], spec["size"]) for spec in notes}, 0
         for column in columns:
             y = -above if tall and notes and x >= NOTE + ACROSS else 0

@@ -85,7 +85,7 @@ def toy() -> Workflow:
 
 def toy_custom() -> Workflow:
     w = Workflow(
-        "DC-Gen toy, SamplerCustomAdvanced", "## DC-Gen on a toy FLUX, with SamplerCustomAdvanced" + TOY_NOTE, 250
+        "DC-Gen toy, SamplerCustomAdvanced", "## DC-Gen on a toy FLUX, with SamplerCustomAdvanced" + TOY_NOTE, 240
     )
     apply, vae, guide, empty = toy_loaders(w, "watermelon on a purple background")
     noise = w.node("RandomNoise", noise_seed=7)
@@ -281,7 +281,7 @@ def sana_parts(
     """Both prompts, the latent, SANA's published settings (or other values), and the picture."""
     positive = w.node("DCGenSanaTextEncode", box=(300, 190), clip=clip, text=text, negative=False)
     negative = w.node("DCGenSanaTextEncode", box=(300, 190), clip=clip, text="", negative=True)
-    empty = w.node("DCGenEmptyLatent", model=model, **({"size": size} if isinstance(size, str) else size))
+    empty = w.node("DCGenEmptyLatent", column=2, model=model, **({"size": size} if isinstance(size, str) else size))
     values = {"cfg": 4.5, "sampler_name": "flow_dpmpp_2m", **values}
     latent = one_sampler(w, model, positive(), empty(), negative=negative(), **values)
     save(w, latent(), vae, prefix)

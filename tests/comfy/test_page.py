@@ -300,6 +300,8 @@ def test_wipe_follows_the_pointer(compared):
 @pytest.mark.parametrize("size", [(360, 380), (520, 700)])
 def test_wipe_fills_its_node(compared, size):
     """Below the sockets, down to the node's lower edge but for a margin and, in Nodes 2.0, the pack's badge."""
+    if compared.mode == "nodes2" and compared.js("window.__COMFYUI_FRONTEND_VERSION__ < '1.4'"):
+        pytest.skip("Nodes 2.0 of the first frontends gives an element its least height, whatever the node's")
     compared.run(f"made.compare.setSize({list(size)}); app.canvas.draw(true, true)")
     compared.settle()
     box = compared.js(
