@@ -512,3 +512,35 @@ def test_blueprint_of_the_adapter_runs(page, site, listed):
     page.queue()
     page.until("pictures_of('shown')")
     assert page.browser.errors == []
+
+
+HELP = sorted((FOLDER.parent / "web" / "docs").glob("*.md"))
+OPEN_HELP = """
+app.graph.clear();
+const node = LiteGraph.createNode(NAME);
+node.pos = [300, 200];
+app.graph.add(node);
+app.canvas.selectNode(node);
+if (store("nodeHelp")) {  // older frontends: a page of the node library
+  if (store("sidebarTab").activeSidebarTabId !== "node-library")
+    await app.extensionManager.command.execute("Workspace.ToggleSidebarTab.node-library");
+  store("nodeHelp").openHelp(store("nodeDef").nodeDefsByName[NAME]);
+} else store("rightSidePanel").openPanel("info");
+"""
+HELPED = """
+(() => {
+  const page = document.querySelector(".node-help-content") ?? document.querySelector(".markdown-content");
+  const images = [...(page?.querySelectorAll("img") ?? [])];
+  return page?.textContent.includes(TITLE) && images.length && images.every((i) => i.complete && i.naturalWidth);
+})()
+"""
+
+
+@pytest.mark.parametrize("file", HELP, ids=lambda file: file.stem)
+def test_help_page(page, file):
+    """It opens in the page's own panel, with its picture."""
+    page.browser.errors.clear()
+    title = file.read_text().splitlines()[0].removeprefix("# ")
+    page.run(OPEN_HELP.replace("NAME", json.dumps(file.stem)))
+    page.until(HELPED.replace("TITLE", json.dumps(title)))
+    assert page.browser.errors == []
