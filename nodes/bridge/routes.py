@@ -10,6 +10,8 @@ import folder_paths
 from aiohttp import web
 
 from ...dcgen.adapter import load_adapter
+from ...dcgen.backbones.base import patch_size
+from ...dcgen.latent import SPACES
 from ...dcgen.release import open_model
 from .release import find_release, release_names
 
@@ -24,17 +26,29 @@ def register() -> None:
         server.routes.get(PATH)(_answer)
 
 
+class UnknownName(ValueError):
+    """ComfyUI lists no file of that kind and name."""
+
+
 async def _answer(request: web.Request) -> web.Response:
-    """GET ?kind=release|model|adapter&name=NAME -> {"factor": f, "patch": p, "channels": C}, or 404 with a message."""
+    """GET ?kind=release|model|adapter&name=NAME[&autoencoder=NAME] -> {"factor": f, "patch": p, "channels": C}.
+
+    404 when there is no such file, 422 when the file does not tell; both with a message.
+    """
+    asked = [request.query.get(key, "") for key in ("kind", "name", "autoencoder")]
     try:
-        found = await asyncio.to_thread(describe, request.query.get("kind", ""), request.query.get("name", ""))
+        found = await asyncio.to_thread(describe, *asked)
     except (ValueError, FileNotFoundError) as error:
-        return web.json_response({"error": str(error)}, status=404)
+        missing = isinstance(error, (UnknownName, FileNotFoundError))
+        return web.json_response({"error": str(error)}, status=404 if missing else 422)
     return web.json_response(found)
 
 
-def describe(kind: str, name: str) -> dict[str, Any]:
-    """Latent and patch size of a named model. Only names that ComfyUI lists are looked at; no path can be asked for."""
+def describe(kind: str, name: str, autoencoder: str = "") -> dict[str, Any]:
+    """Latent and patch size of a named model. Only names that ComfyUI lists are looked at; no path can be asked for.
+
+    autoencoder: the latent space of a model whose file does not say its own.
+    """
     if kind == "adapter" and name in folder_paths.get_filename_list("model_patches"):
         adapter = load_adapter(folder_paths.get_full_path_or_raise("model_patches", name))
         return _facts(adapter.latent, adapter.patch_size)
@@ -43,11 +57,11 @@ def describe(kind: str, name: str) -> dict[str, Any]:
     elif kind == "model" and name in folder_paths.get_filename_list("diffusion_models"):
         model = open_model(folder_paths.get_full_path_or_raise("diffusion_models", name))
     else:
-        raise ValueError(f"no {kind} of that name")
-    if model.latent is None:
+        raise UnknownName(f"no {kind} of that name")
+    latent = model.latent or SPACES.get(autoencoder)
+    if latent is None:
         raise ValueError(f"{name} does not say what its latent is")
-    packed = model.backbone.packed_channels(model.config)
-    return _facts(model.latent, round((packed / model.latent.channels) ** 0.5))
+    return _facts(latent, patch_size(model.backbone.packed_channels(model.config), latent.channels, name))
 
 
 def _facts(space: Any, patch: int) -> dict[str, Any]:

@@ -16,8 +16,12 @@ READY = "!!(window.app && window.app.extensionManager && window.LiteGraph.regist
 
 
 def bare(api):
-    """An API prompt without titles, which a locale changes."""
-    return {key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in api.items()}
+    """An API prompt without titles, which a locale changes, and without what old frontends add to PreviewAny."""
+    own = ("preview", "previewMode")
+    return {
+        key: {"class_type": node["class_type"], "inputs": {n: v for n, v in node["inputs"].items() if n not in own}}
+        for key, node in api.items()
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)

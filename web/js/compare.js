@@ -1,20 +1,30 @@
 // The wipe of DCGenCompare: two pictures on top of each other, the upper one cut where the pointer is.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { nodeAt } from "./graph.js";
 
 const CSS = `
 .dcgen-wipe { position: relative; width: 100%; height: 100%; min-height: 160px; overflow: hidden; cursor: ew-resize;
   background: #0004; user-select: none; touch-action: none; }
 .dcgen-wipe img { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain; pointer-events: none; }
+.dcgen-wipe img:not([src]) { display: none; }
 .dcgen-wipe .line { position: absolute; top: 0; bottom: 0; width: 2px; background: #fffc; pointer-events: none; }
 .dcgen-wipe .name { position: absolute; top: 6px; padding: 1px 6px; font: 11px sans-serif; color: #fff;
   background: #0008; border-radius: 3px; pointer-events: none; }
 .dcgen-wipe button { position: absolute; bottom: 6px; padding: 1px 8px; }
 `;
+const views = new Map();
 
 function address(image) {
   const query = new URLSearchParams({ filename: image.filename, subfolder: image.subfolder, type: image.type });
   return api.apiURL(`/view?${query}`);
+}
+
+/** [a, b] for every place of the longer batch; the shorter one's last image is repeated. */
+function paired(first, second) {
+  if (!first?.length || !second?.length) return [];
+  const at = (images, i) => images[Math.min(i, images.length - 1)];
+  return Array.from({ length: Math.max(first.length, second.length) }, (_, i) => [at(first, i), at(second, i)]);
 }
 
 function wipe() {
@@ -41,8 +51,10 @@ function wipe() {
   };
   const show = (index) => {
     shown = index;
-    a.src = address(pairs[index][0]);
-    b.src = address(pairs[index][1]);
+    for (const [picture, image] of [[a, pairs[index]?.[0]], [b, pairs[index]?.[1]]]) {
+      if (image) picture.src = address(image);
+      else picture.removeAttribute("src");
+    }
     next.textContent = `${index + 1} / ${pairs.length}`;
   };
   box.addEventListener("pointermove", (event) => {
@@ -57,13 +69,44 @@ function wipe() {
   });
   next.addEventListener("click", () => show((shown + 1) % pairs.length));
   at(0.5);
+  let told = "[]";
   return {
     box,
-    set(first, second) {
-      pairs = first.map((image, i) => [image, second[Math.min(i, second.length - 1)]]);
+    set(output) {
+      const now = paired(output?.a_images, output?.b_images);
+      if (JSON.stringify(now) === told) return;
+      told = JSON.stringify(now);
+      pairs = now;
       next.hidden = pairs.length < 2;
-      if (pairs.length) show(0);
+      show(0);
     },
+  };
+}
+
+/** Show what the page has kept for each node: it outlives undo, other tabs, and comes with a job out of the history. */
+function showKept(outputs = app.nodeOutputs) {
+  const kept = new Map(Object.entries(outputs ?? {}).map(([key, output]) => [nodeAt(key), output]));
+  views.forEach((view, node) => view.set(kept.get(node)));
+}
+
+function addWipe(node) {
+  const view = wipe();
+  const options = { serialize: false, getMinHeight: () => 160 };
+  node.addDOMWidget("dcgen_wipe", "dcgen_wipe", view.box, options).serialize = false;
+  node.setSize([Math.max(node.size[0], 360), Math.max(node.size[1], 380)]);
+  const { onAdded, onRemoved, onExecuted } = node;
+  node.onAdded = function (...args) {
+    onAdded?.apply(this, args);
+    views.set(this, view);
+    setTimeout(showKept, 0); // a node that undo or paste puts back has its number only now
+  };
+  node.onRemoved = function (...args) {
+    onRemoved?.apply(this, args);
+    views.delete(this);
+  };
+  node.onExecuted = function (output) {
+    onExecuted?.apply(this, arguments);
+    view.set(output);
   };
 }
 
@@ -73,18 +116,8 @@ app.registerExtension({
     document.head.append(Object.assign(document.createElement("style"), { textContent: CSS }));
   },
   nodeCreated(node) {
-    if (node.comfyClass !== "DCGenCompare") return;
-    const view = wipe();
-    const widget = node.addDOMWidget("dcgen_wipe", "dcgen_wipe", view.box, {
-      serialize: false,
-      getMinHeight: () => 160,
-    });
-    widget.serialize = false;
-    node.setSize([Math.max(node.size[0], 360), Math.max(node.size[1], 380)]);
-    const executed = node.onExecuted;
-    node.onExecuted = function (output) {
-      executed?.apply(this, arguments);
-      if (output?.a_images && output?.b_images) view.set(output.a_images, output.b_images);
-    };
+    if (node.comfyClass === "DCGenCompare") addWipe(node);
   },
+  afterConfigureGraph: () => showKept(),
+  onNodeOutputsUpdated: (outputs) => showKept(outputs),
 });

@@ -1,64 +1,124 @@
 // A line on the empty-latent and sampler nodes: how many tokens the image costs, and how many fewer than at f8.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { latentOf, source, widgetValue } from "./model.js";
+import { forget, latentOf, source, widgetValue } from "./model.js";
 
 const NODES = ["DCGenEmptyLatent", "DCGen4KSampler"];
+const LOADERS = ["DCGenReleaseLoader", "DCGenModelLoader", "DCGenApply"];
 const F8_SIDE = 16; // f8 with patches of 2: what FLUX costs without DC-Gen
+const UNKNOWN = "tokens: depends on what is linked";
+const lines = new Set();
+let due = false;
 
-/** [width, height] in pixels of a node with a `size` choice and numbers, as they say. */
+/** [width, height] in pixels of a node with a `size` choice and numbers; NaN where a link decides. */
 function pixels(node) {
-  const named = String(widgetValue(node, "size") ?? "").match(/(\d+) x (\d+)$/);
+  const size = widgetValue(node, "size");
+  if (size === undefined) return [NaN, NaN];
+  const named = String(size).match(/(\d+) x (\d+)$/);
   const numbers = named ? named.slice(1) : [widgetValue(node, "width"), widgetValue(node, "height")];
   return numbers.map(Number);
 }
 
+/** The node whose numbers are the image's size: the sampler makes an empty latent itself when it is given none. */
+function sized(node) {
+  const latent = source(node, "latent");
+  return latent === null ? node : latent?.node;
+}
+
 export function line(node, changed) {
-  const empty = source(node, "latent") ?? node; // the sampler makes an empty latent itself when it is given none
+  const empty = sized(node);
+  if (!empty) return UNKNOWN;
   if (!NODES.includes(empty.comfyClass)) return "tokens: as the latent";
-  const latent = latentOf(api, node, changed) ?? latentOf(api, empty, changed);
-  if (!latent) return source(node, "model") ? "tokens: known once the model's files are here" : "connect a model to count tokens";
-  const [width, height] = pixels(empty);
+  const latent = latentOf(api, node, changed);
+  if (latent === null) return "connect a model to count tokens";
+  if (!latent) return UNKNOWN;
+  if (latent.missing) return "tokens: known once the model's files are here";
+  return count(latent, ...pixels(empty));
+}
+
+function count(latent, width, height) {
+  if (Number.isNaN(width + height)) return UNKNOWN;
   const side = latent.factor * latent.patch;
   if (width % side || height % side) return `${width} x ${height}: this model needs multiples of ${side}`;
   const tokens = (width / side) * (height / side);
-  const f8 = (width / F8_SIDE) * (height / F8_SIDE);
-  const fewer = f8 / tokens;
+  const fewer = ((width / F8_SIDE) * (height / F8_SIDE)) / tokens;
   const told = `${width} x ${height} = ${tokens.toLocaleString("en")} tokens`;
   return fewer > 1 ? `${told}, ${+fewer.toFixed(1)}x fewer than f8` : told;
 }
 
+/** Write the lines anew, once what is being done to the graph is done. */
+function refresh() {
+  if (due) return;
+  due = true;
+  setTimeout(() => {
+    due = false;
+    lines.forEach((update) => update());
+  }, 0);
+}
+
+/** Call `after` when one of a node's widgets is changed or a link of it made or cut. */
+function watch(node, after) {
+  for (const widget of node.widgets ?? []) {
+    const callback = widget.callback;
+    widget.callback = function (...args) {
+      const answer = callback?.apply(this, args);
+      after();
+      return answer;
+    };
+  }
+  const connected = node.onConnectionsChange;
+  node.onConnectionsChange = function (...args) {
+    connected?.apply(this, args);
+    after();
+  };
+}
+
+function addLine(node) {
+  const box = document.createElement("div");
+  box.className = "dcgen-tokens";
+  Object.assign(box.style, {
+    font: "11px sans-serif",
+    color: "var(--descrip-text, #999)",
+    textAlign: "center",
+    overflow: "hidden",
+    whiteSpace: "nowrap",
+    textOverflow: "ellipsis",
+  });
+  const height = () => 16;
+  const options = { serialize: false, getMinHeight: height, getMaxHeight: height };
+  const widget = node.addDOMWidget("dcgen_tokens", "dcgen_tokens", box, options);
+  widget.serialize = false; // a line to read, no value of the graph
+  node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+  const update = () => {
+    const text = line(node, update);
+    if (box.textContent !== text) box.textContent = text;
+  };
+  const { onAdded, onRemoved } = node;
+  node.onAdded = function (...args) {
+    onAdded?.apply(this, args);
+    lines.add(update);
+    refresh();
+  };
+  node.onRemoved = function (...args) {
+    onRemoved?.apply(this, args);
+    lines.delete(update);
+  };
+}
+
 app.registerExtension({
   name: "DCGen.Tokens",
+  setup() {
+    // What is changed on other packs' nodes between a line and its model: both ways of drawing nodes report it here.
+    api.addEventListener("graphChanged", refresh);
+  },
   nodeCreated(node) {
-    if (!NODES.includes(node.comfyClass)) return;
-    const box = document.createElement("div");
-    box.className = "dcgen-tokens";
-    Object.assign(box.style, {
-      font: "11px sans-serif",
-      color: "var(--descrip-text, #999)",
-      textAlign: "center",
-      overflow: "hidden",
-      whiteSpace: "nowrap",
-      textOverflow: "ellipsis",
-    });
-    const widget = node.addDOMWidget("dcgen_tokens", "dcgen_tokens", box, {
-      serialize: false,
-      getMinHeight: () => 16,
-      getMaxHeight: () => 16,
-    });
-    widget.serialize = false; // a line to read, no value of the graph
-    node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
-    const update = () => {
-      const text = line(node, update);
-      if (box.textContent !== text) box.textContent = text;
-    };
-    // The size may be typed on another node, so the line is refreshed while the node is drawn.
-    const drawn = node.onDrawForeground;
-    node.onDrawForeground = function (...args) {
-      update();
-      return drawn?.apply(this, args);
-    };
-    setTimeout(update, 0);
+    if (NODES.includes(node.comfyClass)) addLine(node);
+    if (NODES.includes(node.comfyClass) || LOADERS.includes(node.comfyClass)) watch(node, refresh);
+    refresh(); // one more use of a subgraph changes the lines inside it
+  },
+  afterConfigureGraph: refresh,
+  refreshComboInNodes() {
+    forget();
+    refresh();
   },
 });
