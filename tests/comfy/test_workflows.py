@@ -75,10 +75,7 @@ def small(api, deep, base, adapter, kept=()):
 @pytest.fixture(scope="module")
 def tiny_files(server, deep_release):
     """A tiny DC-AE by name, and a picture to load."""
-    vae = server.base / "models" / "vae" / "tiny-dcae"
-    vae.parent.mkdir(parents=True, exist_ok=True)
-    if not vae.exists():
-        vae.symlink_to(deep_release[0] / "vae", target_is_directory=True)
+    server.install(deep_release[0] / "vae", "vae", "tiny-dcae")
     noise = np.random.default_rng(1).integers(0, 256, (64, 96, 4), dtype=np.uint8)
     (server.base / "input").mkdir(exist_ok=True)
     Image.fromarray(noise, "RGBA").save(server.base / "input" / "tests.png")
