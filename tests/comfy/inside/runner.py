@@ -50,12 +50,12 @@ def module_from(name, path, package=False):
     return module
 
 
-def callables():
-    """Every function and class of core's, and what its classes hold, by name."""
+def replaceable():
+    """Every function, class and switch of core's, and what its classes hold, by name."""
     found = {}
     for name in [name for name in sys.modules if name.startswith(CORE)]:
         for key, value in list(vars(sys.modules[name]).items()):
-            if callable(value):
+            if callable(value) or isinstance(value, bool):
                 found[f"{name}.{key}"] = value
             if isinstance(value, type) and value.__module__ == name:
                 found |= {f"{name}.{key}.{k}": v for k, v in vars(value).items() if callable(v)}
@@ -89,13 +89,13 @@ pack = module_from("custom_nodes_ComfyUI_DC_Gen", Path(os.environ["DCGEN_PACK"])
 sys.path.append(str(Path(__file__).resolve().parent))
 at_first = copy.deepcopy(folder_paths.folder_names_and_paths), dict(vars(args))
 for line in sys.stdin:
-    before = callables()
+    before = replaceable()
     try:
         do(Path(line.strip()))
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # whatever it left half done must not meet the next job
-    now = callables()
+    now = replaceable()
     changed = sorted(name for name, value in before.items() if now.get(name) is not value)
     print(f"changed {', '.join(changed)}" if changed else "done", file=answers, flush=True)
     if changed:
