@@ -89,7 +89,7 @@ def comfy(request: pytest.FixtureRequest):
 def server(comfy, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     """The one server of a setting, with live previews on: the previews are part of what is tested."""
     flags = ("--preview-method", "latent2rgb", *servers.frontend_flags())
-    running = servers.Server(comfy.setting, tmp_path_factory.mktemp("comfy") / "base", flags)
+    running = servers.Server(comfy, tmp_path_factory.mktemp("comfy") / "base", flags)
     yield running
     running.close()
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comfy_tests_browser import WebSocket
-from comfy_tests_core import command, environment
-from comfy_tests_settings import PACK, Setting
+from comfy_tests_core import Comfy, command, environment
+from comfy_tests_settings import PACK
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -89,7 +89,7 @@ class Heard:
 class Server:
     """A running ComfyUI with its own base directory, in which the pack is linked as a user would install it."""
 
-    def __init__(self, setting: Setting, base: Path, flags: tuple[str, ...] = ()):
+    def __init__(self, comfy: Comfy, base: Path, flags: tuple[str, ...] = ()):
         self.base = base
         self._lay_out()
         with socket.socket() as probe:
@@ -98,8 +98,8 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = base / "server.log"
         started = command(
-            setting,
-            setting.root / "main.py",
+            comfy.setting,
+            comfy.root / "main.py",
             *("--cpu", "--port", str(self.port), "--base-directory", str(base), "--user-directory", str(base / "user")),
             *("--database-url", f"sqlite:///{base / 'comfy.db'}", "--disable-api-nodes", "--disable-auto-launch"),
             *flags,
@@ -108,7 +108,7 @@ class Server:
             self.process = subprocess.Popen(started, stdout=log, stderr=subprocess.STDOUT, env=environment())
         try:
             self._wait_until_up()
-            self._check(setting)
+            self._check(comfy.mode)
             self.listener = Listener(self.port, CLIENT)
         except BaseException:
             self._stop()
@@ -140,12 +140,12 @@ class Server:
                 time.sleep(0.3)
         pytest.fail(f"ComfyUI did not answer within {seconds:g} s:\n{self.log()[-4000:]}", pytrace=False)
 
-    def _check(self, setting: Setting) -> None:
+    def _check(self, mode: str) -> None:
         """The pack has loaded, in the mode that was asked for."""
         log = self.log()
         failed = [line for line in log.splitlines() if "IMPORT FAILED" in line and PACK_NAME in line]
         assert not failed, f"the pack did not load:\n{log[-6000:]}"
-        assert (DYNAMIC in log) == (setting.mode == "dynamic"), f"not in mode {setting.mode}:\n{log[-6000:]}"
+        assert (DYNAMIC in log) == (mode == "dynamic"), f"not in mode {mode}:\n{log[-6000:]}"
 
     def log(self) -> str:
         """Everything the server has printed so far, without colour codes."""
@@ -201,12 +201,21 @@ class Server:
             code = self.process.poll()
             why = f"no result after {seconds:g} s" if code is None else f"ComfyUI stopped with exit code {code}"
             pytest.fail(f"{why}; the log ends:\n{self.log()[-3000:]}", pytrace=False)
+        return self.entry(prompt_id)
+
+    def entry(self, prompt_id: str) -> dict:
+        """The history entry of a prompt that is at its end, whoever queued it."""
         return self.get(f"/history/{prompt_id}")[prompt_id]
 
     def free(self, **what: bool) -> None:
         """POST /free, and wait until it has been done: the server does it at the end of a prompt at the latest."""
         self.raw("/free", what)
         self.queue({"nothing": {"class_type": "TestNothing", "inputs": {}}})
+
+    def options(self, kind: str, name: str) -> list[str]:
+        """What a node's input can be chosen from; old nodes give the list in place of a type."""
+        (spec,) = (part[name] for part in self.get(f"/object_info/{kind}")[kind]["input"].values() if name in part)
+        return spec[0] if isinstance(spec[0], list) else spec[1]["options"]
 
     @staticmethod
     def error(entry: dict) -> str:

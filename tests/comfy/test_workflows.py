@@ -14,12 +14,26 @@ NAMES = sorted(file.stem for file in FOLDER.glob("*.json"))
 TOY = [name for name in NAMES if name.startswith("dcgen_toy")]
 # Nodes of no known kind; `has_errors` also marks nodes whose files are missing, in newer pages.
 UNKNOWN = "app.graph._nodes.filter((node) => !(node.type in LiteGraph.registered_node_types))"
+PACK = "ComfyUI-DC-Gen"
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 READY = "!!(window.app && window.app.extensionManager && window.LiteGraph.registered_node_types.DCGenApply)"
 
 
-def bare(api):
-    """An API prompt without titles, which a locale changes."""
-    return {key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in api.items()}
+def declared(kind):
+    """The inputs of a kind of node, as /object_info has them."""
+    return {name: spec for part in kind["input"].values() for name, spec in part.items()}
+
+
+def bare(api, kinds):
+    """An API prompt without titles, which a locale changes, and without what a page adds to core's own nodes."""
+
+    def inputs(node):
+        kind = kinds[node["class_type"]]
+        if kind["python_module"].endswith(PACK):
+            return node["inputs"]
+        return {name: value for name, value in node["inputs"].items() if name in declared(kind)}
+
+    return {key: {"class_type": node["class_type"], "inputs": inputs(node)} for key, node in api.items()}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -121,6 +135,12 @@ def page(server, browser):
     return browser
 
 
+@pytest.fixture(scope="module")
+def kinds(server):
+    """Every kind of node, as ComfyUI describes it."""
+    return server.get("/object_info")
+
+
 def load(page, name):
     graph = json.loads((FOLDER / f"{name}.json").read_text())
     page.js(f"app.loadGraphData({json.dumps(graph)}, true, true, {json.dumps(name)})")
@@ -128,12 +148,12 @@ def load(page, name):
 
 @pytest.mark.once_per_core
 @pytest.mark.parametrize("name", NAMES)
-def test_opens_in_the_frontend(page, name):
+def test_opens_in_the_frontend(page, kinds, name):
     page.errors.clear()
     load(page, name)
     assert page.js(f"{UNKNOWN}.map((node) => node.type)") == []
     found = page.js("app.graphToPrompt().then((prompt) => prompt.output)")
-    assert bare(found) == bare(json.loads((FOLDER / "api" / f"{name}.json").read_text()))
+    assert bare(found, kinds) == bare(json.loads((FOLDER / "api" / f"{name}.json").read_text()), kinds)
     assert page.errors == []
     # The view that opens shows the text of nodes, which the page leaves out below 8 pixels.
     assert page.js("app.canvas.ds.scale") * 14 > 8
@@ -147,7 +167,6 @@ def test_without_nunchakus_pack(page):
     try:
         load(page, NUNCHAKU)
         assert page.js(f"{UNKNOWN}.map((node) => node.type)") == ["NunchakuFluxDiTLoader"]
-        assert page.js(f"{UNKNOWN}[0].has_errors"), "the page marks it"
         said = page.js(f"{UNKNOWN}[0].properties")
         kept = page.js("app.graph.serialize().nodes.find((node) => node.type === 'NunchakuFluxDiTLoader')")
     finally:
@@ -158,23 +177,29 @@ def test_without_nunchakus_pack(page):
 
 @pytest.mark.once_per_core
 @pytest.mark.parametrize("name", ["dcae_roundtrip", "dcgen_flux_4k", NUNCHAKU])
-def test_a_rebuild_writes_the_same_files(server, page, name):
+def test_a_rebuild_writes_the_same_files(page, kinds, name):
     """workflows/build.py and what is committed are one: nothing has been mended by hand."""
     spec = importlib.util.spec_from_file_location("workflows_build", FOLDER / "build.py")
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
-    kinds = {**server.get("/object_info"), **build.FOREIGN}
-    ui, api = build.written(page, kinds, name)
-    for found, file in ((ui, FOLDER / f"{name}.json"), (api, FOLDER / "api" / f"{name}.json")):
-        assert comparable(found) == comparable(json.loads(file.read_text()))
+    ui, api = build.written(page, {**kinds, **build.FOREIGN}, name)
+    assert comparable(ui, kinds) == comparable(json.loads((FOLDER / f"{name}.json").read_text()), kinds)
+    assert bare(api, kinds) == bare(json.loads((FOLDER / "api" / f"{name}.json").read_text()), kinds)
 
 
-def comparable(graph):
-    """A graph without what depends on the page's language and fonts."""
-    if isinstance(graph, dict):
-        loose = ("size", "pos", "localized_name", "_meta", "title")
-        return {key: comparable(value) for key, value in graph.items() if key not in loose}
-    return [comparable(value) for value in graph] if isinstance(graph, list) else graph
+def comparable(graph, kinds):
+    """A graph without what depends on the page's language, fonts and version, and on the version of core's nodes."""
+    if isinstance(graph, list):
+        return [comparable(value, kinds) for value in graph]
+    if not isinstance(graph, dict):
+        return graph
+    kind = kinds.get(graph.get("type"))
+    loose = {"size", "pos", "localized_name", "title", "widgets_values_named"}
+    if kind and not kind["python_module"].endswith(PACK):
+        graph = {**graph, "outputs": [output for output in graph["outputs"] if output["links"]]}
+        if not any(isinstance(spec[0], list) or spec[0] in WIDGETS for spec in declared(kind).values()):
+            loose.add("widgets_values")  # of the page's own making
+    return {key: comparable(value, kinds) for key, value in graph.items() if key not in loose}
 
 
 @pytest.mark.once_per_core
@@ -185,22 +210,14 @@ def test_template_browser_lists_them_with_pictures(server):
         assert server.raw(f"/api/workflow_templates/ComfyUI-DC-Gen/{name}.jpg")[:2] == b"\xff\xd8"
 
 
-def toy_adapter(server, tiny_files):
-    """The shipped toy adapter, or a random one of the same shape where it has not been trained."""
-    listed = server.get("/object_info/DCGenApply")["DCGenApply"]["input"]["required"]["adapter_name"][1]["options"]
-    if "toy-flux-dcgen.safetensors" not in listed:
-        pytest.skip("toy/adapter/toy-flux-dcgen.safetensors has not been trained")
-
-
 @pytest.mark.parametrize("name", TOY)
-def test_toy_runs_from_the_browser(server, page, name, tmp_path):
-    toy_adapter(server, tmp_path)
+def test_toy_runs_from_the_browser(server, page, name):
     load(page, name)
     before = set(server.get("/history"))
     page.js("app.queuePrompt(0, 1)")
     page.until(f"fetch('/history').then((r) => r.json()).then((h) => Object.keys(h).length > {len(before)})", 120)
     (key,) = set(server.get("/history")) - before
-    entry = server.wait(key)
+    entry = server.entry(key)
     assert not server.error(entry), server.error(entry)
     pictures = [image for images in server.images(entry).values() for image in images]
     assert len(pictures) == 4
