@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -229,7 +228,8 @@ def test_toy_runs_from_the_browser(server, page, name):
 class Hand:
     """A user's hands on the page: nodes dragged out of the library, links drawn, values typed, the run button."""
 
-    SEARCH = "document.querySelector('input[placeholder^=\"Search Nodes\"]')"
+    SEARCH = "document.querySelector('.comfy-vue-side-bar-container input[placeholder^=Search]')"
+    LEAVES = "[...document.querySelectorAll('.tree-leaf, [role=treeitem][draggable=true]')]"
     LIBRARY = "app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library')"
 
     def __init__(self, page):
@@ -238,7 +238,7 @@ class Hand:
         page.js(f"app.loadGraphData({json.dumps(empty)}, true, true, 'hand')")
         page.js(self.LIBRARY)
         page.until(f"!!{self.SEARCH}", 60)
-        page.js("new Promise((done) => setTimeout(done, 1000))")  # the page moves the view after loading a graph
+        page.still("[...app.canvas.ds.offset, app.canvas.ds.scale]")  # the page moves the view after loading a graph
         page.js("app.canvas.ds.scale = 0.6; app.canvas.ds.offset = [0, 0]; app.canvas.draw(true, true)")
 
     def middle(self, element):
@@ -248,11 +248,8 @@ class Hand:
 
     def still(self, element):
         """Middle of an element that no longer moves: the library is laid out anew while it filters."""
-        before = None
-        while (now := self.middle(element)) != before:
-            before = now
-            time.sleep(0.4)
-        return now
+        self.page.still(f"(() => {{ const r = {element}.getBoundingClientRect(); return [r.x, r.y]; }})()")
+        return self.middle(element)
 
     def click(self, place):
         self.page.mouse("mouseMoved", *place)
@@ -264,7 +261,7 @@ class Hand:
         page, count = self.page, self.page.js("app.graph._nodes.length")
         page.js(f"{self.SEARCH}.focus(); {self.SEARCH}.select()")
         page.keys(title)
-        leaf = f"[...document.querySelectorAll('.tree-leaf')].find((e) => e.textContent.trim() === {json.dumps(title)})"
+        leaf = f"{self.LEAVES}.find((e) => e.textContent.trim() === {json.dumps(title)})"
         page.until(f"!!({leaf})", 60)
         page.drop(lambda: self.still(f"({leaf})"), (x, y))
         page.until(f"app.graph._nodes.length === {count + 1}", 30)
@@ -312,6 +309,7 @@ class Hand:
         self.page.until(f"{node}.widgets.find((w) => w.name === {json.dumps(name)}).value === '{text}'", 30)
 
 
+@pytest.mark.once_per_core
 def test_built_by_hand(server, page, base_name):
     """Nodes dragged in, linked, a size typed while the badge counts, run, the picture on the page, wiped."""
     page.js("app.refreshComboInNodes()")
