@@ -166,10 +166,10 @@ def test_without_nunchakus_pack(page):
     try:
         load(page, NUNCHAKU)
         assert page.js(f"{UNKNOWN}.map((node) => node.type)") == ["NunchakuFluxDiTLoader"]
-        said = page.js(f"{UNKNOWN}[0].properties")
         kept = page.js("app.graph.serialize().nodes.find((node) => node.type === 'NunchakuFluxDiTLoader')")
     finally:
         page.js("LiteGraph.registerNodeType('NunchakuFluxDiTLoader', window.kept)")
+    said = kept["properties"]
     assert (said["cnr_id"], said["aux_id"]) == ("ComfyUI-nunchaku", "nunchaku-tech/ComfyUI-nunchaku")
     assert kept["widgets_values"][0].startswith("svdq-int4")
 
