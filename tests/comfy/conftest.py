@@ -49,7 +49,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Which setting each test runs in, for the summary: workers of pytest-xdist and the like would not know items."""
+    """Which setting each test runs in, for the summary, which sees reports only."""
     labels = session.config.stash.setdefault(LABELS, {})
     for item in session.items:
         setting = getattr(item, "callspec", None) and item.callspec.params.get("comfy")

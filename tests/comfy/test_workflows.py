@@ -15,7 +15,11 @@ TOY = [name for name in NAMES if name.startswith("dcgen_toy")]
 UNKNOWN = "app.graph._nodes.filter((node) => !(node.type in LiteGraph.registered_node_types))"
 PACK = "ComfyUI-DC-Gen"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-READY = "!!(window.app && window.app.extensionManager && window.LiteGraph.registered_node_types.DCGenApply)"
+# Our nodes are known, the page hears the server, and the graph that it opens by itself is there.
+READY = (
+    "!!(window.app?.extensionManager?.workflow?.activeWorkflow && app.api.socket?.readyState === 1 &&"
+    " LiteGraph.registered_node_types.DCGenApply)"
+)
 
 
 def declared(kind):

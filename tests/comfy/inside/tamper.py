@@ -72,7 +72,10 @@ def places_of(modules, patchers):
     at_once = {}
     for patcher in patchers:
         names = {name.rpartition(".")[0] for name in patcher.backup}
-        at_once |= {id(part): str(patcher.load_device) for name, part in patcher.model.named_modules() if name in names}
+        for name, part in patcher.model.named_modules():
+            # Weights beside further layers: dynamic loading sends those of a model's tree along and keeps no note.
+            if name in names or any(True for _ in part.children()):
+                at_once[id(part)] = str(patcher.load_device)
 
     def place(module):
         if hasattr(module, "_v"):  # a place in the range of addresses of a device, filled when it is used
