@@ -292,10 +292,7 @@ def _check_values(state: Mapping[str, Tensor], found: _Source) -> None:
 
 
 def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
-    tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-    if tensor.ndim == 4:
-        return tensor.contiguous(memory_format=torch.channels_last)
-    return tensor.contiguous()
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None).contiguous()
 
 
 def _stored_space(metadata: Mapping[str, str]) -> LatentSpace | None:

@@ -55,13 +55,14 @@ def latent_format(space: LatentSpace) -> comfy.latent_formats.LatentFormat:
 @dataclass(frozen=True)
 class ModelInfo:
     """What a MODEL is sampled in: its latent space, patch size, the schedule its checkpoint wants (dcgen.schedule),
-    and the image side in pixels it was made for, if known.
+    the image side in pixels it was made for, if known, and which layers of its network depend on the latent.
     """
 
     space: LatentSpace
     patch_size: int = 1
     schedule: dict[str, Any] = field(default_factory=lambda: {"rule": "flux"})
     pixels: int | None = None
+    latent_layers: tuple[str, ...] = ()
 
     @property
     def token_channels(self) -> int:

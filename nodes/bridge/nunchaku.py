@@ -24,9 +24,9 @@ from ...dcgen.backbones import BACKBONES
 from ...dcgen.files import replacing
 from ...dcgen.tensors import Tensors
 from .latent_format import ModelInfo
-from .shared import borrow, linear
+from .lora import WRAPPER
+from .overlay import linear, overlay
 
-WRAPPER = "ComfyFluxWrapper"
 # nunchaku's kernels take ranks in steps of 16 up to 1024, unchecked above; all LoRA of a layer, and each of separate
 # q, k, v, stack on top of the model's own rank 32.
 RANK_STEP, RANK_ROOM, OWN_RANK, STACKED = 16, 1024, 32, 3
@@ -68,11 +68,11 @@ def network(
     """A wrapper of its own around the same transformer, with the adapter's layers and LoRA."""
     wrapper = model.model.diffusion_model
     # merge_tensor gives an adapter's own tensors back as they are: here they are the base, and its LoRA goes on them.
-    own = replace(adapter, tensors={})
+    blocks_only = replace(adapter, tensors={})
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in adapter.tensors.items():
         path, _, suffix = key.rpartition(".")
-        layers.setdefault(path, {})[suffix] = merge_tensor(key, tensor, own, strength)
+        layers.setdefault(path, {})[suffix] = merge_tensor(key, tensor, blocks_only, strength)
     made = {path: linear(weights, wrapper.dtype, model.offload_device) for path, weights in layers.items()}
     before = wrapper.customized_forward
 
@@ -91,16 +91,16 @@ def network(
         _check_ranks(lora, [file for file, _ in loras])
         loras.append((str(_lora_file(lora)), strength))
     sizes = {"patch_size": info.patch_size, "in_channels": info.space.channels, "out_channels": info.space.channels}
-    return borrow(
-        wrapper,
-        dcgen_layers=torch.nn.ModuleList(made.values()),
-        config={**wrapper.config, **sizes},
-        loras=loras,
-        customized_forward=forward,
-        ctx_for_copy=_NotCopied(),
-        _prev_timestep=None,
-        _cache_context=None,
-    )
+    own = {
+        "dcgen_layers": torch.nn.ModuleList(made.values()),
+        "config": {**wrapper.config, **sizes},
+        "loras": loras,
+        "customized_forward": forward,
+        "ctx_for_copy": _NotCopied(),
+        "_prev_timestep": None,
+        "_cache_context": None,
+    }
+    return overlay(wrapper, own)
 
 
 def _call(transformer: torch.nn.Module, **kwargs: Any) -> Any:

@@ -18,8 +18,9 @@ import torch
 from ...dcgen.latent import SPACES
 from ...dcgen.release import Model, open_model
 from .flux import FLUX
-from .flux_loader import is_quantized, load_flux, load_quantized_flux
+from .flux_loader import load_flux
 from .kl_vae import load_kl_vae
+from .quantized import is_quantized, load_quantized
 from .sana import SANA, load_sana
 from .sana_text import load_sana_text
 from .text import load_flux_text
@@ -71,10 +72,20 @@ def load_release(name: str) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.
     if kind not in (FLUX.diffusers_class, SANA.diffusers_class):
         known = f"{FLUX.diffusers_class} (FLUX) and {SANA.diffusers_class} (SANA)"
         raise ValueError(f"{folder}: its transformer is a {kind}; this node loads {known}.")
-    model = _known(open_model(folder), FROM_FILE, folder)
-    if model.backbone is SANA:
-        return load_sana(model), load_sana_text(folder, index), load_vae(folder, index)
-    return load_flux(model, native_pixels(folder)), load_flux_text(folder, index), load_vae(folder, index)
+    return load_weights(folder, "default", FROM_FILE), load_text(folder), load_vae(folder, index)
+
+
+def load_text(folder: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    """CLIP of a release folder."""
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    load = load_sana_text if index["transformer"][1] == SANA.diffusers_class else load_flux_text
+    clip = load(folder, index, disable_dynamic)
+    clip.patcher.cached_patcher_init = (_text_patcher, (folder,))
+    return clip
+
+
+def _text_patcher(folder: Path, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    return load_text(folder, disable_dynamic).patcher
 
 
 def load_vae(folder: Path, index: dict[str, Any]) -> comfy.sd.VAE:
@@ -114,16 +125,30 @@ def autoencoder_names() -> list[str]:
 
 def load_model(name: str, weight_dtype: str, autoencoder: str) -> comfy.model_patcher.ModelPatcher:
     """MODEL of a name from model_names()."""
-    folder = name in release_names()
-    path = find_release(name) if folder else Path(folder_paths.get_full_path_or_raise("diffusion_models", name))
-    if not folder and is_quantized(path):
-        return load_quantized_flux(path, SPACES.get(autoencoder), WEIGHT_DTYPES[weight_dtype])
-    model = _known(open_model(path), autoencoder, path)
-    if model.backbone is SANA:
-        return load_sana(model, WEIGHT_DTYPES[weight_dtype])
-    if model.backbone is not FLUX:
-        raise ValueError(f"{path} is a {model.backbone.name} model; this node loads FLUX and SANA.")
-    return load_flux(model, native_pixels(path) if folder else None, WEIGHT_DTYPES[weight_dtype])
+    if name in release_names():
+        return load_weights(find_release(name), weight_dtype, autoencoder)
+    path = Path(folder_paths.get_full_path_or_raise("diffusion_models", name))
+    return load_weights(path, weight_dtype, autoencoder)
+
+
+def load_weights(
+    path: Path, weight_dtype: str, autoencoder: str, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    """MODEL of a release folder or a single file, which the core can load again by itself."""
+    options = WEIGHT_DTYPES[weight_dtype]
+    if path.is_file() and is_quantized(path):
+        patcher = load_quantized(path, SPACES.get(autoencoder), options, disable_dynamic)
+    else:
+        model = _known(open_model(path), autoencoder, path)
+        if model.backbone is SANA:
+            patcher = load_sana(model, options, disable_dynamic)
+        elif model.backbone is FLUX:
+            pixels = native_pixels(path) if path.is_dir() else None
+            patcher = load_flux(model, pixels, options, disable_dynamic)
+        else:
+            raise ValueError(f"{path} is a {model.backbone.name} model; this node loads FLUX and SANA.")
+    patcher.cached_patcher_init = (load_weights, (path, weight_dtype, autoencoder))
+    return patcher
 
 
 def _known(model: Model, autoencoder: str, path: Path) -> Model:

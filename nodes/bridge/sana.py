@@ -12,9 +12,9 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
-import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models_base
+import comfy.utils
 import torch
 from torch import Tensor, nn
 
@@ -25,12 +25,13 @@ from ...dcgen.backbones.sana import SanaConfig, SanaNet, network_timestep
 from ...dcgen.files import meta_tensors
 from ...dcgen.release import Model
 from ...dcgen.schedule import STATIC_SIGMA_MAX, shift_ratio
-from .flux import image_side, lora_patches
-from .flux_loader import by_module, module_of, set_dtype
+from . import lora
 from .latent_format import ModelInfo, latent_format
-from .shared import borrow, borrowing_patcher, copied_config, linear
+from .loading import Parts, by_layer, fill, is_dynamic, new_patcher, renamed, set_dtype
+from .overlay import Ends, convolution, copied_config, linear
 
-SANA = BACKBONES["sana"]
+SANA = BACKBONE = BACKBONES["sana"]
+LATENT_LAYERS = (SANA.embedder, SANA.head)
 TIMESTEPS = 1000
 # Key in a CONDITIONING's dict, and its value: made by DCGenSanaTextEncode.
 TEXT_KEY = "dcgen_text"
@@ -150,27 +151,49 @@ class SanaModelConfig(comfy.supported_models_base.BASE):
         return SanaModel(self, device=device)
 
 
-def load_sana(source: Model, options: Mapping[str, Any] | None = None) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL from SANA weights in either naming, read a block at a time.
+@torch.inference_mode(False)  # inference tensors could not be trained through (TrainLoraNode)
+def load_sana(
+    source: Model, options: Mapping[str, Any] | None = None, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL from SANA weights in either naming, read a layer at a time.
 
     source: its latent must be known; options: dtype, fp8_optimizations, custom_operations as in
     comfy.sd.load_diffusion_model. ValueError names what does not fit.
     """
-    path = str(source.tensors.path)
-    size = patch_size(SANA.packed_channels(source.config), source.latent.channels, path)
-    info = ModelInfo(source.latent, size, dict(source.schedule))
-    entries = source.entries
-    config = SanaModelConfig(_geometry(asdict(SanaConfig.from_diffusers(source.config))))
-    config.latent_format = latent_format(info.space)
-    set_dtype(config, meta_tensors(entries.values()), dict(options or {}))
-    model = config.get_model({}).to(comfy.model_management.unet_offload_device())
+    path = source.tensors.path
+    size = patch_size(SANA.packed_channels(source.config), source.latent.channels, str(path))
+    info = ModelInfo(source.latent, size, dict(source.schedule), latent_layers=LATENT_LAYERS)
+    parts = ({key: source.get(key) for key in keys} for keys in by_layer(source.entries))
+    shapes = meta_tensors(source.entries.values())
+    return build(shapes, parts, source.config, info, path, options or {}, disable_dynamic)
+
+
+def build(
+    shapes: Mapping[str, Tensor],
+    parts: Parts,
+    config: Mapping[str, Any],
+    info: ModelInfo,
+    path: Any,
+    options: Mapping[str, Any],
+    disable_dynamic: bool = False,
+) -> comfy.model_patcher.ModelPatcher:
+    """The BaseModel and its patcher. shapes: every key (meta tensors do); parts: the weights by layer."""
+    model_config = SanaModelConfig(_geometry(asdict(SanaConfig.from_diffusers(config))))
+    model_config.latent_format = latent_format(info.space)
+    model_config.quant_config = comfy.utils.detect_layer_quantization(shapes, "")
+    set_dtype(model_config, shapes, options)
+    model = model_config.get_model({}).to(comfy.model_management.unet_offload_device())
     _keep_tables_exact(model)
-    for keys in by_module(entries, str):
-        _fill(model.diffusion_model, {key: source.get(key) for key in keys}, path)
+    patcher = new_patcher(model, disable_dynamic)
+    fill(model.diffusion_model, renamed(parts, _as_linear), path, assign=is_dynamic(patcher))
     finish(model, info)
-    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    load_device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    return kind(model, load_device=load_device, offload_device=offload)
+    return lora.reported(patcher)
+
+
+def _as_linear(part: dict[str, Tensor]) -> dict[str, Tensor]:
+    """1x1 convolutions of the files as the Linear layers that the network has for them."""
+    pointwise = (".conv_inverted.weight", ".conv_point.weight")
+    return {name: value.flatten(1) if name.endswith(pointwise) else value for name, value in part.items()}
 
 
 def _geometry(config: dict[str, Any]) -> dict[str, Any]:
@@ -189,25 +212,6 @@ def _keep_tables_exact(model: SanaModel) -> None:
             module.scale_shift_table = nn.Parameter(table.to(torch.bfloat16), requires_grad=False)
 
 
-def _fill(network: nn.Module, part: dict[str, Tensor], path: str) -> None:
-    """Load one module of the network, strictly, or the one parameter that stands beside the modules."""
-    name = module_of(next(iter(part)))
-    try:
-        target = network.get_parameter(name) if name in part else network.get_submodule(name)
-        if isinstance(target, nn.Parameter):
-            _copy(target, part[name])
-        else:
-            target.load_state_dict({key[len(name) + 1 :]: value for key, value in part.items()})
-    except (AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: the weights of {name} do not fit this SANA: {error}") from error
-
-
-def _copy(target: nn.Parameter, value: Tensor) -> None:
-    if target.shape != value.shape:
-        raise RuntimeError(f"shape {tuple(value.shape)}, expected {tuple(target.shape)}")
-    target.data.copy_(value)
-
-
 def finish(model: SanaModel, info: ModelInfo) -> None:
     """What the latent decides on a BaseModel beyond its network: memory per latent pixel, shift, and its own info."""
     width = model.diffusion_model.config.width
@@ -222,60 +226,46 @@ def is_sana(model: comfy.model_patcher.ModelPatcher) -> bool:
     return isinstance(model.model, SanaModel)
 
 
-def check_adapter(adapter: Adapter, model: comfy.model_patcher.ModelPatcher, name: str) -> None:
-    """ValueError unless the adapter was made for this SANA; nothing has been computed by then."""
-    if adapter.backbone != SANA.name:
-        raise ValueError(
-            f"{name} is an adapter for {adapter.backbone!r} models, and DCGenApply was given SANA. "
-            "Choose an adapter made for SANA."
-        )
+def base_config(model: comfy.model_patcher.ModelPatcher) -> dict[str, Any]:
+    """The config of a MODEL's network, as diffusers names it."""
+    return asdict(model.model.diffusion_model.config)
+
+
+def check_base(model: comfy.model_patcher.ModelPatcher, adapter: Adapter, name: str) -> None:
+    """ValueError when this MODEL already runs on the adapter's latent. name: of the adapter."""
     known: ModelInfo = model.model.dcgen
     if not known.space.differences(adapter.latent):
         raise ValueError(
             f"this MODEL already runs on {known.space.name or 'that latent'}; {name} belongs on the base model. "
             "Connect the base's loader to DCGenApply."
         )
-    config = asdict(model.model.diffusion_model.config)
-    adapter.check_base(SANA.fingerprint(config), f"the MODEL given to DCGenApply with {name}")
 
 
-def apply_adapter(
-    model: comfy.model_patcher.ModelPatcher, adapter: Adapter, strength: float, name: str = "the adapter"
-) -> comfy.model_patcher.ModelPatcher:
-    """The DC-Gen MODEL: `model`'s blocks with the adapter's embedder and head, and its LoRA at `strength`.
-
-    `model` is not changed and shares its weights with the result. strength 0 = alignment only.
-    """
-    check_adapter(adapter, model, name)
-    info = ModelInfo(adapter.latent, adapter.patch_size, dict(adapter.schedule), image_side(adapter))
-    base = model.model
-    geometry = SANA.config_with_latent(asdict(base.diffusion_model.config), info.space.channels, info.patch_size)
-    config = copied_config(base.model_config)
-    config.unet_config.update(_geometry(geometry))
-    config.latent_format = latent_format(info.space)
-    patcher = borrowing_patcher(model, _network(model, adapter, geometry), config)
-    finish(patcher.model, info)
-    if strength and adapter.lora:
-        patcher.add_patches(lora_patches(adapter, patcher), strength)
-    return patcher
-
-
-def _network(model: comfy.model_patcher.ModelPatcher, adapter: Adapter, geometry: dict[str, Any]) -> nn.Module:
+def ends(model: comfy.model_patcher.ModelPatcher, adapter: Adapter, info: ModelInfo) -> Ends:
+    """What the DC-Gen network has in place of the base's, by path: the adapter's layers, and sizes."""
     dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
     tensors, device = adapter.tensors, model.offload_device
-    parts = [{end: tensors[f"{name}.{end}"] for end in ("weight", "bias")} for name in (SANA.embedder, SANA.head)]
-    embedder: Any = nn.Module()
-    embedder.proj = _convolution(parts[0], dtype, device)
-    own: dict[str, Any] = {"patch_embed": embedder, "proj_out": linear(parts[1], dtype, device)}
+    embedder, head = (
+        {end: tensors[f"{name}.{end}"] for end in ("weight", "bias")} for name in (SANA.embedder, SANA.head)
+    )
+    own: dict[str, Any] = {
+        SANA.embedder: convolution(embedder, dtype, device),
+        SANA.head: linear(head, dtype, device),
+        "config": SanaConfig.from_diffusers(_deep_geometry(model, info)),
+        "_positions": None,  # the table made for one grid is not that of another
+    }
     if "scale_shift_table" in tensors:
         own["scale_shift_table"] = nn.Parameter(tensors["scale_shift_table"].to(device, dtype), requires_grad=False)
-    # _positions: the table made for one grid is not that of another.
-    return borrow(model.model.diffusion_model, config=SanaConfig.from_diffusers(geometry), _positions=None, **own)
+    return own
 
 
-def _convolution(weights: Mapping[str, Tensor], dtype: Any, device: Any) -> nn.Module:
-    """A comfy.ops Conv2d over patches, following its input's device and dtype."""
-    width, channels, p, _ = weights["weight"].shape
-    layer = comfy.ops.manual_cast.Conv2d(channels, width, p, stride=p, dtype=dtype, device=device)
-    layer.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()})
-    return layer.eval().requires_grad_(False)
+def deep_config(model: comfy.model_patcher.ModelPatcher, _adapter: Adapter, info: ModelInfo) -> Any:
+    """The core's model_config of the DC-Gen model."""
+    config = copied_config(model.model.model_config)
+    config.unet_config.update(_geometry(_deep_geometry(model, info)))
+    config.latent_format = latent_format(info.space)
+    return config
+
+
+def _deep_geometry(model: comfy.model_patcher.ModelPatcher, info: ModelInfo) -> dict[str, Any]:
+    return SANA.config_with_latent(base_config(model), info.space.channels, info.patch_size)

@@ -12,14 +12,14 @@ from typing import Any
 import comfy.sd
 import comfy.supported_models_base
 import comfy.text_encoders.llama
-import folder_paths
 import torch
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel
 from torch import Tensor, nn
 
 from ...dcgen.tensors import Tensors
+from .loading import by_layer, fill, is_dynamic
 from .sana import SANA, TEXT_KEY
-from .text import LoadedTokenizer, fill, load_tokenizer, read_all, stored_dtype
+from .text import LoadedTokenizer, load_tokenizer, new_clip, stored_dtype
 
 # Text positions that SANA sees: the first (the start token) and the last 299 of instruction + prompt.
 POSITIONS = 300
@@ -132,7 +132,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tenso
     return mixed.transpose(1, 2).flatten(2)
 
 
-def load_sana_text(release: Path, index: dict[str, Any]) -> comfy.sd.CLIP:
+@torch.inference_mode(False)
+def load_sana_text(release: Path, index: dict[str, Any], disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """CLIP from text_encoder/ (Gemma 2) + tokenizer/ of a SANA release. Weights keep the dtype of the files."""
     folder = release / "text_encoder"
     config = _config(folder)
@@ -143,12 +144,12 @@ def load_sana_text(release: Path, index: dict[str, Any]) -> comfy.sd.CLIP:
             "padding token; this one does not. Download the release again."
         )
     files = Tensors.open(folder)
-    weights = _weights(read_all(files), folder)
+    names = _names(files, folder)
     target = comfy.supported_models_base.ClipTarget(_tokenizer_class(tokenizer), _model_class(config, tokenizer))
     target.params = {"stored": stored_dtype(files)}
-    size = sum(tensor.numel() for tensor in weights.values())
-    clip = comfy.sd.CLIP(target, embedding_directory=folder_paths.get_folder_paths("embeddings"), parameters=size)
-    fill(getattr(clip.cond_stage_model, GEMMA).transformer.model, weights, folder)
+    clip = new_clip(target, [files], disable_dynamic)
+    parts = ({name: files.get(names[name]) for name in layer} for layer in by_layer(names))
+    fill(getattr(clip.cond_stage_model, GEMMA).transformer.model, parts, folder, is_dynamic(clip.patcher))
     return clip
 
 
@@ -168,9 +169,9 @@ def _config(folder: Path) -> dict[str, Any]:
     return {**config, "head_dim": head, "rope_theta": config.get("rope_theta", rope.get("rope_theta", 10000.0))}
 
 
-def _weights(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """By the names of Gemma2Model, whether the files hold that or a Gemma2ForCausalLM."""
-    found = {key.removeprefix("model."): value for key, value in tensors.items() if not key.startswith("lm_head.")}
+def _names(files: Tensors, folder: Path) -> dict[str, str]:
+    """Names of Gemma2Model -> those in the files, which hold that or a Gemma2ForCausalLM."""
+    found = {key.removeprefix("model."): key for key in files.entries if not key.startswith("lm_head.")}
     if "norm.weight" not in found:
         raise ValueError(
             f"{folder}: the text encoder has no final norm (norm.weight), which SANA's text features go through. "

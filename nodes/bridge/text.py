@@ -18,13 +18,15 @@ import transformers
 from comfy.sd1_clip import SDClipModel, SDTokenizer
 
 from ...dcgen.tensors import Tensors
+from .loading import Parts, by_layer, fill, is_dynamic
 
 # transformers' names for the activations that ComfyUI's encoders have.
 _ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
 _T5_BUCKETS, _T5_DISTANCE = 32, 128
 
 
-def load_flux_text(release: Path, index: dict[str, Any]) -> comfy.sd.CLIP:
+@torch.inference_mode(False)
+def load_flux_text(release: Path, index: dict[str, Any], disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """CLIP from text_encoder/ + tokenizer/ (CLIP) and text_encoder_2/ + tokenizer_2/ (T5) of a release.
 
     T5 is padded to tokenizer_2's own length (512 in the published releases), cut there, and not masked; of CLIP only
@@ -36,13 +38,34 @@ def load_flux_text(release: Path, index: dict[str, Any]) -> comfy.sd.CLIP:
     weights = [Tensors.open(release / name) for name in ("text_encoder", "text_encoder_2")]
     target = comfy.supported_models_base.ClipTarget(_tokenizer_class(tokenizers), _model_class(configs, tokenizers))
     target.params = {"dtypes": [stored_dtype(files) for files in weights]}
-    size = sum(tensor.numel() for files in weights for tensor in files.meta().values())
-    embeddings = folder_paths.get_folder_paths("embeddings")
-    clip = comfy.sd.CLIP(target, embedding_directory=embeddings, parameters=size)
-    model = clip.cond_stage_model
-    fill(model.clip_l.transformer, _clip_keys(read_all(weights[0])), release / "text_encoder")
-    fill(model.t5xxl.transformer, _t5_keys(read_all(weights[1])), release / "text_encoder_2")
+    clip = new_clip(target, weights, disable_dynamic)
+    model, assign = clip.cond_stage_model, is_dynamic(clip.patcher)
+    fill(model.clip_l.transformer, _clip_parts(weights[0]), release / "text_encoder", assign)
+    fill(model.t5xxl.transformer, _t5_parts(weights[1]), release / "text_encoder_2", assign)
     return clip
+
+
+class ReleaseCLIP(comfy.sd.CLIP):
+    """The core's CLIP, whose clones encode with the model of their own patcher.
+
+    The core's clone keeps the first model, also where its patcher has another one (Set CLIP Hooks under dynamic VRAM),
+    so that hooks had no effect.
+    """
+
+    def clone(self, *args: Any, **kwargs: Any) -> comfy.sd.CLIP:
+        twin = super().clone(*args, **kwargs)
+        twin.__class__ = ReleaseCLIP
+        twin.cond_stage_model = twin.patcher.model
+        return twin
+
+
+def new_clip(target: Any, weights: list[Tensors], disable_dynamic: bool) -> comfy.sd.CLIP:
+    """A CLIP of random weights, as large as `weights`, which belong into it."""
+    size = sum(tensor.numel() for files in weights for tensor in files.meta().values())
+    kwargs = {"disable_dynamic": True} if disable_dynamic else {}
+    return ReleaseCLIP(
+        target, embedding_directory=folder_paths.get_folder_paths("embeddings"), parameters=size, **kwargs
+    )
 
 
 def stored_dtype(weights: Tensors) -> torch.dtype:
@@ -51,10 +74,6 @@ def stored_dtype(weights: Tensors) -> torch.dtype:
     for entry in weights.entries.values():
         sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def read_all(weights: Tensors) -> dict[str, torch.Tensor]:
-    return {name: weights.get(name) for name in weights.entries}
 
 
 def load_tokenizer(folder: Path, entry: list[str] | None) -> transformers.PreTrainedTokenizerBase:
@@ -191,25 +210,22 @@ def _set_epsilon(model: torch.nn.Module, epsilon: float) -> None:
             module.variance_epsilon = epsilon
 
 
-def _clip_keys(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """transformers 5 dropped the `text_model.` that earlier releases have; ids are made anew."""
-    found = {key.removeprefix("text_model."): value for key, value in tensors.items()}
-    width = found["final_layer_norm.weight"].shape[0]
-    projection = found.pop("text_projection.weight", torch.eye(width, dtype=found["final_layer_norm.weight"].dtype))
-    kept = {f"text_model.{key}": value for key, value in found.items() if not key.endswith("position_ids")}
-    return {**kept, "text_projection.weight": projection}
+def _clip_parts(weights: Tensors) -> Parts:
+    """CLIP's weights by layer. transformers 5 dropped the `text_model.` of earlier releases; ids are made anew."""
+    found = {key.removeprefix("text_model."): key for key in weights.entries if not key.endswith("position_ids")}
+    norm = weights.entries[found["final_layer_norm.weight"]]
+    projection = found.pop("text_projection.weight", None)
+    square = torch.eye(norm.shape[0], dtype=norm.dtype) if projection is None else weights.get(projection)
+    yield {"text_projection.weight": square}
+    for names in by_layer(found):
+        yield {f"text_model.{name}": weights.get(found[name]) for name in names}
 
 
-def _t5_keys(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`encoder.embed_tokens` is the same tensor as `shared`; a file may hold either or both."""
-    tied = tensors.pop("encoder.embed_tokens.weight", None)
+def _t5_parts(weights: Tensors) -> Parts:
+    """T5's weights by layer. `encoder.embed_tokens` is the same tensor as `shared`; a file may hold either or both."""
+    found = {key: key for key in weights.entries}
+    tied = found.pop("encoder.embed_tokens.weight", None)
     if tied is not None:
-        tensors.setdefault("shared.weight", tied)
-    return tensors
-
-
-def fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: the weights are not those its config.json describes: {error}") from error
+        found.setdefault("shared.weight", tied)
+    for names in by_layer(found):
+        yield {name: weights.get(found[name]) for name in names}

@@ -23,6 +23,7 @@ from torch import Tensor
 from ...dcgen.dcae import DCAE, Strip, choose_strip, load_dcae, peak_bytes
 from ...dcgen.dcae.model import check_latent
 from ...dcgen.latent import LatentSpace
+from .loading import is_dynamic
 from .strip_preview import StripPreview
 
 # Larger strips are hardly faster, so no more than this is asked for (a working set, bytes).
@@ -33,23 +34,37 @@ CPU_WORKING_BYTES = 256 << 20
 class DCAEVAE(comfy.sd.VAE):
     """comfy.sd.VAE around a DC-AE. Latents are raw (B,C,h,w); the model's latent format scales them."""
 
-    def __init__(self, dcae: DCAE) -> None:
+    def __init__(self, dcae: DCAE, disable_dynamic: bool = False) -> None:
         # The one-key state dict makes this core's own constructor set every attribute it knows of.
         super().__init__(sd={"pixel_space_vae": torch.tensor(1.0)})
         config = dcae.config
-        self.dcae = dcae
         self.downscale_ratio = self.upscale_ratio = config.spatial_factor
         self.latent_channels = config.latent_channels
         self.first_stage_model = dcae.eval()
         self.vae_dtype = comfy.model_management.vae_dtype(self.device, self.working_dtypes)
         self.first_stage_model.to(self.vae_dtype)
-        offload = comfy.model_management.vae_offload_device()
-        self.patcher = comfy.model_patcher.ModelPatcher(dcae, load_device=self.device, offload_device=offload)
+        if hasattr(comfy.model_management, "archive_model_dtypes"):  # what a dynamic patcher casts to
+            comfy.model_management.archive_model_dtypes(dcae)
+        # Every layer either is the core's own or casts its weights itself, so the dynamic patcher will do.
+        plain = comfy.model_patcher.ModelPatcher
+        kind = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
+        self.patcher = kind(dcae, load_device=self.device, offload_device=comfy.model_management.vae_offload_device())
+        if not is_dynamic(self.patcher):  # which copies weights out in their plain order
+            dcae.to(memory_format=torch.channels_last)
         self.size = None
         self.memory_used_decode = lambda shape, dtype: self._memory("decode", shape[-2], shape[-1], dtype)
         self.memory_used_encode = lambda shape, dtype: self._memory(
             "encode", shape[-2] // config.spatial_factor, shape[-1] // config.spatial_factor, dtype
         )
+
+    @property
+    def dcae(self) -> DCAE:
+        """The autoencoder; the core may give this object another copy of it (Select VAE Device)."""
+        return self.first_stage_model
+
+    def get_sd(self) -> dict[str, Tensor]:
+        """What core's VAE Save writes; safetensors takes contiguous tensors only."""
+        return {key: value.contiguous() for key, value in super().get_sd().items()}
 
     @property
     def space(self) -> LatentSpace:
@@ -143,8 +158,8 @@ class DCAEVAE(comfy.sd.VAE):
                     show.restart()
                 try:
                     result = work(one.to(self.device, self.vae_dtype), chosen, tell)
-                except comfy.model_management.OOM_EXCEPTION:
-                    if chosen == smaller(chosen, h, w):
+                except Exception as error:
+                    if not out_of_memory(error) or chosen == smaller(chosen, h, w):
                         raise
                     failed = True  # the exception holds the tensors of its frames: retry after it is gone
                 if not failed:
@@ -173,6 +188,15 @@ class DCAEVAE(comfy.sd.VAE):
         return peak_bytes(config, max(1, h), max(1, w), dtype, strip, direction)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether the core takes an error for too little memory."""
+    management = comfy.model_management
+    if isinstance(error, management.InterruptProcessingException):
+        return False  # an Exception in older cores, where OOM_EXCEPTION may be all of them
+    asked = getattr(management, "is_oom", None)
+    return asked(error) if asked else isinstance(error, management.OOM_EXCEPTION)
+
+
 def smaller(strip: Strip, h: int, w: int) -> Strip:
     """Half the rows; from one row on, half the columns; the same when nothing smaller is left."""
     rows = h if strip.rows is None else strip.rows
@@ -182,14 +206,24 @@ def smaller(strip: Strip, h: int, w: int) -> Strip:
     return Strip(1, max(1, columns // 2)) if columns > 1 else strip
 
 
-def make_vae(source: DCAE | str | os.PathLike[str], **options: Any) -> DCAEVAE:
+@torch.inference_mode(False)
+def make_vae(
+    source: DCAE | str | os.PathLike[str], scaling_factor: float | None = None, disable_dynamic: bool = False
+) -> DCAEVAE:
     """VAE from a DC-AE file, a folder (config.json beside the weights), or a loaded DCAE built on comfy.ops layers.
 
-    options go to load_dcae (scaling_factor). Raises DCAEError, which names the file, for anything that is not a DC-AE.
+    Raises DCAEError, which names the file, for anything that is not a DC-AE.
     """
-    if not isinstance(source, DCAE):
-        source = load_dcae(source, operations=comfy.ops.disable_weight_init, **options)
-    return DCAEVAE(source)
+    if isinstance(source, DCAE):
+        return DCAEVAE(source, disable_dynamic)
+    dcae = load_dcae(source, operations=comfy.ops.disable_weight_init, scaling_factor=scaling_factor)
+    vae = DCAEVAE(dcae, disable_dynamic)
+    vae.patcher.cached_patcher_init = (_patcher, (source, scaling_factor))
+    return vae
+
+
+def _patcher(source: Any, scaling_factor: float | None, disable_dynamic: bool = False) -> Any:
+    return make_vae(source, scaling_factor, disable_dynamic).patcher
 
 
 def as_dcae(vae: Any, node: str) -> DCAEVAE:

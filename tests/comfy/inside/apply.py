@@ -17,7 +17,7 @@ def adapters(pack):
 
 
 def _load(pack, params):
-    flux = bridge(pack, "flux")
+    flux = bridge(pack, "apply")
     base = load_model(pack, params["release"])
     adapter = adapters(pack).load_adapter(params["adapter"])
     return flux, base, adapter
@@ -85,7 +85,7 @@ def lowvram(pack, tensors, params):
     out, partial = {}, []
     for turn in range(2):
         out |= cases(for_deep, deep, f"{turn}-lora_after-")
-        partial.append(left_out(deep.lender))
+        partial.append(left_out(deep.base))
         out |= cases(for_base, base, f"{turn}-base-")
         partial.append(left_out(base))
     return out, {"partial": partial}

@@ -37,7 +37,7 @@ def _load(pack, params, kind="release", options=None):
 
 
 def _apply(pack, model, file, strength=1.0):
-    return bridge(pack, "flux").apply_adapter(model, adapters(pack).load_adapter(file), strength)
+    return bridge(pack, "apply").apply_adapter(model, adapters(pack).load_adapter(file), strength)
 
 
 def _with_lora(model, file, strength=0.7):
@@ -166,7 +166,7 @@ def gguf(pack, tensors, params):
         for turn, name in enumerate(("deep", "base", "lora", "aligned", "before", "base")):
             found, inputs = models[name]
             out |= cases(inputs, found, f"{prefix}{turn}-{name}-")
-        lender = type(deep.lender).__name__, type(deep.clone().lender).__name__
+        lender = type(deep.base).__name__, type(deep.clone().base).__name__
         if base is model:
             _attempt(said := {}, "hook", lambda: deep.clone().add_hook_patches(None, {}))  # noqa: B023
             still = sum(_is_packed(model, name) for name in packed)

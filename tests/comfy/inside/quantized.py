@@ -118,7 +118,7 @@ def with_lora(model, params):
 
 def base_models(pack, tensors, params, load, folder):
     """DCGenApply on a quantized base, which stays usable beside it."""
-    flux, adapter = bridge(pack, "flux"), adapters(pack).load_adapter(params["adapter"])
+    flux, adapter = bridge(pack, "apply"), adapters(pack).load_adapter(params["adapter"])
     plain = load_model(pack, params["release"])
     space = importlib.import_module(f"{pack}.dcgen.latent").SPACES["flux-f8c16"]
     notes = {**space.to_metadata(), "dcgen.config": params["base_config"]}

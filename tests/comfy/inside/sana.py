@@ -182,7 +182,7 @@ def lowvram(pack, tensors, params):
         base, deep = _base_and_deep(pack, params, dtype)
         deep = comfy.sd.load_lora_for_models(deep, None, lora, 0.7, 0)[0]
         for turn in range(2):
-            for name, patcher, owner in (("deep", deep, deep.lender), ("base", base, base)):
+            for name, patcher, owner in (("deep", deep, deep.base), ("base", base, base)):
                 out |= named(f"{dtype}/{turn}/{name}", velocities(patcher, cases(tensors, name)))
                 partial.append(left_out(owner))
     return out, partial
@@ -193,12 +193,12 @@ def placement(pack, tensors, params):
     gpu, seen = note_places(), []
     base, deep = _base_and_deep(pack, params)
     base.load_device = gpu
-    deep.load_device = deep.lender.load_device = gpu
+    deep.load_device = deep.base.load_device = gpu
     for name in params["order"]:
         comfy.model_management.load_models_gpu([{"base": base, "deep": deep}[name]])
         own = [deep.model.diffusion_model.patch_embed.proj, deep.model.diffusion_model.proj_out]
         parts = [*base.model.diffusion_model.modules(), *(own if name == "deep" else ())]
-        seen.append(places_of(parts, [deep, base, deep.lender]))
+        seen.append(places_of(parts, [deep, base, deep.base]))
     return {}, {"seen": seen, "device": str(gpu)}
 
 

@@ -1,0 +1,365 @@
+"""A MODEL over the weights of another MODEL: new embedder and head, no second copy of the base.
+
+Two things must both be true of DCGenApply's result. The core reads a model's latent format, memory factor and network
+straight off `patcher.model`, before and after any patch is applied, so the DC-Gen model needs a BaseModel of its own.
+And the blocks must be loaded, offloaded and patched by one owner only, or base and DC-Gen would each move the other's
+weights away. So the new BaseModel (the overlay) holds only the new layers and its network looks everything else up in
+the base's network. Its patcher carries a clone of the base's patcher as an "additional model", which the core loads
+beside it and which swaps with the base by the core's own rules for clones.
+
+Who of the two answers is a rule, written down in owners.py for every method and attribute of the core's patchers; a
+test walks the installed core and fails on a name that is not there. Where the core wants a model with weights that
+nothing else uses (hooks and torch.compile under dynamic VRAM, training, a second GPU), it asks for a copy through
+`cached_patcher_init`: that copy is the base loaded anew with the new layers in place of its own, an ordinary model
+without any sharing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.ops
+import comfy.patcher_extension
+from torch import Tensor, nn
+
+from . import lora
+from .owners import ATTRIBUTES, OWNERS
+
+BASE = "dcgen_base"  # key of the base's patcher among the additional models
+NETWORK = "diffusion_model."
+PACKED = "GGUFModelPatcher"  # ComfyUI-GGUF's, known by name
+Ends = Mapping[str, Any]
+"""What an overlay has of its own, by path in the network: layers, parameters and plain attributes."""
+
+_own_only: ContextVar[bool] = ContextVar("dcgen_own_only", default=False)
+
+
+@contextlib.contextmanager
+def own_layers_only() -> Iterator[None]:
+    """While it lasts, walking the modules of an overlay finds its own layers and not the base's."""
+    token = _own_only.set(True)
+    try:
+        yield
+    finally:
+        _own_only.reset(token)
+
+
+class Overlay(nn.Module):
+    """Mixin: layers of its own; all else (modules, buffers, plain attributes) is the base's, looked up each time.
+
+    Walks over modules and parameters find both. Moving it (`to`) moves its own layers only.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        for store in ("_parameters", "_buffers", "_modules"):
+            if name in self.__dict__.get(store, ()):
+                return self.__dict__[store][name]
+        if "_base" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.__dict__["_base"], name)
+
+    def named_modules(self, memo: set | None = None, prefix: str = "", remove_duplicate: bool = True):
+        memo = set() if memo is None else memo
+        seen = set()
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            seen.add(name)
+            yield name, module
+        if _own_only.get():
+            return
+        for name, module in self._base.named_modules(None, prefix, remove_duplicate):
+            if name not in seen and not (remove_duplicate and module in memo):
+                memo.add(module)
+                yield name, module
+
+    def named_children(self):
+        yield from super().named_children()
+        if not _own_only.get():
+            yield from ((name, module) for name, module in self._base.named_children() if name not in self._modules)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        with own_layers_only():
+            return super()._apply(*args, **kwargs)
+
+    def state_dict(self, *args: Any, destination: dict | None = None, prefix: str = "", keep_vars: bool = False):
+        """All keys, own and the base's: LoRA keys are looked up here, and saving writes a whole model."""
+        own = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        for key, value in self._base.state_dict(prefix=prefix, keep_vars=keep_vars).items():
+            own.setdefault(key, value)
+        return own
+
+
+class OverlaySequence(Overlay):
+    """Mixin for nn.Sequential and nn.ModuleList, which are iterated, not asked by name."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([self._modules.get(name, module) for name, module in self._base._modules.items()])
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[index]
+
+
+def overlay(base: nn.Module, ends: Ends) -> nn.Module:
+    """A module of the base's class: what `ends` names (by dotted path) replaces the base's, the rest is the base's."""
+    mixin = OverlaySequence if isinstance(base, (nn.Sequential, nn.ModuleList)) else Overlay
+    kind = type(type(base).__name__, (mixin, type(base)), {})
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    module.__dict__["_base"] = base  # not a registered child: whoever loads the base moves it
+    inner: dict[str, dict[str, Any]] = {}
+    for path, value in ends.items():
+        name, _, rest = path.partition(".")
+        if rest:
+            inner.setdefault(name, {})[rest] = value
+        elif isinstance(value, nn.Parameter):  # which setattr refuses: the base has one of that name
+            module._parameters[name] = value
+        else:
+            setattr(module, name, value)
+    for name, part in inner.items():
+        setattr(module, name, overlay(getattr(base, name), part))
+    return module.eval()
+
+
+def replace_ends(network: nn.Module, ends: Ends) -> None:
+    """Put `ends` into a network that nothing else uses."""
+    for path, value in ends.items():
+        parent, _, name = path.rpartition(".")
+        setattr(network.get_submodule(parent), name, value)
+
+
+class OverlayPatcher(lora.Reporting):
+    """Mixin for the core's patchers: who of overlay and base answers, by OWNERS."""
+
+    load_device: Any
+    offload_device: Any
+
+    @property
+    def base(self) -> comfy.model_patcher.ModelPatcher:
+        """This patcher's own clone of the base's patcher."""
+        return self.get_additional_models_with_key(BASE)[0]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ATTRIBUTES["both"] and self.__dict__.get("additional_models", {}).get(BASE):
+            setattr(self.base, name, value)
+
+    def owner(self, name: str) -> comfy.model_patcher.ModelPatcher:
+        """The patcher that answers for a weight, module or attribute, by its name in the BaseModel."""
+        node = self.model
+        for part in name.split("."):
+            if isinstance(node, Overlay) and not any(part in store for store in _stores(node)):
+                # A plain attribute or method is the overlay's: setting it must not change the base.
+                return self.base if any(part in store for store in _stores(node._base)) else self
+            node = getattr(node, part, None)
+        return self
+
+    def latent_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all weights that are this model's own."""
+        with own_layers_only():
+            return {key: tuple(value.shape) for key, value in self.model.named_parameters()}
+
+    def model_size(self) -> int:
+        """Bytes of the new layers."""
+        if not self.size:
+            with own_layers_only():
+                self.size = sum(value.nbytes for value in (*self.model.parameters(), *self.model.buffers()))
+        return self.size
+
+    def _add_patches(self, patches: Mapping, *strengths: float) -> list:
+        ours = {key: value for key, value in patches.items() if self.owner(lora.weight_name(key)) is self}
+        theirs = {key: value for key, value in patches.items() if key not in ours}
+        self.patches_uuid = uuid.uuid4()
+        added = super()._add_patches(ours, *strengths) if ours else []
+        return added + (self.base.add_patches(theirs, *strengths) if theirs else [])
+
+    def add_hook_patches(
+        self, hook: Any, patches: Mapping, strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> list:
+        """As the core's, which finds the base's weights here too and puts them back after sampling.
+
+        ValueError for packed weights (GGUF), which the core would take for numbers.
+        """
+        if type(self.base).__name__ == PACKED:
+            raise ValueError(
+                "LoRA hooks cannot change a GGUF model's packed weights. Load it with an ordinary LoRA loader, or "
+                "use an fp8 or 16-bit file of the base."
+            )
+        return super().add_hook_patches(hook, patches, strength_patch, strength_model)
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict:
+        """Weights with their patches, own and the base's (model merging and saving read these)."""
+        found = self.base.get_key_patches(filter_prefix)
+        own = {key: value for key, value in super().get_key_patches(filter_prefix).items() if self.owner(key) is self}
+        return {**found, **own}
+
+    def set_model_compute_dtype(self, dtype: Any) -> None:
+        """As the core's; the base's layers must cast their weights too."""
+        super().set_model_compute_dtype(dtype)
+        self.base.patches_uuid = uuid.uuid4()
+
+    def clone_has_same_weights(self, clone: Any, *args: Any, **kwargs: Any) -> bool | None:
+        same = super().clone_has_same_weights(clone, *args, **kwargs)
+        other = clone.base if isinstance(clone, OverlayPatcher) else None
+        return same and other is not None and self.base.clone_has_same_weights(other, *args, **kwargs)
+
+    def register_load_device(self, device: Any) -> None:
+        for patcher in (super(), self.base):
+            if hasattr(patcher, "register_load_device"):
+                patcher.register_load_device(device)
+
+    def use_ejected(self, *args: Any, **kwargs: Any) -> contextlib.ExitStack:
+        both = contextlib.ExitStack()
+        both.enter_context(super().use_ejected(*args, **kwargs))
+        both.enter_context(self.base.use_ejected(*args, **kwargs))
+        return both
+
+    def model_patches_models(self) -> list:
+        """Models the core loads together with this one, also outside sampling."""
+        return [*super().model_patches_models(), self.base]
+
+    def clone(self, *args: Any, **kwargs: Any) -> comfy.model_patcher.ModelPatcher:
+        """As the core's: over the same base, or (disable_dynamic, force_deepcopy, a model given) a model by itself."""
+        if kwargs.get("force_deepcopy") and self.cached_patcher_init is None:
+            raise NoCopyError(self.base)
+        made = super().clone(*args, **kwargs)
+        return made if made.model is self.model else _by_itself(made, self.base)
+
+
+class NoCopyError(ValueError, RuntimeError):
+    """The base cannot be loaded a second time. Nodes of the core catch RuntimeError here."""
+
+    def __init__(self, base: comfy.model_patcher.ModelPatcher) -> None:
+        super().__init__(
+            "this node needs a copy of the model with weights of its own, and the loader of the base under Apply "
+            f"DC-Gen (a {type(base).__name__}) offers no way to load it a second time. Load the base with Load "
+            "Diffusion Model, Load Checkpoint or Load Release (DC-Gen)."
+        )
+
+
+def _stores(module: nn.Module) -> tuple[Mapping[str, Any], ...]:
+    return module._modules, module._parameters, module._buffers
+
+
+def _by_itself(made: Any, base: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """A patcher whose model has all weights itself: what the overlay's and the base's patchers knew, in one."""
+    core = comfy.model_patcher
+    made.__class__ = core.ModelPatcherDynamic if made.is_dynamic() else core.ModelPatcher
+    lora.reported(made)
+    made.size = 0
+    made.remove_additional_models(BASE)
+    for key, patches in base.patches.items():
+        made.patches.setdefault(key, []).extend(patches)
+    for key, wrappers in base.weight_wrapper_patches.items():
+        made.weight_wrapper_patches.setdefault(key, []).extend(wrappers)
+    for name, value in base.object_patches.items():
+        if name.startswith(NETWORK):
+            made.object_patches.setdefault(name, value)
+    for key, injections in base.injections.items():
+        made.injections.setdefault(key, []).extend(injections)
+    return made
+
+
+def _of_own_layers(method: Callable) -> Callable:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with own_layers_only():
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+def _of_owner(name: str, method: Callable) -> Callable:
+    first = list(inspect.signature(method).parameters)[1]
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        owner = self.owner(args[0] if args else kwargs[first])
+        return method(self, *args, **kwargs) if owner is self else getattr(owner, name)(*args, **kwargs)
+
+    return call
+
+
+def _of_base(name: str) -> Callable:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.base, name)(*args, **kwargs)
+
+    return call
+
+
+@cache
+def _overlay_kind(kind: type) -> type:
+    """The core's patcher class `kind` for an overlay. Methods that OverlayPatcher writes out are left to it."""
+    methods: dict[str, Callable] = {}
+    for name in OWNERS["own layers"] - {"__del__"} - set(vars(OverlayPatcher)):
+        if hasattr(kind, name):
+            methods[name] = _of_own_layers(getattr(kind, name))
+    methods |= {name: _of_owner(name, getattr(kind, name)) for name in OWNERS["by name"] if hasattr(kind, name)}
+    methods |= {name: _of_base(name) for name in OWNERS["base"]}
+    return type(f"Overlay{kind.__name__}", (OverlayPatcher, kind), methods)
+
+
+def overlay_patcher(
+    base: comfy.model_patcher.ModelPatcher, network: nn.Module, config: Any
+) -> comfy.model_patcher.ModelPatcher:
+    """Wrap `network` (an overlay of base's) in a BaseModel of the base's class with `config`, and in a patcher.
+
+    What was set on the base's MODEL before (options, wrappers, callbacks, a sampling object) carries over.
+    """
+    core, old, below = comfy.model_patcher, base.model, base.clone()
+    config.unet_config = {**config.unet_config, "disable_unet_model_creation": True}
+    model = type(old)(config, model_type=old.model_type, device=base.offload_device)
+    config.unet_config = {k: v for k, v in config.unet_config.items() if k != "disable_unet_model_creation"}
+    model.model_config = config
+    model.diffusion_model = network
+    kind = core.ModelPatcherDynamic if _is_dynamic(base) else core.ModelPatcher
+    patcher = kind(model, base.load_device, base.offload_device)
+    patcher.__class__ = _overlay_kind(kind)
+    for name in ATTRIBUTES["carried"]:
+        setattr(patcher, name, getattr(below, name))
+    patcher.force_cast_weights = below.force_cast_weights
+    carried = {k: v for k, v in below.object_patches.items() if k in ("model_sampling", "manual_cast_dtype")}
+    patcher.object_patches = carried
+    below.callbacks = comfy.patcher_extension.CallbacksMP.init_callbacks()  # now the overlay calls them, once
+    below.remove_additional_models("multigpu")  # copies of the base, which nothing of the overlay could use
+    patcher.set_additional_models(BASE, [below])
+    return patcher
+
+
+def _is_dynamic(patcher: Any) -> bool:
+    return bool(getattr(patcher, "is_dynamic", bool)())
+
+
+def linear(weights: Mapping[str, Tensor], dtype: Any, device: Any) -> nn.Module:
+    """A comfy.ops Linear holding {"weight": (out,in)[, "bias": (out,)]}; it follows its input's device and dtype."""
+    out_features, in_features = weights["weight"].shape
+    layer = comfy.ops.manual_cast.Linear(in_features, out_features, bias="bias" in weights, dtype=dtype, device=device)
+    return _filled(layer, weights, dtype, device)
+
+
+def convolution(weights: Mapping[str, Tensor], dtype: Any, device: Any) -> nn.Module:
+    """A comfy.ops Conv2d over patches {"weight": (out,in,p,p)[, "bias": (out,)]}, likewise."""
+    out_channels, in_channels, p, _ = weights["weight"].shape
+    kwargs = {"stride": p, "bias": "bias" in weights, "dtype": dtype, "device": device}
+    return _filled(comfy.ops.manual_cast.Conv2d(in_channels, out_channels, p, **kwargs), weights, dtype, device)
+
+
+def _filled(layer: nn.Module, weights: Mapping[str, Tensor], dtype: Any, device: Any) -> nn.Module:
+    # load_state_dict, not copy_: newer cores create the parameter only here.
+    layer.load_state_dict({name: tensor.to(device, dtype, copy=True) for name, tensor in weights.items()})
+    return layer.eval().requires_grad_(False)
+
+
+def copied_config(config: Any) -> Any:
+    """A model_config of its own (its class answers any attribute with None, which confuses copy.copy)."""
+    twin = type(config).__new__(type(config))
+    twin.__dict__.update(config.__dict__)
+    twin.unet_config = dict(config.unet_config)
+    return twin
