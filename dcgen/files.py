@@ -46,6 +46,14 @@ class Entry:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
+def disk_state(path: str | os.PathLike[str]) -> str:
+    """Name, size and time of a file, or of every file below a folder: equal as long as nothing was replaced there."""
+    path = Path(path)
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    states = [(file, file.stat()) for file in found if file.is_file()]
+    return ";".join(f"{file}:{state.st_size}:{state.st_mtime_ns}" for file, state in states)
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes path's place when the block ends well, else it is gone."""

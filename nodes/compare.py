@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from .model import CATEGORY
+from .schema import schema
 
 
 class DCGenCompare(io.ComfyNode):
@@ -12,8 +13,9 @@ class DCGenCompare(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="DCGenCompare",
+            search_aliases=["image compare", "before after", "wipe", "slider"],
             display_name="Compare Images (DC-Gen)",
             category=CATEGORY,
             description="Lays two images over each other; move the pointer across to wipe from one to the other.",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io, ui
 
 from ..dcgen.dcae.quality import common_part, psnr
 from .bridge import vae_files
 from .bridge.latent_format import check_stamp, stamped
 from .bridge.vae import as_dcae
+from .checks import numbers, state_of
 from .model import CATEGORY
+from .schema import schema
 
 STRIP_TIP = (
     "Latent rows computed at a time; it bounds memory and never changes the result. 0 = as many as free memory allows. "
@@ -28,8 +32,9 @@ class DCAELoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="DCAELoader",
+            search_aliases=["deep compression autoencoder", "vae loader", "load vae", "sana vae"],
             display_name="Load DC-AE",
             category=CATEGORY,
             description="Loads a deep compression autoencoder (f32, f64, f128) as a VAE. All of core's VAE nodes work "
@@ -56,7 +61,12 @@ class DCAELoader(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, vae_name: str | None = None, **_: Any) -> str:
+        return state_of(vae_files.path_of, vae_name)
+
+    @classmethod
     def execute(cls, vae_name: str, scaling_factor: float = 0.0) -> io.NodeOutput:
+        numbers(scaling_factor=scaling_factor)
         return io.NodeOutput(vae_files.load(vae_name, scaling_factor or None))
 
 
@@ -65,8 +75,9 @@ class DCAEEncode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="DCAEEncode",
+            search_aliases=["vae encode", "deep compression autoencoder"],
             display_name="DC-AE Encode",
             category=CATEGORY,
             description="Image to latent with a DC-AE, in strips of constant memory at any size. Sides are cropped "
@@ -91,8 +102,9 @@ class DCAEDecode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="DCAEDecode",
+            search_aliases=["vae decode", "vae decode tiled", "deep compression autoencoder"],
             display_name="DC-AE Decode",
             category=CATEGORY,
             description="Latent to image with a DC-AE, in strips of constant memory: no tiles, no seams, 4096x4096 in "
@@ -116,8 +128,9 @@ class DCAEDifference(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="DCAEDifference",
+            search_aliases=["psnr", "image difference", "image quality"],
             display_name="Difference and PSNR (DC-Gen)",
             category=CATEGORY,
             description="The absolute difference of two images and their PSNR in dB (higher is closer, 30 and up is "
@@ -140,6 +153,7 @@ class DCAEDifference(io.ComfyNode):
 
     @classmethod
     def execute(cls, image_a, image_b, gain: float) -> io.NodeOutput:
+        numbers(gain=gain)
         first, second = common_part(image_a, image_b)
         if first.shape != second.shape:
             raise ValueError(f"cannot compare {image_a.shape[0]} image(s) with {image_b.shape[0]}")

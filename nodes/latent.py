@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from . import inputs
 from .bridge.latent_format import empty_latent
 from .model import CATEGORY
+from .schema import schema
 from .sizes import CUSTOM, chosen
 
 
@@ -15,8 +16,9 @@ class DCGenEmptyLatent(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="DCGenEmptyLatent",
+            search_aliases=["empty latent image", "image size", "resolution"],
             display_name="Empty Latent (DC-Gen)",
             category=CATEGORY,
             description="An empty latent of the size you want the image to be, in the channels and depth of the model.",

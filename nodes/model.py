@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import folder_paths
 from comfy_api.latest import io
 
 from ..dcgen.adapter import load_adapter
 from .bridge import release as releases
 from .bridge.apply import apply_adapter
+from .checks import numbers, state_of
+from .schema import schema
 
 CATEGORY = "DC-Gen"
 
@@ -17,8 +21,9 @@ class DCGenReleaseLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="DCGenReleaseLoader",
+            search_aliases=["diffusers loader", "flux 4k", "sana loader", "load checkpoint"],
             display_name="Load Release (DC-Gen)",
             category=CATEGORY,
             description="Loads model, text encoders and autoencoder from one release folder in the diffusers layout: "
@@ -35,6 +40,10 @@ class DCGenReleaseLoader(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, release: str | None = None, **_: Any) -> str:
+        return state_of(releases.find_release, release)
+
+    @classmethod
     def execute(cls, release: str) -> io.NodeOutput:
         return io.NodeOutput(*releases.load_release(release))
 
@@ -44,8 +53,9 @@ class DCGenModelLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="DCGenModelLoader",
+            search_aliases=["unet loader", "load diffusion model", "flux 4k", "sana loader"],
             display_name="Load Model (DC-Gen)",
             category=CATEGORY,
             description="Loads a merged DC-Gen FLUX, or any SANA: a release folder, or one file with diffusers or "
@@ -74,6 +84,10 @@ class DCGenModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, model_name: str | None = None, **_: Any) -> str:
+        return state_of(releases.model_path, model_name)
+
+    @classmethod
     def execute(cls, model_name: str, weight_dtype: str, autoencoder: str = releases.FROM_FILE) -> io.NodeOutput:
         return io.NodeOutput(releases.load_model(model_name, weight_dtype, autoencoder))
 
@@ -83,8 +97,9 @@ class DCGenApply(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="DCGenApply",
+            search_aliases=["model patch", "dc-gen adapter", "deep latent", "fewer tokens", "flux 4k"],
             display_name="Apply DC-Gen",
             category=CATEGORY,
             description="Moves a base FLUX or SANA onto a deep latent: the adapter's new embedder and head around the "
@@ -110,6 +125,15 @@ class DCGenApply(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, adapter_name: str | None = None, **_: Any) -> str:
+        return state_of(_adapter_path, adapter_name)
+
+    @classmethod
     def execute(cls, model, adapter_name: str, strength: float) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("model_patches", adapter_name)
-        return io.NodeOutput(apply_adapter(model, load_adapter(path), strength, adapter_name))
+        numbers(strength=strength)
+        adapter = load_adapter(_adapter_path(adapter_name))
+        return io.NodeOutput(apply_adapter(model, adapter, strength, adapter_name))
+
+
+def _adapter_path(name: str) -> str:
+    return folder_paths.get_full_path_or_raise("model_patches", name)

@@ -6,8 +6,11 @@ from comfy_api.latest import io
 
 from . import inputs
 from .bridge import samplers, sampling
+from .bridge.latent_format import empty_latent
+from .checks import numbers
 from .model import CATEGORY
-from .sizes import LARGEST, chosen
+from .schema import schema
+from .sizes import LARGEST, posted
 
 SEED_MAX = 0xFFFFFFFFFFFFFFFF
 
@@ -17,8 +20,9 @@ class DCGenScheduler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="DCGenScheduler",
+            search_aliases=["sigmas", "shift", "flow schedule"],
             display_name="Scheduler (DC-Gen)",
             category=CATEGORY,
             description="Noise levels with the shift the checkpoint was made for, at the number of tokens the latent "
@@ -38,6 +42,7 @@ class DCGenScheduler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, steps: int, denoise: float, shift: float = 0.0) -> io.NodeOutput:
+        numbers(denoise=denoise, shift=shift)
         return io.NodeOutput(sampling.sigmas_for(model, latent, steps, denoise, shift))
 
 
@@ -46,8 +51,9 @@ class DCGen4KSampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="DCGen4KSampler",
+            search_aliases=["ksampler", "4k sampler", "high resolution"],
             display_name="Sampler 4K (DC-Gen)",
             category=CATEGORY,
             description="Guidance, schedule and sampling in one node, for text-to-image and image-to-image up to 4K. "
@@ -140,13 +146,16 @@ class DCGen4KSampler(io.ComfyNode):
         cfg=1.0,
         image=None,
         vae=None,
-        size=LARGEST,
-        width=1024,
-        height=1024,
+        size=None,
+        width=None,
+        height=None,
         batch_size=1,
         shift=0.0,
     ) -> io.NodeOutput:
-        latent = sampling.start(model, latent, chosen(size, width, height), batch_size, image, vae)
+        numbers(guidance=guidance, denoise=denoise, cfg=cfg, shift=shift)
+        if latent is None:
+            latent = empty_latent(model, *posted(size, width, height), batch_size)
+        latent = sampling.start(model, latent, image, vae)
         sigmas = sampling.sigmas_for(model, latent, steps, denoise, shift)
         positive, negative = (sampling.with_guidance(c, guidance) for c in (positive, negative))
         return io.NodeOutput(sampling.sample(model, latent, sigmas, seed, sampler_name, positive, negative, cfg))

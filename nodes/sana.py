@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from .bridge import sana_text
 from .model import CATEGORY
+from .schema import schema
 
 
 class DCGenSanaTextEncode(io.ComfyNode):
@@ -13,8 +14,9 @@ class DCGenSanaTextEncode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="DCGenSanaTextEncode",
+            search_aliases=["clip text encode", "prompt", "gemma"],
             display_name="SANA Text Encode (DC-Gen)",
             category=CATEGORY,
             description="Encodes a prompt as SANA was trained to read it: Gemma's last layer after its norm, the "

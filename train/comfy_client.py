@@ -97,6 +97,14 @@ class ComfyServer:
             time.sleep(0.2)
         raise TimeoutError(f"ComfyUI did not finish the workflow within {timeout:.0f} s")
 
+    def stats(self) -> dict[str, Any]:
+        """What the server says of its machine: versions, devices, free memory."""
+        return self._get("/system_stats")
+
+    def forget(self) -> None:
+        """Let the server unload its models and drop its cached results before the next workflow."""
+        self._post("/free", {"unload_models": True, "free_memory": True})
+
     def _wait(self) -> None:
         started = time.perf_counter()
         while time.perf_counter() - started < WAIT:
@@ -125,7 +133,7 @@ class ComfyServer:
         )
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
-                return json.loads(answer.read())
+                return json.loads(answer.read() or b"{}")
         except urllib.error.HTTPError as error:
             raise RuntimeError(
                 f"ComfyUI refused the workflow: {error.read().decode(errors='replace')[:2000]}"

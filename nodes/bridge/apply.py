@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...dcgen.adapter import Adapter
 from . import flux, nunchaku, sana
+from .guard import guarded
 from .latent_format import ModelInfo
 from .overlay import overlay, overlay_patcher, replace_ends
 
@@ -39,6 +40,7 @@ def apply_adapter(model: Patcher, adapter: Adapter, strength: float, name: str =
             network = overlay(model.model.diffusion_model, family.ends(model, adapter, info))
         patcher = overlay_patcher(model, network, family.deep_config(model, adapter, info))
         family.finish(patcher.model, info)
+    guarded(patcher)
     init = getattr(model, "cached_patcher_init", None)
     if init is not None and not foreign:
         patcher.cached_patcher_init = (load_by_itself, (init, _replacing(family, adapter, info)))

@@ -80,7 +80,9 @@ def deep_config(model: comfy.model_patcher.ModelPatcher, adapter: Adapter, info:
 def finish(model: comfy.model_base.BaseModel, info: ModelInfo) -> None:
     """What the latent decides on a BaseModel beyond its network: memory per latent pixel, shift, and its own info."""
     model.memory_usage_factor = type(model.model_config).memory_usage_factor * PATCH_OF_ESTIMATE**2 / info.patch_size**2
-    model.dcgen = info
+    model.dcgen, model.dcgen_family = info, FLUX.name
+    params = getattr(model.diffusion_model, "params", None)  # nunchaku's wrapper has none
+    model.dcgen_text_width = getattr(params, "context_in_dim", None)
     if isinstance(model.model_sampling, comfy.model_sampling.ModelSamplingFlux):
         model.model_sampling.set_parameters(shift=default_mu(info))
 

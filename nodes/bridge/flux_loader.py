@@ -17,6 +17,7 @@ from ...dcgen.files import meta_tensors
 from ...dcgen.release import Model
 from . import lora
 from .flux import FLUX, LATENT_LAYERS, finish
+from .guard import guarded
 from .latent_format import ModelInfo, latent_format
 from .loading import Parts, by_layer, fill, is_dynamic, new_patcher, renamed, set_dtype
 
@@ -72,4 +73,4 @@ def build(
     named = renamed(parts, model_config.process_unet_state_dict)
     fill(model.diffusion_model, named, path, assign=is_dynamic(patcher))
     finish(model, info)
-    return lora.reported(patcher) if info.patch_size == 1 else patcher
+    return guarded(lora.reported(patcher) if info.patch_size == 1 else patcher)

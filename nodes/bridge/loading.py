@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
+import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -81,6 +82,8 @@ def _fill_layer(network: nn.Module, layer: Mapping[str, Tensor], file: Any, assi
     try:
         target = network.get_submodule(path)
         bare = {name[len(path) + bool(path) :]: value for name, value in layer.items()}
+        if not assign:
+            bare = {name: _cast(target, name, value) for name, value in bare.items()}
         if any(True for _ in target.children()):  # parameters of a module that has layers below it
             for name, value in bare.items():
                 _set(target, name, value, assign)
@@ -88,6 +91,12 @@ def _fill_layer(network: nn.Module, layer: Mapping[str, Tensor], file: Any, assi
             target.load_state_dict(bare, strict=True, assign=assign)
     except (AttributeError, RuntimeError) as error:
         raise ValueError(f"{file}: the weights of {path or list(layer)} do not fit this model: {error}") from error
+
+
+def _cast(module: nn.Module, name: str, value: Tensor) -> Tensor:
+    """In the dtype that the core notes for a parameter, which its layers without weights yet would not give it."""
+    dtype = getattr(module, f"{name}_comfy_model_dtype", None)
+    return value.to(dtype) if isinstance(dtype, torch.dtype) and value.is_floating_point() else value
 
 
 def _set(module: nn.Module, name: str, value: Tensor, assign: bool) -> None:

@@ -213,9 +213,9 @@ class OverlayPatcher(lora.Reporting):
         return same and other is not None and self.base.clone_has_same_weights(other, *args, **kwargs)
 
     def register_load_device(self, device: Any) -> None:
-        for patcher in (super(), self.base):
-            if hasattr(patcher, "register_load_device"):
-                patcher.register_load_device(device)
+        super().register_load_device(device)
+        if self.additional_models.get(BASE):  # not yet while it is made
+            self.base.register_load_device(device)
 
     def use_ejected(self, *args: Any, **kwargs: Any) -> contextlib.ExitStack:
         both = contextlib.ExitStack()

@@ -55,10 +55,13 @@ def _with_index(root: Path) -> Iterator[Path]:
 
 
 def find_release(name: str) -> Path:
-    """The folder of that name; ValueError says where it was looked for."""
+    """The folder of a name from release_names(); ValueError says where it was looked for.
+
+    No other path is taken: a stranger's graph may bring any text here through a link.
+    """
     roots = folder_paths.get_folder_paths("diffusers")
-    for root in roots:
-        folder = listing_root(Path(root)) / name
+    for root in map(Path, roots if name in release_names() else ()):
+        folder = listing_root(root) / name
         if (folder / INDEX).is_file():
             return folder
     raise ValueError(f"no release {name!r} (a folder with {INDEX}) in {', '.join(roots)}. Put it in models/diffusers.")
@@ -123,12 +126,16 @@ def autoencoder_names() -> list[str]:
     return [FROM_FILE, *SPACES]
 
 
+def model_path(name: str) -> Path:
+    """Where a name from model_names() lies; an error that names it when it is none."""
+    if name in release_names():
+        return find_release(name)
+    return Path(folder_paths.get_full_path_or_raise("diffusion_models", name))
+
+
 def load_model(name: str, weight_dtype: str, autoencoder: str) -> comfy.model_patcher.ModelPatcher:
     """MODEL of a name from model_names()."""
-    if name in release_names():
-        return load_weights(find_release(name), weight_dtype, autoencoder)
-    path = Path(folder_paths.get_full_path_or_raise("diffusion_models", name))
-    return load_weights(path, weight_dtype, autoencoder)
+    return load_weights(model_path(name), weight_dtype, autoencoder)
 
 
 def load_weights(

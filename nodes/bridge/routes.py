@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
 import folder_paths
@@ -16,10 +17,9 @@ PATH = "/dcgen/latent"
 
 
 def register() -> None:
-    """Add the route; without a running server (tests, scripts) there is nothing to add it to."""
-    from server import PromptServer  # only a running ComfyUI has it imported; importing it elsewhere starts half of one
-
-    server = getattr(PromptServer, "instance", None)
+    """Add the route to a running server; scripts that load the pack without one have nothing to add it to."""
+    running = sys.modules.get("server")  # main.py has imported it by now; importing it elsewhere starts half of one
+    server = getattr(getattr(running, "PromptServer", None), "instance", None)
     if server is not None:
         server.routes.get(PATH)(_answer)
 

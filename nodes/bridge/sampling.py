@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...dcgen.schedule import sigmas as schedule
-from .latent_format import ModelInfo, check_stamp, empty_latent, info_of, space_of_vae
+from .latent_format import ModelInfo, check_stamp, info_of, space_of_vae
 from .samplers import sampler_object
 
 
@@ -41,17 +41,8 @@ def check_latent(model: Any, latent: dict[str, Any]) -> ModelInfo:
     return info
 
 
-def start(
-    model: Any,
-    latent: dict[str, Any] | None,
-    pixels: tuple[int, int],
-    batch_size: int,
-    image: Tensor | None,
-    vae: Any,
-) -> dict[str, Any]:
-    """The LATENT that sampling starts from: `latent`, else an empty one of `pixels` (width, height); with `image` in it
-    if there is one. ValueError for what does not fit the model."""
-    latent = empty_latent(model, *pixels, batch_size) if latent is None else latent
+def start(model: Any, latent: dict[str, Any], image: Tensor | None, vae: Any) -> dict[str, Any]:
+    """The LATENT that sampling starts from, with `image` in it if there is one. ValueError if it does not fit."""
     return latent if image is None else encoded(model, latent, image, vae)
 
 

@@ -26,6 +26,7 @@ from ...dcgen.files import meta_tensors
 from ...dcgen.release import Model
 from ...dcgen.schedule import STATIC_SIGMA_MAX, shift_ratio
 from . import lora
+from .guard import TEXT_KEY, guarded
 from .latent_format import ModelInfo, latent_format
 from .loading import Parts, by_layer, fill, is_dynamic, new_patcher, renamed, set_dtype
 from .overlay import Ends, convolution, copied_config, linear
@@ -33,8 +34,6 @@ from .overlay import Ends, convolution, copied_config, linear
 SANA = BACKBONE = BACKBONES["sana"]
 LATENT_LAYERS = (SANA.embedder, SANA.head)
 TIMESTEPS = 1000
-# Key in a CONDITIONING's dict, and its value: made by DCGenSanaTextEncode.
-TEXT_KEY = "dcgen_text"
 GUIDANCE = 4.5
 # Live activations per token at the peak of a block, as this many times D numbers of the computing dtype. Measured
 # (tests/core/test_sana_memory.py): 12.6 to 14.1, mostly the feed-forward's 1x1 and 3x3 outputs of 5 D each; less where
@@ -187,7 +186,7 @@ def build(
     patcher = new_patcher(model, disable_dynamic)
     fill(model.diffusion_model, renamed(parts, _as_linear), path, assign=is_dynamic(patcher))
     finish(model, info)
-    return lora.reported(patcher)
+    return guarded(lora.reported(patcher))
 
 
 def _as_linear(part: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -216,7 +215,7 @@ def finish(model: SanaModel, info: ModelInfo) -> None:
     """What the latent decides on a BaseModel beyond its network: memory per latent pixel, shift, and its own info."""
     width = model.diffusion_model.config.width
     model.memory_usage_factor = PEAK_WIDTHS * width / BYTES_OF_FACTOR / info.patch_size**2
-    model.dcgen = info
+    model.dcgen, model.dcgen_family = info, SANA.name
     tokens, channels = info.native_tokens, info.token_channels
     model.model_sampling.set_parameters(shift=shift_ratio(tokens=tokens, channels=channels, **info.schedule))
 

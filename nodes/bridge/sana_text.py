@@ -17,8 +17,9 @@ from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel
 from torch import Tensor, nn
 
 from ...dcgen.tensors import Tensors
+from .guard import TEXT_KEY
 from .loading import by_layer, fill, is_dynamic
-from .sana import SANA, TEXT_KEY
+from .sana import SANA
 from .text import LoadedTokenizer, load_tokenizer, new_clip, stored_dtype
 
 # Text positions that SANA sees: the first (the start token) and the last 299 of instruction + prompt.

@@ -133,6 +133,8 @@ class LoadedTokenizer(SDTokenizer):
         self.limit = limit
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> list:
+        # Half of an emoji, which a prompt cut at some length may end in, is no text to any tokenizer.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         batches = super().tokenize_with_weights(text, return_word_ids, **kwargs)
         if self.limit is None or len(batches[0]) <= self.limit:
             return batches

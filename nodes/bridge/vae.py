@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.model_management
@@ -23,6 +23,7 @@ from torch import Tensor
 from ...dcgen.dcae import DCAE, Strip, choose_strip, load_dcae, peak_bytes
 from ...dcgen.dcae.model import check_latent
 from ...dcgen.latent import LatentSpace
+from .guard import check_finite, check_frames
 from .loading import is_dynamic
 from .strip_preview import StripPreview
 
@@ -98,6 +99,7 @@ class DCAEVAE(comfy.sd.VAE):
 
     def decode_strips(self, samples: Tensor, strip: int = 0, most: int | None = None, preview: bool = False) -> Tensor:
         """Latent -> IMAGE with `strip` latent rows at a time (0 = as memory allows, at most `most`)."""
+        check_frames(samples)
         if samples.ndim == 5:
             samples = samples[:, :, 0]
         check_latent(samples, self.dcae.config)
@@ -111,6 +113,7 @@ class DCAEVAE(comfy.sd.VAE):
 
         for index, picture in enumerate(self._each("decode", samples, samples.shape[-2:], strip, most, work, show)):
             out[index] = self.process_output(picture[0].to(self.output_device).float()).movedim(0, -1)
+        check_finite(out, "DC-AE decoding", _had_nan("the latent", samples))
         return out
 
     def encode_strips(self, pixels: Tensor, strip: int = 0, most: int | None = None) -> Tensor:
@@ -127,12 +130,10 @@ class DCAEVAE(comfy.sd.VAE):
             return self.dcae.encode(image, chosen.rows, columns=chosen.columns, on_strip=tell)
 
         size = (pixels.shape[-2] // f, pixels.shape[-1] // f)
-        return torch.cat(
-            [
-                latent.to(self.output_device).float()
-                for latent in self._each("encode", pixels, size, strip, most, work, None)
-            ]
-        )
+        each = self._each("encode", pixels, size, strip, most, work, None)
+        latents = torch.cat([latent.to(self.output_device).float() for latent in each])
+        check_finite(latents, "DC-AE encoding", _had_nan("the image", pixels))
+        return latents
 
     def _each(self, direction, batch, size, strip, most, work, show):
         """Results of `work` for each picture of the batch, with loading, progress, cancel and smaller strips."""
@@ -186,6 +187,11 @@ class DCAEVAE(comfy.sd.VAE):
         config = self.dcae.config
         strip = choose_strip(config, max(1, h), max(1, w), dtype, 1 << 50, direction, WORKING_BYTES)
         return peak_bytes(config, max(1, h), max(1, w), dtype, strip, direction)
+
+
+def _had_nan(name: str, given: Tensor) -> Iterator[str]:
+    if not given.float().sum().isfinite():
+        yield f"{name} already had them. Look at the node that made it"
 
 
 def out_of_memory(error: Exception) -> bool:

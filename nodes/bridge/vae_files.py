@@ -46,7 +46,11 @@ def _is_dcae(config: Path) -> bool:
         return False
 
 
+def path_of(name: str) -> Path:
+    """Where a name from names() lies; an error that names it when it is none."""
+    return _folders().get(name) or Path(folder_paths.get_full_path_or_raise("vae", name))
+
+
 def load(name: str, scaling_factor: float | None = None) -> DCAEVAE:
     """VAE of a name from names(); errors name the file."""
-    path = _folders().get(name) or folder_paths.get_full_path_or_raise("vae", name)
-    return make_vae(path, scaling_factor=scaling_factor)
+    return make_vae(path_of(name), scaling_factor=scaling_factor)

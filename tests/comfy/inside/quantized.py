@@ -158,3 +158,79 @@ def refusals(load, folder, weights, notes):
         except ValueError as error:
             said[name] = str(error)
     return said
+
+
+# Formats of newer cores ------------------------------------------------------------------------------------------
+
+NEWER = {
+    "int8_tensorwise": ("TensorWiseINT8Layout", {"per_channel": True}, {}),
+    "int8_tensorwise convrot": ("TensorWiseINT8Layout", {"per_channel": True, "convrot": True}, {"convrot": True}),
+    "convrot_w4a4": ("TensorCoreConvRotW4A4Layout", {}, {}),
+    "asym_w4a8_int8": ("AsymW4A8Int8Layout", {}, {}),
+    "mxfp8": ("TensorCoreMXFP8Layout", {}, {}),
+    "nvfp4": ("TensorCoreNVFP4Layout", {"scale": "recalculate"}, {}),
+    "float8_e4m3fn": ("TensorCoreFP8E4M3Layout", {"scale": "recalculate"}, {}),
+}
+
+
+def written(weights, name, chosen):
+    """(the tensors of a file with these layers in a format, the same expanded), as core's own tensors write them."""
+    layout, options, conf = NEWER[name]
+    file, expanded = dict(weights), dict(weights)
+    note = torch.tensor(list(json.dumps({"format": name.split()[0], **conf}).encode()), dtype=torch.uint8)
+    for key, tensor in weights.items():
+        if not chosen(key, tensor):
+            continue
+        packed = comfy.quant_ops.QuantizedTensor.from_float(tensor, layout, **options)
+        file.pop(key)
+        file |= packed.state_dict(key)
+        file[f"{key.removesuffix('.weight')}.comfy_quant"] = note.clone()
+        expanded[key] = packed.dequantize().float()
+    return file, expanded
+
+
+def newer(pack, tensors, params):
+    """Every format that this core knows: a base through core's own loader and ours, deep models through ours."""
+    torch.manual_seed(0)
+    release, folder = bridge(pack, "release"), Path(params["folder"])
+    known = {name for name in NEWER if name.split()[0] in comfy.quant_ops.QUANT_ALGOS}
+    out = {}
+    for family, of in params["families"].items():
+        chosen = FLUX_BLOCKS if family == "flux" else SANA_BLOCKS
+        plain = {kind: release.load_weights(Path(of[kind]), "default", release.FROM_FILE) for kind in ("base", "deep")}
+        for kind, model in plain.items():
+            inputs = {k: v for k, v in tensors.items() if k.startswith(f"{family}-{kind}")}
+            run = cases if family == "flux" else sana_cases
+            notes = {**model.model.dcgen.space.to_metadata(), "dcgen.config": of[f"{kind}_config"]}
+            weights = {key: value.clone().float() for key, value in model.model.diffusion_model.state_dict().items()}
+            out |= run(inputs, model, "whole/")
+            for name in sorted(known):
+                file, expanded = written(weights, name, chosen)
+                save(folder, f"{family}-{kind}-{name}", file, notes)
+                save(folder, f"{family}-{kind}-expanded", expanded, notes)
+                path = folder / f"{family}-{kind}-{name}.safetensors"
+                found = release.load_weights(path, "default", release.FROM_FILE)
+                out |= run(inputs, found, f"{name}/ours/")
+                wanted = release.load_weights(
+                    folder / f"{family}-{kind}-expanded.safetensors", "default", "from the file"
+                )
+                out |= run(inputs, wanted, f"{name}/expanded/")
+                if (family, kind) == ("flux", "base") and params["core"]:
+                    out |= run(inputs, comfy.sd.load_diffusion_model(str(path)), f"{name}/core/")
+    return out, {"known": sorted(known)}
+
+
+def FLUX_BLOCKS(key, tensor):
+    return key.startswith(BLOCKS) and key.endswith(".weight") and tensor.ndim == 2
+
+
+def SANA_BLOCKS(key, tensor):
+    return key.startswith("transformer_blocks.") and key.endswith(".weight") and tensor.ndim == 2
+
+
+def sana_cases(tensors, patcher, prefix=""):
+    from sana import velocities
+
+    of = {key.partition("/")[2]: value for key, value in tensors.items()}
+    name = next(iter(tensors)).partition("/")[0]
+    return {f"{prefix}{name}": velocities(patcher, {"": of})[""]}

@@ -1,0 +1,150 @@
+# B batch, C latent channels, h w latent rows and columns, f spatial factor
+"""What is looked after whenever any sampler, the core's or ours, samples one of our models.
+
+Core nodes count 8 image pixels to a latent pixel: areas are set right here, and a size that was meant for f8 is said.
+Text of another family is refused before, NaN after.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import comfy.patcher_extension
+from torch import Tensor
+
+from .latent_format import ModelInfo
+
+KEY = "dcgen_guard"
+CORE_PIXELS = 8  # image pixels that core's nodes take a latent pixel for
+TEXT_KEY = "dcgen_text"  # in a CONDITIONING's dict: the family whose text encoding it is, where a node of ours made it
+LARGE = 4  # an image of more than this many times the pixels that a model was made for is said aloud
+
+Conds = dict[str, list[dict[str, Any]]]
+
+
+def guarded(patcher: Any) -> Any:
+    """The same patcher; from now on its sampling is looked after."""
+    kind = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+    patcher.remove_wrappers_with_key(kind, KEY)
+    patcher.add_wrapper_with_key(kind, KEY, _sample)
+    return patcher
+
+
+def _sample(executor: Any, noise: Tensor, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Around CFGGuider.outer_sample. noise, latent (B,C,h,w)."""
+    guider = executor.class_obj
+    info: ModelInfo = guider.model_patcher.model.dcgen
+    check_frames(noise)
+    check_text(guider.conds, guider.model_patcher.model)
+    rows, columns = noise.shape[-2:]
+    set_areas(guider.conds, info, rows, columns)
+    say_size(info, rows, columns)
+    samples = executor(noise, latent, *args, **kwargs)
+    check_finite(samples, "sampling", _causes(noise, latent, guider.conds, args))
+    return samples
+
+
+def check_frames(latent: Tensor) -> None:
+    """ValueError for a latent of a video (B,C,T,h,w) with more than one frame."""
+    if latent.ndim == 5 and latent.shape[2] > 1:
+        raise ValueError(
+            f"the latent has {latent.shape[2]} frames, and this model makes images. Take one frame of it "
+            "(LatentFromBatch or a video node), or use Empty Latent (DC-Gen)."
+        )
+
+
+def check_text(conds: Conds, model: Any) -> None:
+    """ValueError when a conditioning was encoded for another family of models."""
+    made_for = model.dcgen_family
+    for cond in _all(conds):
+        made_by = cond.get(TEXT_KEY)
+        if made_by is not None and made_by != made_for:
+            raise ValueError(
+                f"this conditioning was encoded for {made_by.upper()}, and the model is a {made_for.upper()}. Encode "
+                "the prompt with the model's own text encoder (CLIPTextEncode for FLUX, DCGenSanaTextEncode for SANA)."
+            )
+        text, width = cond.get("cross_attn"), getattr(model, "dcgen_text_width", None)
+        if width is not None and text is not None and text.shape[-1] != width:
+            raise ValueError(
+                f"this conditioning has text features of {text.shape[-1]} channels, from another text encoder than the "
+                f"model's, which has {width}. Encode the prompt with the model's own (for FLUX: CLIP-L and T5-XXL)."
+            )
+
+
+def set_areas(conds: Conds, info: ModelInfo, rows: int, columns: int) -> None:
+    """Areas of conditionings, which core's nodes give as (height, width, y, x) in units of 8 pixels, in latent pixels.
+
+    Those in percent are left alone. ValueError for an area that lies outside the image.
+    """
+    factor = info.space.spatial_factor
+    if factor == CORE_PIXELS:
+        return
+    for cond in _all(conds):
+        area = cond.get("area")
+        if area is None or area[0] == "percentage":
+            continue
+        pixels = [side * CORE_PIXELS for side in area]
+        height, width, y, x = pixels[0], pixels[1], pixels[len(area) // 2], pixels[len(area) // 2 + 1]
+        if y >= rows * factor or x >= columns * factor:
+            raise ValueError(
+                f"the area {width}x{height} at ({x}, {y}) lies outside the image of {columns * factor}x{rows * factor}"
+            )
+        top, left = min(round(y / factor), rows - 1), min(round(x / factor), columns - 1)
+        cond["area"] = (
+            max(1, min(round(height / factor), rows - top)),
+            max(1, min(round(width / factor), columns - left)),
+            top,
+            left,
+        )
+        if any(side % factor for side in pixels):
+            logging.warning(
+                "DC-Gen: the area %dx%d at (%d, %d) is rounded to multiples of %d pixels, this model's latent pixel",
+                *(width, height, x, y, factor),
+            )
+
+
+def say_size(info: ModelInfo, rows: int, columns: int) -> None:
+    """Warn of an image far larger than the model was made for: a latent that a core node made for f8 is one."""
+    factor = info.space.spatial_factor
+    pixels, made_for = rows * columns * factor**2, info.native_tokens * (factor * info.patch_size) ** 2
+    if factor > CORE_PIXELS and pixels > LARGE * made_for:
+        side = round(made_for**0.5)
+        logging.warning(
+            "DC-Gen: this makes an image of %dx%d; the model was made for about %dx%d. Core's EmptyLatentImage, "
+            "EmptySD3LatentImage and LatentUpscale count 8 pixels to a latent pixel, this model has %d: for the size "
+            "you type, use Empty Latent (DC-Gen).",
+            *(columns * factor, rows * factor, side, side, factor),
+        )
+
+
+def check_finite(result: Tensor, stage: str, causes: Iterable[str] = ()) -> None:
+    """ValueError when a result has NaN or infinity, which would be a black image; one reduction over it.
+
+    causes: what may be behind it, best known first; only looked at then.
+    """
+    if result.sum().isfinite():
+        return
+    known = next(iter(causes), None) or (
+        "the numbers overflowed in the model: try another weight_dtype, or start ComfyUI with --force-fp32 or a bf16 "
+        "option, and check LoRA strengths"
+    )
+    raise ValueError(
+        f"{stage} gave values that are no numbers (NaN or infinity), and would end in a black image: {known}."
+    )
+
+
+def _causes(noise: Tensor, latent: Tensor, conds: Conds, args: tuple) -> Iterator[str]:
+    """Inputs of sampling that had NaN already."""
+    named = {"the latent given to the sampler": latent, "the noise": noise}
+    named |= {f"the {name} conditioning": c.get("cross_attn") for name, group in conds.items() for c in group}
+    named |= {"the sampler's sigmas or mask": next((a for a in args[1:3] if isinstance(a, Tensor)), None)}
+    for name, value in named.items():
+        if isinstance(value, Tensor) and not value.float().sum().isfinite():
+            yield f"{name} already had them. Look at the node that made it"
+
+
+def _all(conds: Conds) -> Iterator[dict[str, Any]]:
+    for group in conds.values():
+        yield from group
