@@ -46,16 +46,23 @@ def load_flux_text(release: Path, index: dict[str, Any], disable_dynamic: bool =
 
 
 class ReleaseCLIP(comfy.sd.CLIP):
-    """The core's CLIP, whose clones encode with the model of their own patcher.
+    """The core's CLIP, which always encodes with the model of its patcher.
 
-    The core's clone keeps the first model, also where its patcher has another one (Set CLIP Hooks under dynamic VRAM),
-    so that hooks had no effect.
+    The core's own keeps the first model, also where a node gives its patcher another one (Set CLIP Hooks under dynamic
+    VRAM, Select CLIP Device), so that the node has no effect.
     """
+
+    @property
+    def cond_stage_model(self) -> Any:
+        return self.patcher.model if "patcher" in self.__dict__ else self.__dict__["made"]
+
+    @cond_stage_model.setter
+    def cond_stage_model(self, model: Any) -> None:
+        self.__dict__["made"] = model  # by the constructor, before there is a patcher
 
     def clone(self, *args: Any, **kwargs: Any) -> comfy.sd.CLIP:
         twin = super().clone(*args, **kwargs)
         twin.__class__ = ReleaseCLIP
-        twin.cond_stage_model = twin.patcher.model
         return twin
 
 
