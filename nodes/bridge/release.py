@@ -67,7 +67,9 @@ def find_release(name: str) -> Path:
     raise ValueError(f"no release {name!r} (a folder with {INDEX}) in {', '.join(roots)}. Put it in models/diffusers.")
 
 
-def load_release(name: str) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+def load_release(
+    name: str, weight_dtype: str = "default"
+) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """MODEL, CLIP and VAE of a FLUX or SANA release folder, DC-Gen or base."""
     folder = find_release(name)
     index = read_json(folder / INDEX)
@@ -76,7 +78,7 @@ def load_release(name: str) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.
     if kind not in (FLUX.diffusers_class, SANA.diffusers_class):
         known = f"{FLUX.diffusers_class} (FLUX) and {SANA.diffusers_class} (SANA)"
         raise ValueError(f"{folder}: its transformer is a {kind}; this node loads {known}.")
-    return load_weights(folder, "default", FROM_FILE), load_text(folder), load_vae(folder, index)
+    return load_weights(folder, weight_dtype, FROM_FILE), load_text(folder), load_vae(folder, index)
 
 
 def load_text(folder: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
