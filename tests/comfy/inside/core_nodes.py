@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tamper import any_width
 
 STRENGTH = 0.8
-COMPILER = "aot_eager"  # what is compiled is the same as with inductor, which takes minutes
+COMPILER = "eager"  # captures the same graph as inductor, which takes minutes to compile it
 
 
 def found(module, name):
@@ -124,10 +124,13 @@ def keyframes(s, model):
 def compiled(s, model):
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
+    if model.model.latent_format.latent_channels != s.noise.shape[1]:
+        return {}  # bases are core's business, and compiling takes seconds
     twin = model.clone(disable_dynamic=True) if hasattr(model, "is_dynamic") else model.clone()
+    twin = _with_lora(s, twin)
     set_torch_compile_wrapper(model=twin, backend=COMPILER)
     torch._dynamo.reset()
-    return {"": s.sample(twin), "with LoRA": s.sample(_with_lora(s, twin))}
+    return {"": s.sample(twin, steps=1)}
 
 
 def not_dynamic(s, model):
