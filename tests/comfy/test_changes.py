@@ -101,6 +101,8 @@ def test_the_autoencoder_through_cores_nodes(vae, helper):
     out, facts = vae
     for name, image in out.items():
         assert helper.relative(image, out["plain"]) < 1e-5, name
+    small, large = facts.get("rows", (0, 1))
+    assert small < large
     assert facts.get("oom", True)
     assert not facts["cancel"]
 

@@ -138,6 +138,12 @@ def vae(pack, tensors, params):
         assert twin.dcae is not ours.dcae
         out["copy"] = twin.decode(tensors["z"]).clone()
         out["not dynamic"] = ours.decode(tensors["z"]).clone()
+    if hasattr(ours.patcher, "get_free_memory"):
+        rows = []
+        for free in (1 << 20, 1 << 40):  # what the patcher says is free, whatever else fills the device
+            ours.patcher.get_free_memory = lambda device, free=free: free
+            rows.append(ours._strip("decode", 64, 64, 0, None).rows or 64)
+        facts["rows"] = rows
     error = getattr(torch, "AcceleratorError", None)
     if error is not None and hasattr(comfy.model_management, "is_oom"):
         facts["oom"] = bridge(pack, "vae").out_of_memory(error("CUDA error: out of memory"))
