@@ -179,14 +179,14 @@ def refine() -> Workflow:
         "FLUX 1K to 4K refine",
         "## Compose at 1K, refine at 4K\n\nThe 1K model draws the picture; the 4K model redraws it at 4096 x 4096 with "
         f"denoise 0.45. Needs `models/diffusers/{KREA_1K}` and `{KREA_4K}`.",
-        width=250,
+        width=240,
     )
     small = w.node("DCGenReleaseLoader", release=KREA_1K)
     large = w.node("DCGenReleaseLoader", release=KREA_4K)
     text = w.node("CLIPTextEncode", box=(280, 160), clip=small(1), text=PROMPT_4K)
     drawn = one_sampler(w, small(0), text(), "1K: 1024 x 1024")
     image = w.node("DCAEDecode", samples=drawn(), vae=small(2), strip=0)
-    w.node("PreviewImage", box=(250, 300), images=image())
+    w.node("PreviewImage", box=(240, 260), images=image())
     start = {"denoise": 0.45, "image": image(), "vae": large(2)}
     detailed = one_sampler(w, large(0), text(), "4K: 4096 x 4096", **start)
     save(w, detailed(), large(2), "dcgen/refine-4k")
