@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_PYTHON = (3, 10)
+PYTHON_OF_OLDEST = (3, 11)  # the last that the lower bounds have wheels for (numpy 1.25)
 TORCH = "torch==2.13.0"  # what this project's figures were made with
 FILES = ("requirements.txt", "train/requirements.txt", "requirements-dev.txt")
 RUNTIME = FILES[:2]  # --oldest bounds these; the tools of the tests stay new
@@ -77,6 +78,11 @@ def check_python() -> None:
 
 def make(kind: str, torch: str) -> None:
     """Make .venv (kind "") or .venv-KIND, unless it is there and up to date."""
+    if kind == "oldest" and sys.version_info[:2] > PYTHON_OF_OLDEST:
+        raise SetupError(
+            f"this is Python {sys.version.split()[0]}, newer than the oldest releases know. Name Python 3.10 or 3.11: "
+            "`make PYTHON=python3.11 test-oldest`."
+        )
     folder = ROOT / (f".venv-{kind}" if kind else ".venv")
     stamp = folder / STAMP
     done = read_stamp(stamp)

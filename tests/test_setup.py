@@ -45,9 +45,9 @@ def copy(setup, tmp_path, monkeypatch):
 
 
 def requirements():
-    lines = [line for name in ("requirements.txt", "train/requirements.txt", "requirements-dev.txt")
-             for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]  # fmt: skip
-    return [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+    names = ("requirements.txt", "train/requirements.txt", "requirements-dev.txt")
+    lines = [line.split("#")[0] for name in names for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+    return [Requirement(line) for line in lines if line.strip()]
 
 
 def test_torch_comes_first_and_alone_then_the_rest_with_the_lock(copy):
@@ -128,6 +128,7 @@ def test_newest_is_made_anew_without_bounds_and_oldest_with_lower_bounds(copy, m
         complete(command, what)
 
     monkeypatch.setattr(copy, "run", look)
+    monkeypatch.setattr(copy, "PYTHON_OF_OLDEST", sys.version_info[:2])
     assert copy.main(["--oldest"]) == 0
     pinned = dict(line.split("==") for line in seen)
     for requirement in requirements():
@@ -173,6 +174,13 @@ def test_an_old_python_is_told_so(setup, monkeypatch, capsys):
     monkeypatch.setattr(setup, "OLDEST_PYTHON", (99, 0))
     assert setup.main([]) == 1
     assert "or newer is needed. Name a newer one" in capsys.readouterr().err
+
+
+def test_a_python_newer_than_the_oldest_releases_is_told_so(copy, monkeypatch, capsys):
+    monkeypatch.setattr(copy, "PYTHON_OF_OLDEST", (3, 0))
+    assert copy.main(["--oldest"]) == 1
+    assert "make PYTHON=python3.11 test-oldest" in capsys.readouterr().err
+    assert copy.commands == []
 
 
 def test_a_python_without_venv_is_told_so(setup, monkeypatch, capsys):
