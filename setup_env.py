@@ -30,7 +30,7 @@ TORCHS = ("torch", "setuptools", "triton", "nvidia-", "cuda-")
 STAMP = ".ready"
 NETWORK = re.compile(
     r"NewConnectionError|Max retries|Connection (refused|reset|aborted)|timed out|name resolution|getaddrinfo|"
-    r"ProxyError|Network is unreachable|SSLError|CERTIFICATE_VERIFY_FAILED"
+    r"ProxyError|Network is unreachable|SSLError|CERTIFICATE_VERIFY_FAILED|from versions: none"
 )
 HEADER = """\
 # The versions that `make`, or `python setup_env.py`, installs: for Linux, macOS and Windows, Python 3.10 and newer.
@@ -184,8 +184,8 @@ def advice(said: str) -> str:
     """What to do, judged by what the command said."""
     if NETWORK.search(said):
         return (
-            "The package index was not reached: check the network; behind a proxy set HTTPS_PROXY, for an index of "
-            "your own PIP_INDEX_URL. Then run this again; what was installed stays."
+            "The package index was not reached, or has nothing for this system: check the network; behind a proxy set "
+            "HTTPS_PROXY, for an index of your own PIP_INDEX_URL. Then run this again; what was installed stays."
         )
     if "No space left" in said or "Errno 28" in said:
         return "The disk is full: torch alone takes 1 GB, and up to 6 GB with CUDA."
