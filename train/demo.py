@@ -39,7 +39,7 @@ SEED = 11
 NO_COMFYUI = "no ComfyUI found (set COMFYUI_PATH to its folder)"
 # What a training step and cache + align cost, in rounds of choose_threads, measured on a 2-core CPU (AMD EPYC).
 COST = {"toy-flux": (43, 2900), "toy-sana": (6, 2900)}
-DRAWING = 1000
+DRAWING = 400
 SCALE = 2  # the grid shows each picture this many times as large
 
 
