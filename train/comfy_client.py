@@ -21,10 +21,12 @@ WAIT = 180.0  # seconds for the server to answer
 
 
 def find_comfyui() -> Path | None:
-    """COMFYUI_PATH, the ComfyUI this pack is installed in, ~/ComfyUI or ~/comfy/ComfyUI; None when there is none."""
-    named = os.environ.get("COMFYUI_PATH")
-    places = [Path(named).expanduser()] if named else []
-    for place in [*places, PACK.parents[1], Path.home() / "ComfyUI", Path.home() / "comfy" / "ComfyUI"]:
+    """The first of COMFYUI_PATH (several as in PATH), the ComfyUI this pack is installed in, ~/ComfyUI, ~/ComfyUI-* and
+    ~/comfy/ComfyUI; None when there is none."""
+    named = os.environ.get("COMFYUI_PATH", "").split(os.pathsep)
+    places = [Path(place).expanduser() for place in named if place]
+    usual = [PACK.parents[1], Path.home() / "ComfyUI", *sorted(Path.home().glob("ComfyUI-*"))]
+    for place in [*places, *usual, Path.home() / "comfy" / "ComfyUI"]:
         if (place / "main.py").is_file() and (place / "comfy" / "model_patcher.py").is_file():
             return place.resolve()
     return None

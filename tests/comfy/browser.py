@@ -93,8 +93,7 @@ class Browser:
 
     def call(self, method: str, **params) -> dict:
         """A DevTools command; its result. Uncaught page errors met meanwhile are collected in `errors`."""
-        self.count += 1
-        self.socket.send(json.dumps({"id": self.count, "method": method, "params": params}))
+        number = self._send(method, **params)
         while True:
             message = json.loads(self.socket.receive()[1])
             if message.get("method") == "Runtime.exceptionThrown":
@@ -102,10 +101,17 @@ class Browser:
                 self.errors.append(details.get("exception", {}).get("description", details["text"]))
             if message.get("method") == "Input.dragIntercepted":
                 self.dragged.append(message["params"]["data"])
-            if message.get("id") == self.count:
+            if message.get("method") == "Page.javascriptDialogOpening":  # whether to leave unsaved work
+                self._send("Page.handleJavaScriptDialog", accept=True)
+            if message.get("id") == number:
                 if "error" in message:
                     raise RuntimeError(f"{method}: {message['error']}")
                 return message["result"]
+
+    def _send(self, method: str, **params) -> int:
+        self.count += 1
+        self.socket.send(json.dumps({"id": self.count, "method": method, "params": params}))
+        return self.count
 
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)
@@ -129,6 +135,18 @@ class Browser:
             time.sleep(0.2)
         raise TimeoutError(f"never true: {expression}")
 
+    def still(self, expression: str, frames: int = 20) -> None:
+        """Wait until an expression has had the same value for so many frames of the page, which moves things slowly."""
+        self.js(
+            "new Promise((done) => { let last = null, same = 0; const look = () => {"
+            f"const now = JSON.stringify({expression}); same = now === last ? same + 1 : 0; last = now;"
+            f"same < {frames} ? requestAnimationFrame(look) : done(true); }}; look(); }})"
+        )
+
+    def frame(self) -> None:
+        """Wait until the page has drawn a frame."""
+        self.js("new Promise((done) => requestAnimationFrame(() => done(true)))")
+
     def mouse(self, kind: str, x: float, y: float, held: bool = False) -> None:
         """One mouse event ("mouseMoved", "mousePressed", "mouseReleased"); held: the left button is down."""
         button = "none" if kind == "mouseMoved" and not held else "left"
@@ -143,7 +161,7 @@ class Browser:
         for i in range(1, steps + 1):
             share = i / steps
             self.mouse("mouseMoved", *(a + (b - a) * share for a, b in zip(start, end, strict=True)), held=True)
-            time.sleep(0.03)  # a frame, so that the page sees a movement and not a jump
+            self.frame()  # so that the page sees a movement and not a jump
         self.mouse("mouseReleased", *end)
 
     def drop(self, place: Callable[[], tuple[float, float]], end: tuple[float, float], tries: int = 5) -> None:
@@ -160,7 +178,7 @@ class Browser:
                 if self.dragged:
                     break
                 self.mouse("mouseMoved", start[0] + 5 + step % 5, start[1] + 5, held=True)
-                time.sleep(0.05)
+                self.frame()
             if self.dragged:
                 break
             self.mouse("mouseReleased", *start)

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -106,7 +105,7 @@ def test_releases_below_a_folder(server, deep_release):
     (folder / "DC-Gen-FLUX.1-Krea-Dev-v1.0-Res1K").symlink_to(deep_release[0], target_is_directory=True)
     name = "DC-Gen-FLUX.1-Krea-Dev/DC-Gen-FLUX.1-Krea-Dev-v1.0-Res1K"
     for kind, field in (("DCGenReleaseLoader", "release"), ("DCGenModelLoader", "model_name")):
-        assert name in server.get(f"/object_info/{kind}")[kind]["input"]["required"][field][1]["options"]
+        assert name in server.options(kind, field)
     server.queue(text_to_image(name, 64, 64))
 
 
@@ -153,8 +152,7 @@ def test_base_and_dcgen_in_one_graph_with_previews(server, base_name, adapter_na
     }
     reference = {}
     for first in ("deep", "base"):
-        server.raw("/free", {"unload_models": True, "free_memory": True})
-        time.sleep(0.5)
+        server.free(unload_models=True, free_memory=True)
         with server.listening() as listener:
             entry = server.queue(only[first])
         reference[first] = server.images(entry)[f"save_{first}"][0]
@@ -219,7 +217,7 @@ def test_lora_hook_on_a_conditioning(server, base_name, adapter_name, deep_name,
         assert "final_layer.linear (proj_out), img_in (x_embedder)" in text
         assert "SHAPE MISMATCH" not in text
         assert "ERROR lora" not in text
-    server.raw("/free", {"free_memory": True})  # the results, not the models
+    server.free(free_memory=True)  # the results, not the models
     again = run()
     assert np.abs(again[0] - plain).max() < 1e-6
     assert np.abs(again[1] - base).max() < 1e-6
@@ -448,11 +446,8 @@ def test_cancel_leaves_comfyui_usable(server, deep_name, stage, side, steps):
     graph["sigmas"]["inputs"]["steps"] = steps
     graph["decode"] = node("DCAEDecode", samples=["sample", 0], vae=["load", 2], strip=1)
     with server.listening() as listener:
-        prompt_id = server.post("/prompt", {"prompt": graph, "client_id": "tests"})["prompt_id"]
-        stop = time.monotonic() + 120
-        while not any(m["type"] == "progress" and m["data"]["node"] == stage for m in list(listener.messages)):
-            assert time.monotonic() < stop, "no progress was said"
-            time.sleep(0.02)
+        prompt_id = server.start(graph)
+        listener.until(lambda message: message["type"] == "progress" and message["data"]["node"] == stage, 120)
         server.raw("/interrupt", {})
         entry = server.wait(prompt_id, 60)
     (where,) = (data["node_id"] for kind, data in entry["status"]["messages"] if kind == "execution_interrupted")

@@ -12,7 +12,7 @@ def fill(module):
         value.data.fill_(0.01)
 
 
-def test_loading_a_sharded_release_takes_little_more_than_its_weights(comfy, tmp_path, tiny, deep_release):
+def test_loading_a_sharded_release_takes_little_more_than_its_weights(comfy, tmp_path, tiny, deep_release, monkeypatch):
     """Issue 4's bound of 1.2, on 190 MB in shards of 40 MB with the many-into-one key map of a diffusers release."""
     if not (comfy.root.drive == "" and torch.cuda.is_available() is False):
         pytest.skip("peak memory is read from /proc on a machine without a GPU")
@@ -32,7 +32,12 @@ def test_loading_a_sharded_release_takes_little_more_than_its_weights(comfy, tmp
     assert len(set(shards.values())) >= 4
     weights = sum(value.nbytes for value in model.parameters())
     del model
-    _, found = comfy.run("memory:peak", tmp_path, params={"release": str(folder), "warm": str(deep_release[0])})
+    # Each weight has memory of its own, as weights of real sizes have (glibc: 32 MB and more); else the peak shows what
+    # the allocator keeps between small ones.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
+    _, found = comfy.run(
+        "memory:peak", tmp_path, params={"release": str(folder), "warm": str(deep_release[0])}, alone=True
+    )
     assert found["weights"] == weights
     print(f"peak {found['peak'] / weights:.3f} times the weights")  # pytest -rP shows it
     assert found["peak"] < 1.2 * weights

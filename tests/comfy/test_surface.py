@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once_per_core
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ("en", "zh", "ja")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")

@@ -9,6 +9,7 @@ import comfy.sd
 import comfy.utils
 import torch
 from flux import bridge, cases, load_model
+from tamper import leave_no_room, left_out, note_places, places_of
 
 
 def adapters(pack):
@@ -76,7 +77,7 @@ def alternate(pack, tensors, params):
 
 
 def lowvram(pack, tensors, params):
-    """The same velocities with next to no room: every weight stays where it is and is cast at each call."""
+    """The same velocities with no room: every weight stays where it is and is fetched at each call."""
     flux, base, adapter = _load(pack, params)
     for_base, for_deep = _split(tensors)
     leave_no_room()
@@ -84,36 +85,10 @@ def lowvram(pack, tensors, params):
     out, partial = {}, []
     for turn in range(2):
         out |= cases(for_deep, deep, f"{turn}-lora_after-")
-        partial.append(deep.base.model.model_lowvram)
+        partial.append(left_out(deep.base))
         out |= cases(for_base, base, f"{turn}-base-")
-        partial.append(base.model.model_lowvram)
+        partial.append(left_out(base))
     return out, {"partial": partial}
-
-
-def leave_no_room():
-    """From here on ComfyUI takes its device for a GPU on which no weight fits."""
-    mm = comfy.model_management
-    mm.is_device_cpu = lambda device: False
-    mm.vram_state = mm.VRAMState.LOW_VRAM
-    # Attention asks for both figures and may have its room; the weights ask for one and get none.
-    mm.get_free_memory = lambda device=None, torch_free_too=False: (1 << 33, 1 << 33) if torch_free_too else 1
-    mm.minimum_inference_memory = lambda: 0
-    mm.MIN_WEIGHT_MEMORY_RATIO = 0.0
-
-
-def note_places():
-    """From here on modules note where they are sent, and stay. Returns a device other than the CPU, without data."""
-    mm = comfy.model_management
-    mm.get_free_memory = lambda device=None, torch_free_too=False: (1 << 40, 1 << 40) if torch_free_too else 1 << 40
-    torch.nn.Module.to = _note_place
-    mm.cast_to_device = lambda tensor, device, dtype, copy=False: tensor.to(dtype, copy=copy)
-    return torch.device("meta")
-
-
-def places_of(modules):
-    """Where those of the modules that have weights were last sent to."""
-    used = [module for module in modules if any(True for _ in module.parameters(recurse=False))]
-    return sorted({getattr(module, "_at", "never moved") for module in used})
 
 
 def placement(pack, tensors, params):
@@ -129,7 +104,7 @@ def placement(pack, tensors, params):
                 _places(models[name], base, unload) for name in params["order"]
             ]
             comfy.model_management.unload_all_models()
-    return {}, {"seen": seen}
+    return {}, {"seen": seen, "device": str(gpu)}
 
 
 def _places(model, base, unload):
@@ -137,16 +112,10 @@ def _places(model, base, unload):
     network, lender = model.model.diffusion_model, base.model.diffusion_model
     parts = [network.img_in, network.final_layer.linear, *lender.double_blocks.modules()]
     parts += [*lender.single_blocks.modules(), lender.txt_in]
-    found = places_of(parts)
+    found = places_of(parts, [model, base, *model.model_patches_models()])
     if unload:
         comfy.model_management.unload_all_models()
     return found
-
-
-def _note_place(module, device=None, *args, **kwargs):
-    for part in module.modules():
-        part._at = str(device)
-    return module
 
 
 def growth(pack, tensors, params):

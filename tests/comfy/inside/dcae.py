@@ -93,7 +93,8 @@ def _numbers(space):
 def error(call):
     try:
         call()
-    except Exception as caught:
+    # A cancel is a BaseException in newer cores.
+    except (Exception, comfy.model_management.InterruptProcessingException) as caught:
         return f"{type(caught).__name__}: {caught}"
     return ""
 

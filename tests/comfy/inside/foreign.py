@@ -195,14 +195,16 @@ class Tail(torch.nn.Module):
 class Transformer(torch.nn.Module):
     """Embedder, last norm and head are plain layers; the blocks (C++ there) are core's, out of sight.
 
-    LoRA: blocks by rank concatenation there, by core's own loader here; ranks and groups are checked as the real
-    converter's asserts would. config never changes; in_channels is not read by forward.
+    LoRA: blocks by rank concatenation there, by core's arithmetic on the blocks' own weights here, whatever core's
+    patchers do; ranks and groups are checked as the real converter's asserts would. config never changes; in_channels
+    is not read by forward.
     """
 
     def __init__(self, config, weights, hidden):
         super().__init__()
         self.config = config
         self.comfy_lora_meta_list, self.comfy_lora_sd_list, self.composed = [], [], 0
+        self.unpatched = {}
         width = config["num_attention_heads"] * config["attention_head_dim"]
         self.x_embedder = torch.nn.Linear(config["in_channels"], width)
         self.proj_out = torch.nn.Linear(width, config["in_channels"])
@@ -212,17 +214,18 @@ class Transformer(torch.nn.Module):
         self.__dict__["hidden"] = hidden
         hidden.model.diffusion_model.img_in = torch.nn.Identity()
         hidden.model.diffusion_model.final_layer = Tail()
-        self.__dict__["patched"] = hidden
 
     def update_lora_params(self, composed):
         self.composed += 1
-        self.patched.unpatch_model()
+        for key, weight in self.unpatched.items():
+            comfy.utils.set_attr_param(self.hidden.model, key, weight)
         patched = self.hidden.clone()
-        if composed:
-            keys = comfy.lora.model_lora_keys_unet(patched.model, {})
-            patched.add_patches(comfy.lora.load_lora({f"transformer.{k}": v for k, v in composed.items()}, keys))
-        patched.patch_model()
-        self.__dict__["patched"] = patched
+        keys = comfy.lora.model_lora_keys_unet(patched.model, {})
+        patched.add_patches(comfy.lora.load_lora({f"transformer.{k}": v for k, v in composed.items()}, keys))
+        self.unpatched = {key: comfy.utils.get_attr(patched.model, key) for key in patched.patches}
+        for key, weight in self.unpatched.items():
+            changed = comfy.lora.calculate_weight(patched.patches[key], weight.clone(), key)
+            comfy.utils.set_attr_param(patched.model, key, changed)
 
     def forward(
         self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance, **_

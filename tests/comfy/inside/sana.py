@@ -8,9 +8,9 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
-from apply import leave_no_room, note_places, places_of
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from flux import bridge, load_model, release_of
+from tamper import leave_no_room, left_out, note_places, places_of
 
 
 def everything(pack, tensors, params):
@@ -184,7 +184,7 @@ def lowvram(pack, tensors, params):
         for turn in range(2):
             for name, patcher, owner in (("deep", deep, deep.base), ("base", base, base)):
                 out |= named(f"{dtype}/{turn}/{name}", velocities(patcher, cases(tensors, name)))
-                partial.append(owner.model.model_lowvram)
+                partial.append(left_out(owner))
     return out, partial
 
 
@@ -197,8 +197,9 @@ def placement(pack, tensors, params):
     for name in params["order"]:
         comfy.model_management.load_models_gpu([{"base": base, "deep": deep}[name]])
         own = [deep.model.diffusion_model.patch_embed.proj, deep.model.diffusion_model.proj_out]
-        seen.append(places_of([*base.model.diffusion_model.modules(), *(own if name == "deep" else ())]))
-    return {}, {"seen": seen}
+        parts = [*base.model.diffusion_model.modules(), *(own if name == "deep" else ())]
+        seen.append(places_of(parts, [deep, base, deep.base]))
+    return {}, {"seen": seen, "device": str(gpu)}
 
 
 def compiled(pack, tensors, params):

@@ -66,27 +66,19 @@ def pipeline_picture(pipe, width, height, steps):
     ).images
 
 
-def install(server, folder, name):
-    target = server.base / "models" / "diffusers" / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        target.symlink_to(folder, target_is_directory=True)
-    return name
-
-
 @pytest.fixture(scope="module")
 def sana_name(server, sana_release):
-    return install(server, sana_release[0], "tiny-sana")
+    return server.install(sana_release[0], "diffusers", "tiny-sana")
 
 
 @pytest.fixture(scope="module")
 def deep_name(server, deep_sana_release):
-    return install(server, deep_sana_release[0], "tiny-dcgen-sana")
+    return server.install(deep_sana_release[0], "diffusers", "tiny-dcgen-sana")
 
 
 @pytest.fixture(scope="module")
 def sprint_name(server, sprint_release):
-    return install(server, sprint_release[0], "tiny-sprint")
+    return server.install(sprint_release[0], "diffusers", "tiny-sprint")
 
 
 @pytest.mark.parametrize(("deep", "width", "height", "steps"), [(False, 96, 64, 6), (True, 128, 256, 5)])
@@ -218,13 +210,11 @@ def adapter_name(server, sana_release, deep_sana_release, tiny):
     base = BACKBONES["sana"].fingerprint(dict(sana_release[1].transformer.config))
     space = LatentSpace("", 16, 64, deep_sana_release[1].vae.config.scaling_factor)
     adapter = Adapter("sana", tensors, {}, space, base, {"rule": "static", "shift": 3.0})
-    for kind in ("model_patches", "vae"):
-        (server.base / "models" / kind).mkdir(parents=True, exist_ok=True)
-    save_adapter(server.base / "models" / "model_patches" / "tiny-sana.safetensors", adapter)
-    vae = server.base / "models" / "vae" / "tiny-f64"
-    if not vae.exists():
-        vae.symlink_to(deep_sana_release[0] / "vae", target_is_directory=True)
-    return "tiny-sana.safetensors"
+    file = server.base / "models" / "model_patches" / "tiny-sana.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_adapter(file, adapter)
+    server.install(deep_sana_release[0] / "vae", "vae", "tiny-f64")
+    return file.name
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in FOLDER.glob("*sana*.json")))

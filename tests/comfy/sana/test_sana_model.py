@@ -274,4 +274,4 @@ def test_every_layer_is_on_the_device(comfy, tmp_path, weights):
     """Base and DC-Gen take turns; tables that stand beside the layers move with them."""
     order = ["base", "deep", "base", "deep", "deep", "base"]
     _, facts = comfy.run("sana:placement", tmp_path, params={**weights[0], "order": order})
-    assert facts["seen"] == [["meta"]] * len(order)
+    assert facts["seen"] == [[facts["device"]]] * len(order)
