@@ -1,30 +1,30 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`. Both build .venv first.
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both build .venv first (setup_env.py).
 #   TORCH=torch make demo      another torch than the one these figures were made with, e.g. your CUDA build
+# On Windows, which has no make: the same commands are in README.md.
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
-VENV := .venv
-BIN := $(VENV)/bin
+BIN := .venv/bin
 
-.PHONY: demo test lint format
+.PHONY: demo test test-newest test-oldest lint format ready
 
-demo: $(VENV)/.ready
+demo: ready
 	$(BIN)/python -m train.demo
 
 test: lint
 	$(BIN)/python -m pytest -q --durations=15
 
-lint: $(VENV)/.ready
+# The same tests with the newest release of every dependency, and with the oldest that the requirements allow.
+test-newest test-oldest: test-%:
+	$(PYTHON) setup_env.py --$*
+	.venv-$*/bin/python -m pytest -q --durations=15
+
+lint: ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/.ready
+format: ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# torch first and alone: what depends on it must find it installed, or pip picks a build of its own choice.
-$(VENV)/.ready: requirements.txt requirements-dev.txt train/requirements.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet -r requirements.txt -r train/requirements.txt -r requirements-dev.txt
-	touch $@
+ready:
+	@$(PYTHON) setup_env.py

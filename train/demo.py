@@ -2,7 +2,7 @@
 
 Runs the recipe toy-flux, or toy-sana (cache, align, head, finetune, export), draws prompts with the base, with DC-Gen
 after alignment only and after fine-tuning, and writes grid.png and demo.json. Where a ComfyUI is found, the shipped toy
-workflow runs in it with the adapter just made.
+workflow runs in it with the adapter just made. Interrupted, the same command goes on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from train.threads import choose_threads  # isort: skip - before torch
+
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -26,7 +28,7 @@ from train.comfy_client import ComfyServer, find_comfyui
 from train.config import Recipe, load_recipe
 from train.files import read_json, write_atomically, write_json
 from train.generate import Pipeline
-from train.run import run_recipe
+from train.run import exit_code, run_recipe
 from train.toy.pictures import ToyPictures
 
 WORKFLOWS = {"toy-flux": "workflows/api/dcgen_toy.json", "toy-sana": "workflows/api/dcgen_toy_sana.json"}
@@ -34,15 +36,25 @@ COPY = "demo-adapter.safetensors"
 PIXELS = 128
 STEPS = 20
 SEED = 11
+NO_COMFYUI = "no ComfyUI found (set COMFYUI_PATH to its folder)"
+# What a training step and cache + align cost, in rounds of choose_threads, measured on a 2-core CPU (AMD EPYC).
+COST = {"toy-flux": (43, 2900), "toy-sana": (6, 2900)}
+DRAWING = 400
 SCALE = 2  # the grid shows each picture this many times as large
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; 0 when the grid is there."""
     options = _parser().parse_args(arguments)
+    return exit_code(lambda: _demo(options))
+
+
+def _demo(options: argparse.Namespace) -> int:
     begin = time.perf_counter()
     output = options.output or Path("runs/demo" if options.recipe == "toy-flux" else f"runs/demo-{options.recipe}")
     recipe = load_recipe(options.recipe, [f"output={output}/train", *options.overrides])
+    comfyui = find_comfyui() if options.comfyui else None
+    _announce(recipe, comfyui, options.comfyui)
     print("1/3 training: cache, align, head, finetune, export", flush=True)
     numbers = run_recipe(recipe)
     print("2/3 drawing", flush=True)
@@ -59,12 +71,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__},
     }
     print("3/3 ComfyUI", flush=True)
-    report["comfyui"] = in_comfyui(recipe, output, prompts[0], options.comfyui)
+    if comfyui is None:
+        report["comfyui"] = {"ran": False, "why": NO_COMFYUI if options.comfyui else "switched off"}
+    else:
+        report["comfyui"] = in_comfyui(recipe, output, prompts[0], comfyui)
     report["seconds"] = round(time.perf_counter() - begin, 1)
     save_grid(output / "grid.png", prompts, columns)
     write_json(output / "demo.json", report)
-    print(f"{output}/grid.png and demo.json are there after {report['seconds']:.0f} s")
+    print(made(recipe, output, report))
     return 0
+
+
+def _announce(recipe: Recipe, comfyui: Path | None, wanted: bool) -> None:
+    """Say how long it will take and which part is left out, before anything begins."""
+    threads, seconds = choose_threads()
+    minutes = seconds * rounds(recipe) / 60
+    about = "less than a minute" if minutes < 1 else f"about {minutes:.0f} min"
+    if recipe.device == "cpu" or not torch.cuda.is_available():
+        print(f"{threads} CPU thread(s): {about} at the speed this machine has now; Ctrl-C stops, the same goes on")
+    if comfyui:
+        print(f"part 3 runs in {comfyui}")
+    else:
+        print("part 3 is left out: " + (NO_COMFYUI if wanted else "--no-comfyui"))
+
+
+def rounds(recipe: Recipe) -> float:
+    """What is still to do, in rounds of `choose_threads`."""
+    left = [name for name in recipe.stages if not (recipe.folder / name / "done.json").is_file()]
+    step, fixed = COST[recipe.name]
+    steps = sum(recipe.stages[name].steps for name in left if name in ("head", "finetune"))
+    return step * steps + (fixed if "cache" in left else 0) + DRAWING
+
+
+def made(recipe: Recipe, output: Path, report: dict[str, Any]) -> str:
+    """What is there now, and how it is used."""
+    adapter = _exported(recipe)
+    ran = report["comfyui"]
+    picture = f"{output / ran['image']}  the template's picture, drawn in ComfyUI" if ran["ran"] else ran["why"]
+    return "\n".join(
+        [
+            f"done after {report['seconds']:.0f} s:",
+            f"  {output / 'grid.png'}  base, DC-Gen after alignment, DC-Gen after finetuning",
+            f"  {output / 'demo.json'}  the figures",
+            f"  ComfyUI: {picture}",
+            f"  {adapter}  the adapter",
+            "To use the adapter, put it in ComfyUI/models/model_patches, open the template "
+            f"{Path(WORKFLOWS[recipe.name]).stem} and choose it in Apply DC-Gen.",
+        ]
+    )
+
+
+def _exported(recipe: Recipe) -> Path:
+    return next((recipe.folder / "export").glob("*.safetensors"))
 
 
 def demo_prompts(recipe: Recipe) -> list[str]:
@@ -109,20 +167,16 @@ def draw(name: str, pipeline: Pipeline, prompts: Sequence[str], guidance: float)
     }
 
 
-def in_comfyui(recipe: Recipe, output: Path, prompt: str, wanted: bool) -> dict[str, Any]:
+def in_comfyui(recipe: Recipe, output: Path, prompt: str, comfyui: Path) -> dict[str, Any]:
     """Run the shipped workflow with the adapter just trained; {"ran": bool, ...} says what became of it."""
-    comfyui = find_comfyui() if wanted else None
-    if not wanted or comfyui is None:
-        return {"ran": False, "why": "no ComfyUI found (set COMFYUI_PATH)" if wanted else "switched off"}
     workflow = Path(WORKFLOWS[recipe.name])
     if not workflow.is_file():
         return {"ran": False, "why": f"{workflow} is missing"}
-    exported = next((recipe.folder / "export").glob("*.safetensors"))
     graph = with_prompt(read_json(workflow), prompt, COPY)  # a name of its own: the shipped adapter has the recipe's
     try:
         with ComfyServer(comfyui) as server:
             target = server.folder / "models" / "model_patches" / COPY
-            target.write_bytes(exported.read_bytes())
+            target.write_bytes(_exported(recipe).read_bytes())
             result = server.run(graph)
     except (RuntimeError, TimeoutError, OSError) as error:
         print(f"ComfyUI did not run the workflow: {error}", file=sys.stderr)

@@ -26,7 +26,11 @@ class NonFinite(RuntimeError):
 
 
 class Stopped(RuntimeError):
-    """SIGTERM or SIGINT arrived; a checkpoint was written."""
+    """SIGTERM or SIGINT (`number`) arrived; a checkpoint was written."""
+
+    def __init__(self, text: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(text)
+        self.number = number
 
 
 def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dict[str, Tensor]:
@@ -95,7 +99,8 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
                 if stopping and done < config.steps:
                     raise Stopped(
                         f"stopped by a signal after step {done}; checkpoint in {folder}; "
-                        "the same command goes on from there"
+                        "the same command goes on from there",
+                        signals.received or signal.SIGTERM,  # none: another rank had it
                     )
     finally:
         bar.close()

@@ -6,9 +6,10 @@ import argparse
 import errno
 import json
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ WATCH_FIELDS = {"checkpoint_every", "keep_checkpoints", "log_every", "preview_ev
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line entry; returns the exit code (0 done, 1 refused or failed, 143 stopped by a signal)."""
+    """Command line entry; returns the exit code (see `exit_code`)."""
     options = _parser().parse_intermixed_args(arguments)
     if options.list:
         print(_listing())
@@ -38,21 +39,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.recipe:
         print("name a recipe, or use --list", file=sys.stderr)
         return 1
+    return exit_code(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.dry_run:
+        return dry_run(recipe)
+    run_recipe(recipe, only=options.stage, redo=options.redo)
+    return 0
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """Do the work and return its exit code: 1 with a line instead of a traceback where it is refused or fails in a
+    known way, 128 + N where signal N stopped it (130 for Ctrl-C, 143 for SIGTERM).
+    """
     try:
-        recipe = load_recipe(options.recipe, options.overrides)
-        if options.dry_run:
-            return dry_run(recipe)
-        run_recipe(recipe, only=options.stage, redo=options.redo)
+        return work()
     except Stopped as stopped:
         print(f"\n{stopped}", file=sys.stderr)
-        return 143
+        return 128 + stopped.number
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on: finished stages, shards and checkpoints are kept", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (RecipeError, CheckpointError, CacheError, NonFinite, OSError, ValueError) as error:
         hint = FULL_DISK if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         print(f"\nerror: {error}{hint}", file=sys.stderr)
         return 1
     finally:
         distributed.stop()
-    return 0
 
 
 def run_recipe(recipe: Recipe, only: str | None = None, redo: bool = False) -> dict[str, Any]:

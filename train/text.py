@@ -135,4 +135,11 @@ def _load(base: Path, part: str, dtype: torch.dtype | None = None) -> Any:
     folder = release_part(base, part)
     if dtype is None:
         return cls.from_pretrained(folder)
-    return cls.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+    encoder, found = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if found["missing_keys"]:
+        raise ValueError(
+            f"{folder}: transformers {transformers.__version__} finds {len(found['missing_keys'])} weights of "
+            f"{cls.__name__} missing there, {sorted(found['missing_keys'])[0]} among them, and would take random ones. "
+            "A newer transformers may have written the folder: install that, or download the release again."
+        )
+    return encoder.eval().requires_grad_(False)

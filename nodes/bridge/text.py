@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -87,16 +88,52 @@ def stored_dtype(weights: Tensors) -> torch.dtype:
 
 
 def load_tokenizer(folder: Path, entry: list[str] | None) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer class that model_index.json names, as diffusers loads it; else what the folder says."""
+    """The tokenizer class that model_index.json names, as diffusers loads it; else what the folder says.
+
+    A class may fail on a folder that another transformers wrote. tokenizer.json alone then says the same.
+    """
     kind = getattr(transformers, entry[1], None) if entry and entry[0] == "transformers" else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)):
         kind = transformers.AutoTokenizer
+    _check_files(folder)
     try:
         return kind.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a class trips over; nothing in here can be cancelled
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(_unreadable(folder, error)) from error
+        logging.info("DC-Gen: %s: %s failed (%s); tokenizer.json is read by itself", folder, kind.__name__, error)
+    try:
+        return _plain_tokenizer(folder)
+    except Exception as error:  # tokenizers raises no narrower kind
+        raise ValueError(_unreadable(folder, error)) from error
+
+
+def _check_files(folder: Path) -> None:
+    """Of a folder without vocabulary transformers 5 makes a tokenizer that knows no word."""
+    files = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if not any(name.startswith(("tokenizer.", "vocab.", "spiece.")) for name in files):
         raise ValueError(
-            f"{folder}: no tokenizer could be read there ({error}). Download the release again."
-        ) from error
+            f"{folder} has no tokenizer: found {', '.join(files) or 'nothing'}, expected tokenizer.json. "
+            "Download the release again."
+        )
+
+
+def _plain_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
+    """tokenizer.json as it is, with the special tokens and the length that tokenizer_config.json names."""
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    names = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    found = {name: config[name] for name in names if config.get(name)}
+    settings = {name: token["content"] if isinstance(token, dict) else token for name, token in found.items()}
+    settings |= {name: config[name] for name in ("model_max_length", "padding_side") if config.get(name)}
+    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **settings)
+
+
+def _unreadable(folder: Path, error: Exception) -> str:
+    return (
+        f"{folder}: transformers {transformers.__version__} cannot read the tokenizer there ({error}). A newer release "
+        "may have written it: update transformers in ComfyUI's Python, as ComfyUI's requirements.txt says."
+    )
 
 
 def _config(folder: Path, kind: str) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_positions_are_read_from_an_original_file(tmp_path, side, scale, shift, 
     model = make(sample_size=side, interpolation_scale=scale)
     table = torch.zeros(1, side * side, 64)
     if scale is not None:
-        table[0] = torch.as_tensor(get_2d_sincos_pos_embed(64, side, interpolation_scale=scale, base_size=side))
+        table[0] = get_2d_sincos_pos_embed(64, side, interpolation_scale=scale, base_size=side, output_type="pt")
     native = sana.to_native(model.state_dict())
     tensors = {f"model.{key}": value.to(dtype) for key, value in {**native, "pos_embed": table}.items()}
     torch.save({"state_dict": tensors}, tmp_path / "Sana.pth")

@@ -1,7 +1,11 @@
 """The stages that make the toy's base, on a VAE and a transformer of a few kilobytes."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from train.batches import BatchPlan
 from train.config import parse_recipe
@@ -92,6 +96,29 @@ def test_the_release_is_one_that_diffusers_opens(recipe):
     how = {"height": 64, "width": 64, "num_inference_steps": 1, "max_sequence_length": 16, "output_type": "pt"}
     assert pipe("star on a red background", **how).images.shape == (1, 3, 64, 64)
     assert pipe.tokenizer_2.model_max_length == 16
+
+
+def test_clip_is_written_with_the_names_that_every_transformers_reads(recipe):
+    from transformers import CLIPTextModel
+
+    folder = recipe.folder / "text" / "release" / "text_encoder"
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert all(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118 - no mapping
+    _, found = CLIPTextModel.from_pretrained(folder, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+
+
+def test_an_encoder_with_weights_missing_is_refused(recipe, tmp_path):
+    from train.text import load_text
+
+    release = tmp_path / "release"
+    shutil.copytree(recipe.folder / "text" / "release", release)
+    file = release / "text_encoder" / "model.safetensors"
+    tensors = {f"other.{name}": tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"weights of CLIPTextModel missing there, .*random"):
+        load_text(release, "cpu", torch.float32)
 
 
 def test_pretraining_changes_the_transformer_and_nothing_else(recipe):

@@ -1,7 +1,12 @@
-"""The toy's tokenizers: every caption word is one token, nothing is unknown, both load again from disk."""
+"""The toy's tokenizers: every caption word is one token, nothing is unknown, all load again from disk."""
 
 import pytest
+from safetensors import safe_open
+from transformers import AutoTokenizer
 
+from train.files import read_json
+from train.text import sana_instruction
+from train.toy.pictures import ToyPictures
 from train.toy.tokenizers import (
     CLIP_TOKENS,
     T5_TOKENS,
@@ -86,3 +91,32 @@ def test_the_same_captions_make_the_same_files(save, tmp_path):
         save(CAPTIONS, tmp_path / name)
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("save", "folder"),
+    [
+        (save_clip_tokenizer, "flux-base/tokenizer"),
+        (save_t5_tokenizer, "flux-base/tokenizer_2"),
+        (lambda texts, out: save_gemma_tokenizer(texts, "\n".join(sana_instruction()), out), "sana-base/tokenizer"),
+    ],
+    ids=["clip", "t5", "gemma"],
+)
+def test_what_is_shipped_is_what_is_made_and_what_every_transformers_reads(save, folder, root, tmp_path):
+    pictures, shipped = ToyPictures(root / "toy" / "data"), root / "toy" / folder
+    captions = [pictures.caption(pair) for pair in pictures.pairs("train")]
+    made = save(captions, tmp_path)
+    config = read_json(shipped / "tokenizer_config.json")
+    assert config == read_json(tmp_path / "tokenizer_config.json")
+    loaded = AutoTokenizer.from_pretrained(shipped)
+    texts = [*captions, "", "Zebra 7! \N{ROBOT FACE}", "two   spaces\n and a line"]
+    assert loaded(texts).input_ids == made(texts).input_ids
+    assert len(loaded) == len(made)
+    # A release of transformers later than 4.50, which ComfyUI allows, must not be needed to know a name.
+    assert config["tokenizer_class"] in {"CLIPTokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast"}
+    assert not {"backend", "extra_special_tokens"} & config.keys()
+
+
+def test_clip_has_the_names_that_every_transformers_reads(root):
+    with safe_open(root / "toy/flux-base/text_encoder/model.safetensors", "pt") as file:
+        assert all(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118 - no mapping

@@ -12,13 +12,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dcgen.backbones import BACKBONES
 from train.autoencoders import autoencoder_config
 from train.batches import Batch
 from train.config import StageConfig
-from train.files import write_folder, write_json
+from train.files import write_folder, write_json, write_tensors
 from train.models import network_class
 from train.stages.base import Context, Stage, complaints
 from train.text import sana_instruction
@@ -113,10 +114,22 @@ class TextStage(Stage):
         for reader in self.family.readers:
             encoder: Any = self.model[reader.name]
             encoder.save_pretrained(folder / reader.encoder)
+            if reader is CLIP:
+                _as_published(folder / reader.encoder / "model.safetensors")
             shutil.copytree(self.scratch / reader.tokenizer, folder / reader.tokenizer)
             index |= {reader.encoder: ["transformers", type(encoder).__name__]}
             index |= {reader.tokenizer: ["transformers", reader.tokenizer_class]}
         write_json(folder / "model_index.json", index)
+
+
+def _as_published(file: Path) -> None:
+    """Name CLIP's weights as published files do, which every transformers reads: release 5 writes shorter names.
+
+    To transformers 4 the shorter ones are unknown: it would take random weights in their place, with a warning only.
+    """
+    tensors = load_file(file)
+    named = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
+    write_tensors(file, named, {"format": "pt"})
 
 
 def _padded(length: int) -> Callable[[Any, Sequence[str]], Tensor]:
