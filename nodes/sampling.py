@@ -5,8 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from . import inputs
-from .bridge import samplers, sampling
+from .bridge import samplers
 from .bridge.latent_format import empty_latent
+from .bridge.sampling import sample, sigmas_for, start
 from .checks import numbers
 from .model import CATEGORY
 from .schema import schema
@@ -43,7 +44,7 @@ class DCGenScheduler(io.ComfyNode):
     @classmethod
     def execute(cls, model, latent, steps: int, denoise: float, shift: float = 0.0) -> io.NodeOutput:
         numbers(denoise=denoise, shift=shift)
-        return io.NodeOutput(sampling.sigmas_for(model, latent, steps, denoise, shift))
+        return io.NodeOutput(sigmas_for(model, latent, steps, denoise, shift))
 
 
 class DCGen4KSampler(io.ComfyNode):
@@ -153,9 +154,6 @@ class DCGen4KSampler(io.ComfyNode):
         shift=0.0,
     ) -> io.NodeOutput:
         numbers(guidance=guidance, denoise=denoise, cfg=cfg, shift=shift)
-        if latent is None:
-            latent = empty_latent(model, *posted(size, width, height), batch_size)
-        latent = sampling.start(model, latent, image, vae)
-        sigmas = sampling.sigmas_for(model, latent, steps, denoise, shift)
-        positive, negative = (sampling.with_guidance(c, guidance) for c in (positive, negative))
-        return io.NodeOutput(sampling.sample(model, latent, sigmas, seed, sampler_name, positive, negative, cfg))
+        latent = latent or empty_latent(model, *posted(size, width, height), batch_size)
+        latent, sigmas = start(model, latent, image, vae, steps, denoise, shift)
+        return io.NodeOutput(sample(model, latent, sigmas, seed, sampler_name, positive, negative, cfg, guidance))

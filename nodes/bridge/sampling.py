@@ -41,9 +41,15 @@ def check_latent(model: Any, latent: dict[str, Any]) -> ModelInfo:
     return info
 
 
-def start(model: Any, latent: dict[str, Any], image: Tensor | None, vae: Any) -> dict[str, Any]:
-    """The LATENT that sampling starts from, with `image` in it if there is one. ValueError if it does not fit."""
-    return latent if image is None else encoded(model, latent, image, vae)
+def start(
+    model: Any, latent: dict[str, Any], image: Tensor | None, vae: Any, steps: int, denoise: float, shift: float
+) -> tuple[dict[str, Any], Tensor]:
+    """(the LATENT that sampling starts from, with `image` in it if there is one; the noise levels (N+1,)).
+
+    ValueError for what does not fit the model.
+    """
+    latent = latent if image is None else encoded(model, latent, image, vae)
+    return latent, sigmas_for(model, latent, steps, denoise, shift)
 
 
 def encoded(model: Any, latent: dict[str, Any], image: Tensor, vae: Any) -> dict[str, Any]:
@@ -95,12 +101,16 @@ def sample(
     positive: list,
     negative: list | None = None,
     cfg: float = 1.0,
+    guidance: float | None = None,
 ) -> dict[str, Any]:
     """LATENT sampled from `latent` along `sigmas`, as core's SamplerCustomAdvanced does it.
 
-    Without `negative` the model runs once a step; with it and cfg != 1, twice.
+    Without `negative` the model runs once a step; with it and cfg != 1, twice. guidance: FLUX's scale g = 1 + w in
+    place of the conditioning's own.
     """
     check_latent(model, latent)
+    if guidance is not None:
+        positive, negative = with_guidance(positive, guidance), with_guidance(negative, guidance)
     sampler = sampler_object(sampler_name, model)
     image = latent["samples"]
     noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
