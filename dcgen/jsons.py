@@ -1,0 +1,80 @@
+"""JSON from files that others made: bounded in size and depth, read as text that can be shown, refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 64 << 20
+MAX_DEPTH = 64  # no config of ours or diffusers' is deeper than 6; what works on a value may recurse
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """The value in a JSON text; ValueError that begins with `where` for anything else.
+
+    A byte-order mark is skipped. Nesting beyond MAX_DEPTH and strings that no text encoding holds are refused.
+    """
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"{where}: {len(text)} bytes of JSON; at most {MAX_BYTES} are read")
+    try:
+        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(decoded)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON: not UTF-8 text ({error}); save it as UTF-8") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: not valid JSON: nested more than {MAX_DEPTH} deep") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON ({error}); it was cut short or edited: fetch it again") from error
+    _check(value, where)
+    return value
+
+
+def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """As parse_json, of a JSON object."""
+    value = parse_json(text, where)
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: not a JSON object but a {type(value).__name__}")
+    return value
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value in a JSON file; FileNotFoundError or ValueError name the file."""
+    path = Path(path)
+    if not path.is_file():  # also a pipe or a device, which would not end
+        raise FileNotFoundError(f"{path}: there is no such file")
+    with open(path, "rb") as file:
+        return parse_json(file.read(MAX_BYTES + 1), str(path))
+
+
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """As read_json, of a JSON object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object but a {type(value).__name__}")
+    return value
+
+
+def _check(value: Any, where: str) -> None:
+    """Level by level, so that depth costs no stack."""
+    level, depth = [value], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"{where}: not valid JSON: nested more than {MAX_DEPTH} deep")
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += [*item, *item.values()]
+            elif isinstance(item, list):
+                inner += item
+            elif isinstance(item, str) and not item.isascii():
+                _check_text(item, where)
+        level, depth = inner, depth + 1
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: not valid JSON: it holds half a character ({error})") from error
