@@ -39,6 +39,12 @@ def flag(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {shown(value)}, expected true or false")
 
 
+def mapping(name: str, value: Any) -> None:
+    """An object of any fields."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {shown(value)}, expected an object with fields")
+
+
 def words(*known: str) -> Check:
     """One of the known words."""
 

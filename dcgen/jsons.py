@@ -11,13 +11,13 @@ MAX_BYTES = 64 << 20
 MAX_DEPTH = 64  # no config of ours or diffusers' is deeper than 6; what works on a value may recurse
 
 
-def parse_json(text: str | bytes, where: str) -> Any:
+def parse_json(text: str | bytes, where: str, limit: int = MAX_BYTES) -> Any:
     """The value in a JSON text; ValueError that begins with `where` for anything else.
 
     A byte-order mark is skipped. Nesting beyond MAX_DEPTH and strings that no text encoding holds are refused.
     """
-    if len(text) > MAX_BYTES:
-        raise ValueError(f"{where}: {len(text)} bytes of JSON; at most {MAX_BYTES} are read")
+    if len(text) > limit:
+        raise ValueError(f"{where}: more than {limit} bytes of JSON; so much is not read")
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = json.loads(decoded)
@@ -33,26 +33,26 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     """As parse_json, of a JSON object."""
-    value = parse_json(text, where)
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: not a JSON object but a {type(value).__name__}")
-    return value
+    return _object(parse_json(text, where), where)
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> Any:
     """The value in a JSON file; FileNotFoundError or ValueError name the file."""
     path = Path(path)
     if not path.is_file():  # also a pipe or a device, which would not end
         raise FileNotFoundError(f"{path}: there is no such file")
     with open(path, "rb") as file:
-        return parse_json(file.read(MAX_BYTES + 1), str(path))
+        return parse_json(file.read(limit + 1), str(path), limit)
 
 
-def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_object(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> dict[str, Any]:
     """As read_json, of a JSON object."""
-    value = read_json(path)
+    return _object(read_json(path, limit), str(path))
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object but a {type(value).__name__}")
+        raise ValueError(f"{where}: not a JSON object but a {type(value).__name__}")
     return value
 
 

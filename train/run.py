@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from train.cache import CacheError
 from train.checkpoint import CheckpointError, differences
 from train.config import Recipe, RecipeError, find_recipe, list_recipes, load_recipe, nearest
 from train.distributed import Ranks
-from train.files import digest_json, read_json, write_json
+from train.files import digest_json, mark, read_json, remove_marked, write_json
 from train.loop import NonFinite, Stopped, train_stage
 from train.report import write_report
 from train.stages import stage_class
@@ -92,6 +91,8 @@ def run_stage(recipe: Recipe, stage: Stage, ranks: Ranks) -> dict[str, Any]:
     if problems:
         raise RecipeError(f"stage {stage.context.name} cannot run:\n  " + "\n  ".join(problems))
     begin = time.perf_counter()
+    if ranks.first:
+        mark(stage.folder)
     module = stage.setup()
     weights = {} if module is None else train_stage(stage, module, ranks, recipe.seed)
     numbers = stage.finish(weights)
@@ -160,7 +161,7 @@ def _finished(recipe: Recipe, stage: Stage, redo: bool) -> dict[str, Any] | None
     """The record of a stage that is done with these very settings; None when it is to be run (again)."""
     name, path = stage.context.name, stage.folder / "done.json"
     if redo:
-        shutil.rmtree(stage.folder, ignore_errors=True)
+        remove_marked(stage.folder, recipe.folder)
     distributed.barrier()
     if not path.exists():
         return None

@@ -115,7 +115,7 @@ class Backbone(ABC):
     def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that a model with this (checked) config can have, by diffusers name."""
         found = self.end_shapes(config)
-        for path, shape in self.linears(self.fingerprint(config)).items():
+        for path, shape in self.linears(self.fingerprint(dict(config))).items():
             found |= {f"{path}.weight": shape, f"{path}.bias": shape[:1]}
         return found | self.other_shapes(config)
 

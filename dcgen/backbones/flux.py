@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -138,7 +138,7 @@ class Flux(Backbone):
         "pooled_projection_dim": SIZE,
         "axes_dims_rope": items(SIZE, 3, 3),
     }
-    needed_fields = ("in_channels", "attention_head_dim", *fingerprint_fields, *told_fields)
+    needed_fields = ("in_channels", "attention_head_dim", *fingerprint_fields)
 
     def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:
         """The diffusers class sees packed tokens, so its own patch_size stays 1."""
@@ -178,7 +178,7 @@ class Flux(Backbone):
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         super().check_config(config)
-        axes, head_dim = config["axes_dims_rope"], config["attention_head_dim"]
+        axes, head_dim = _axes(config), config["attention_head_dim"]
         if sum(axes) != head_dim or any(axis % 2 for axis in axes):
             raise ValueError(f"axes_dims_rope is {list(axes)}, expected even numbers that add up to {head_dim}")
 
@@ -200,7 +200,7 @@ class Flux(Backbone):
         }
 
     def fingerprint(self, config: Config) -> dict[str, Any]:
-        return {**super().fingerprint(config), "axes_dims_rope": list(config["axes_dims_rope"])}
+        return {**super().fingerprint(config), "axes_dims_rope": list(_axes(config))}
 
     def latent_shapes(self, base: Mapping[str, Any], channels: int, patch_size: int) -> dict[str, tuple[int, ...]]:
         """The embedder is a Linear on packed tokens."""
@@ -290,6 +290,11 @@ def rope_axes(head_dim: int) -> tuple[int, int, int]:
     if side < 2 or head_dim % 2:
         raise ValueError(f"head dimension {head_dim} has no room for three RoPE axes of even size")
     return text, side, side
+
+
+def _axes(config: Mapping[str, Any]) -> Sequence[int]:
+    """RoPE axes of a config; the config.json of FLUX.1 itself does not name them."""
+    return config.get("axes_dims_rope") or rope_axes(config["attention_head_dim"])
 
 
 def _embedder_linears(name: str, width: int, inputs: int) -> dict[str, tuple[int, int]]:

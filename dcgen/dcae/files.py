@@ -229,9 +229,11 @@ def _given_config(found: _Source) -> DCAEConfig | None:
     values = found.config
     if values is None:
         return None
-    if "model_name" in values and "encoder_block_out_channels" not in values:  # mit-han-lab / dc-ai repositories
-        name = values["model_name"]
-        if not isinstance(name, str) or name not in VARIANTS:
+    name = values.get("model_name", "")
+    if not isinstance(name, str):
+        raise DCAEError(f"{found.label}: config.json: model_name is {shown(name)}, expected text")
+    if name and "encoder_block_out_channels" not in values:  # mit-han-lab / dc-ai repositories
+        if name not in VARIANTS:
             raise DCAEError(f"{found.label}: config.json names {shown(name)}; known are {', '.join(VARIANTS)}")
         return VARIANTS[name]
     try:

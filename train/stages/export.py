@@ -11,7 +11,7 @@ from torch import Tensor
 from dcgen.adapter import Adapter, load_adapter, save_adapter
 from dcgen.convert import merge_file
 from dcgen.release import open_model
-from train.config import StageConfig
+from train.config import Name, StageConfig
 from train.release import write_release
 from train.stages.base import Stage
 
@@ -29,7 +29,7 @@ class ExportStage(Stage):
         base: str = Field("", description="release folder the adapter is for; needed by single and release")
         autoencoder: str = Field("", description="folder of the new autoencoder, release/vae; needed by release")
         forms: tuple[Form, ...] = Field(("adapter",), min_length=1)
-        name: str = Field("", description="file name without ending; default the recipe's name")
+        name: Name | Literal[""] = Field("", description="file name without ending; default the recipe's name")
         store: Literal["float32", "bfloat16", "float16", "as base"] = Field(
             "as base", description="dtype of merged weights"
         )
