@@ -42,7 +42,8 @@ def read_json(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> Any:
     if not path.is_file():  # also a pipe or a device, which would not end
         raise FileNotFoundError(f"{path}: there is no such file")
     with open(path, "rb") as file:
-        return parse_json(file.read(limit + 1), str(path), limit)
+        size = os.fstat(file.fileno()).st_size
+        return parse_json(file.read(min(size, limit) + 1), str(path), limit)
 
 
 def read_object(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def _check(value: Any, where: str) -> None:
     """Level by level, so that depth costs no stack."""
     level, depth = [value], 0
     while level:
-        if depth > MAX_DEPTH:
+        if depth >= MAX_DEPTH and any(isinstance(item, dict | list) for item in level):
             raise ValueError(f"{where}: not valid JSON: nested more than {MAX_DEPTH} deep")
         inner: list[Any] = []
         for item in level:

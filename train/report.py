@@ -61,7 +61,7 @@ def write_report(run: Path) -> Path:
 
 
 def _stage_name(field: str, value: Any) -> None:
-    if not re.match(NAME, value):
+    if not re.fullmatch(NAME, value):
         raise ValueError(f"{field} {shown(value)}: {NAME_RULE}")
 
 
