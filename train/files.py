@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -58,6 +59,8 @@ def write_folder(path: Path | str, write: Callable[[Path], object]) -> Path:
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
+    except SafetensorError as error:  # others' save_pretrained on a full disk
+        raise OSError(f"{path} could not be written ({error}); is the disk full?") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path

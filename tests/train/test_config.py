@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from dcgen.adapter import load_adapter
 from train.config import RecipeError, list_recipes, load_recipe, parse_recipe
 from train.distributed import Ranks
 from train.files import MARKER, mark, remove_marked
@@ -280,3 +281,17 @@ def test_a_patch_size_must_divide_the_cached_latents(debug_run):
     recipe = load_recipe("debug", [f"output={debug_run}", "align.patch_size=3"])
     with pytest.raises(ValueError, match="patch_size 3 does not divide"):
         make_stage(recipe, "align", Ranks(0, 1, torch.device("cpu"))).setup()
+
+
+def test_a_schedule_changed_after_the_end_is_written_without_training_anew(debug_run, tmp_path):
+    shutil.copytree(debug_run, tmp_path / "run")
+    output = f"output={tmp_path / 'run'}"
+    log = (tmp_path / "run" / "finetune" / "log.csv").read_text()
+    before = load_adapter(tmp_path / "run" / "finetune" / "adapter.safetensors")
+    run_recipe(load_recipe("debug", [output, "finetune.schedule={rule: static, shift: 2.5}"]), only="finetune")
+    after = load_adapter(tmp_path / "run" / "finetune" / "adapter.safetensors")
+    assert (before.schedule == after.schedule, after.schedule) == (False, {"rule": "static", "shift": 2.5})
+    assert all(torch.equal(after.tensors[key], tensor) for key, tensor in before.tensors.items())
+    assert (tmp_path / "run" / "finetune" / "log.csv").read_text() == log
+    with pytest.raises(RecipeError, match="finished with other settings"):
+        run_recipe(load_recipe("debug", [output, "finetune.rank=3"]), only="finetune")

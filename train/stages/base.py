@@ -63,6 +63,7 @@ class Stage:
     """
 
     Config: ClassVar[type[StageConfig]] = StageConfig
+    free_fields: ClassVar[frozenset[str]] = frozenset()  # beside FREE_FIELDS: change what is written, not what trains
     forward_methods: ClassVar[tuple[str, ...]] = ()  # calls other than forward() that use the module's own weights
 
     def __init__(self, config: StageConfig, context: Context) -> None:

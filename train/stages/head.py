@@ -59,6 +59,7 @@ class MovedStage(CachedStage):
 
     Config = MovedConfig
     config: MovedConfig
+    free_fields = frozenset({"schedule", "autoencoder"})
 
     def check(self) -> list[str]:
         """What the end and the previews need, too, so that no finished training is lost to a typing error."""
