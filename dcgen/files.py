@@ -65,11 +65,11 @@ def disk_state(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Put `path` before the text of a ValueError that does not mention it."""
+    """Put `path` before the text of a ValueError that does not name it or something in it already."""
     try:
         yield
     except ValueError as error:
-        if str(path) in str(error):
+        if f"{path}:" in str(error) or f"{Path(path)}{os.sep}" in str(error):
             raise
         raise ValueError(f"{path}: {error}") from error
 

@@ -66,7 +66,7 @@ class CacheWriter:
         if path.is_file() and note.is_file():
             record = read_json(note)
             same = record.get("fingerprint") == self.fingerprint and record.get("count") == count
-            if same and path.stat().st_size == record["bytes"] and sha256(path) == record["sha256"]:
+            if same and path.stat().st_size == record.get("bytes") and sha256(path) == record.get("sha256"):
                 return record
         write_tensors(path, make(), {"fingerprint": self.fingerprint})
         size = path.stat().st_size
@@ -115,6 +115,15 @@ class Cache:
             check_fields(index, INDEX_FIELDS, needed=tuple(INDEX_FIELDS))
             for record in index["shards"]:
                 check_fields(record, SHARD_FIELDS, needed=tuple(SHARD_FIELDS))
+            counts = {record["file"]: record["count"] for record in index["shards"]}
+            for sample in index["samples"]:
+                height, width = sample["size"]
+                if not (
+                    0 <= sample["row"] < counts[sample["shard"]]
+                    and 0 <= sample["caption"] < len(index["captions"])
+                    and height * width > 0
+                ):
+                    raise ValueError(f"sample {shown(sample)} has no such place")
             self.spaces = {side: LatentSpace(**index["spaces"][side]) for side in SIDES}
         except (ValueError, TypeError, KeyError) as error:
             raise CacheError(f"{path} is not the index of a cache ({error!r}); make it anew") from error

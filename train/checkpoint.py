@@ -99,7 +99,9 @@ def load(folder: Path, state: TrainState, settings: dict[str, Any], free: set[st
             damaged.append(path)
             continue
         for other in damaged if move else []:
-            other.rename(other.with_name(f"damaged-{other.name}"))
+            aside = other.with_name(f"damaged-{other.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            other.rename(aside)
         return step
     if damaged:
         raise CheckpointError(

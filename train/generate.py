@@ -111,10 +111,12 @@ def base_schedule(base: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found; a release says there how it is sampled")
     config = read_json(path)
-    found = config.get(SCHEDULE_FIELD)  # of a DC-Gen release: the base of a next step
-    if SCHEDULE_FIELD not in config and not config.get("use_dynamic_shifting"):
+    found: Any = None
+    if SCHEDULE_FIELD in config:  # a DC-Gen release: the base of a next step
+        found = config[SCHEDULE_FIELD]
+    elif not config.get("use_dynamic_shifting"):
         found = {"rule": "static", "shift": config.get("shift", config.get("flow_shift", 1.0))}
-    if found is not None or SCHEDULE_FIELD in config:
+    if SCHEDULE_FIELD in config or found:
         with naming(path):
             check_schedule(found)
         return dict(found)

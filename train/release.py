@@ -25,6 +25,12 @@ def write_release(out: Path, merged: Path, base: Path, autoencoder: Path, adapte
         shutil.rmtree(parts)
 
 
+def check_parts(base: Path) -> None:
+    """An error that names the file of a base which release_parts would miss."""
+    read_json(base / "model_index.json")
+    read_json(base / "scheduler" / "scheduler_config.json")
+
+
 def release_parts(folder: Path, base: Path, autoencoder: Path, name: str, schedule: dict[str, Any]) -> None:
     """Fill `folder` with everything of a release but the network; `name` is the autoencoder's."""
     for item in base.iterdir():

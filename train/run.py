@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from dcgen.fields import Check, check_fields, mapping, text
+from dcgen.files import naming
 from train import distributed
 from train.cache import CacheError
 from train.checkpoint import CheckpointError, differences
@@ -28,6 +30,7 @@ from train.stages.base import Context, Stage, stage_of
 
 FULL_DISK = "; what was finished before is intact: free disk space and run the same command"
 WATCH_FIELDS = {"checkpoint_every", "keep_checkpoints", "log_every", "preview_every", "shard", "architecture"}
+DONE_FIELDS: dict[str, Check] = {"fingerprint": text(100), "settings": mapping, "numbers": mapping}
 # What a finished stage may be given anew without being trained anew.
 REFINISH = {"preview_prompts", "preview_guidance", "preview_steps", "preview_seed"}
 
@@ -179,12 +182,14 @@ def _finished(recipe: Recipe, stage: Stage, redo: bool) -> dict[str, Any] | None
     if not path.exists():
         return None
     done = read_json(path)
+    with naming(path):
+        check_fields(done, DONE_FIELDS, needed=tuple(DONE_FIELDS))
     settings = _settings(recipe, name)
     if done["fingerprint"] == fingerprint(recipe, name):
         return done
     changed = differences(done["settings"], settings, set())
     same_inputs = done["fingerprint"] == _digest(recipe, name, done["settings"])
-    more = settings["steps"] >= done["settings"]["steps"]
+    more = settings["steps"] >= done["settings"].get("steps", 0)
     if same_inputs and more and not differences(done["settings"], settings, {"steps", *REFINISH, *stage.free_fields}):
         return None  # training goes on from its last checkpoint, or only finish() runs again
     reason = "; ".join(changed) or f"one of its inputs {inputs(recipe, name)} was made anew"

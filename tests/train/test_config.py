@@ -265,6 +265,25 @@ def test_what_the_end_needs_is_checked_before_the_first_step(debug_run, tmp_path
     assert not (tmp_path / "run" / "finetune").exists()
 
 
+@pytest.mark.parametrize("part", ["model_index.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("stage", ["finetune", "export"])
+def test_what_a_release_is_made_of_is_checked_before(debug_run, tmp_path, part, stage):
+    shutil.copytree(debug_run, tmp_path / "run")
+    forms = ["finetune.train=full", "export.forms=[release]"]
+    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", *forms])
+    assert not make_stage(recipe, stage, Ranks(0, 1, torch.device("cpu"))).check()
+    (tmp_path / "run" / "tiny" / "release" / part).write_text("{")
+    assert any(part in problem for problem in make_stage(recipe, stage, Ranks(0, 1, torch.device("cpu"))).check())
+
+
+def test_a_damaged_record_of_a_stage_is_named(debug_run, tmp_path):
+    shutil.copytree(debug_run, tmp_path / "run")
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "run" / "gap" / "done.json").write_text(text)
+        with pytest.raises(ValueError, match=r"gap/done\.json"):
+            run_recipe(load_recipe("debug", [f"output={tmp_path / 'run'}"]), only="gap")
+
+
 def test_previews_need_the_text_side_of_the_base(debug_run, tmp_path):
     shutil.copytree(debug_run, tmp_path / "run")
     index = tmp_path / "run" / "tiny" / "release" / "model_index.json"

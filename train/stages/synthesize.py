@@ -89,7 +89,7 @@ class SynthesizeStage(Stage):
     def _settle(self, fingerprint: str) -> None:
         """Refuse to mix shards of two settings in one folder."""
         note = self.folder / "pictures" / "fingerprint.json"
-        if note.is_file() and read_json(note)["fingerprint"] != fingerprint:
+        if note.is_file() and read_json(note).get("fingerprint") != fingerprint:
             raise RecipeError(
                 f"{note.parent} holds pictures of other settings, prompts or base; remove it or use --redo"
             )
