@@ -148,7 +148,7 @@ def _narrow(config: DCAEConfig) -> DCAEConfig:
     return replace(config, name="narrow", **{side: tuple(w // 8 for w in getattr(config, side)) for side in sides})
 
 
-def jobs(small: bool) -> dict[str, Callable[[ComfyServer], list[bytes]]]:
+def jobs(small: bool, turns: int) -> dict[str, Callable[[ComfyServer], list[bytes]]]:
     """What is run, in this order; each gives images, and raises when something is wrong."""
     pixels = 512 if small else 4096
     return {
@@ -157,7 +157,7 @@ def jobs(small: bool) -> dict[str, Callable[[ComfyServer], list[bytes]]]:
         "hook LoRA": hook_lora,
         f"DC-AE f64, bf16, {pixels} px, first": lambda server: server.run(decode_graph(pixels))["images"],
         f"DC-AE f64, bf16, {pixels * 3 // 4} px": lambda server: server.run(decode_graph(pixels * 3 // 4))["images"],
-        "base and DC-Gen alternating, ten times": alternating,
+        f"base and DC-Gen alternating, {turns} times": lambda server: alternating(server, turns),
     }
 
 
@@ -174,9 +174,9 @@ def hook_lora(server: ComfyServer) -> list[bytes]:
     return [before, hooked]
 
 
-def alternating(server: ComfyServer) -> list[bytes]:
-    """Ten images of each model, one model after the other and then by turns, are the same."""
-    seeds = range(10, 20)
+def alternating(server: ComfyServer, turns: int) -> list[bytes]:
+    """Images of both models, first of one after the other and then by turns, are the same."""
+    seeds = range(10, 10 + turns)
     wanted = {(deep, seed): _image(server, seed, deep) for deep in (False, True) for seed in seeds}
     server.forget()
     for seed in seeds:
@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--comfy", type=Path, default=None, help="a ComfyUI folder (default: as the tests find one)")
     parser.add_argument("--cpu", action="store_true", help="rehearse without a GPU, at small sizes")
     parser.add_argument("--minutes", type=float, default=10.0, help="no job starts after this time")
+    parser.add_argument("--turns", type=int, default=10, help="how often base and DC-Gen alternate")
     parser.add_argument("--out", type=Path, default=Path("runs/comfy_gpu"))
     given = parser.parse_args()
     comfy = given.comfy or find_comfyui()
@@ -224,7 +225,7 @@ def main() -> None:
         system = server.stats()
         dynamic = "dynamic vram" in server.log.read_text(errors="replace").lower()
         rows.append(Row("dynamic VRAM is on", dynamic or given.cpu, 0.0, "" if dynamic else "its log does not say so"))
-        for name, job in jobs(given.cpu).items():
+        for name, job in jobs(given.cpu, given.turns).items():
             if time.monotonic() - started > given.minutes * 60:
                 break
             rows.append(run(server, name, job, given.out))

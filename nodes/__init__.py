@@ -7,7 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .bridge import routes, toy
 from .compare import DCGenCompare
 from .dcae import DCAEDecode, DCAEDifference, DCAEEncode, DCAELoader
-from .latent import DCGenEmptyLatent
+from .latent import DCGenEmptyLatent, DCGenLatentComposite
 from .model import DCGenApply, DCGenModelLoader, DCGenReleaseLoader
 from .sampling import DCGen4KSampler, DCGenScheduler
 from .sana import DCGenSanaTextEncode
@@ -21,6 +21,7 @@ NODES: list[type[io.ComfyNode]] = [
     DCAEDecode,
     DCAEDifference,
     DCGenEmptyLatent,
+    DCGenLatentComposite,
     DCGenScheduler,
     DCGen4KSampler,
     DCGenSanaTextEncode,

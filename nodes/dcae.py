@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..dcgen.dcae.quality import common_part, psnr
 from .bridge import vae_files
+from .bridge.fit import FITS, fitted, original_size, with_size
 from .bridge.latent_format import check_stamp, stamped
 from .bridge.vae import as_dcae
 from .checks import numbers, state_of
@@ -80,20 +81,30 @@ class DCAEEncode(io.ComfyNode):
             search_aliases=["vae encode", "deep compression autoencoder"],
             display_name="DC-AE Encode",
             category=CATEGORY,
-            description="Image to latent with a DC-AE, in strips of constant memory at any size. Sides are cropped "
-            "around the middle to multiples of the autoencoder's factor.",
+            description="Image to latent with a DC-AE, in strips of constant memory at any size. Sides become "
+            "multiples of the autoencoder's factor, as `fit` says.",
             inputs=[
                 io.Image.Input("image", tooltip="Any size from one latent pixel (32, 64 or 128 pixels) up."),
                 *_vae_and_strip(),
+                io.Combo.Input(
+                    "fit",
+                    options=list(FITS),
+                    default="crop",
+                    optional=True,
+                    tooltip="What happens to sides that the autoencoder's factor does not divide. crop: around the "
+                    "middle. pad: the border is repeated, and DC-AE Decode gives the original size back. resize: to "
+                    "the nearest multiples. Ignored where both sides are multiples.",
+                ),
             ],
             outputs=[io.Latent.Output()],
         )
 
     @classmethod
-    def execute(cls, image, vae, strip: int) -> io.NodeOutput:
+    def execute(cls, image, vae, strip: int, fit: str = "crop") -> io.NodeOutput:
         vae = as_dcae(vae, "VAEEncode")
-        samples = vae.encode_strips(image, strip)
+        samples = vae.encode_strips(fitted(image, vae.downscale_ratio, fit), strip)
         latent = {"samples": samples, "downscale_ratio_spacial": vae.downscale_ratio}
+        latent = with_size(latent, image) if fit == "pad" else latent
         return io.NodeOutput(stamped(latent, vae.space))
 
 
@@ -120,7 +131,8 @@ class DCAEDecode(io.ComfyNode):
     def execute(cls, samples, vae, strip: int) -> io.NodeOutput:
         vae = as_dcae(vae, "VAEDecode")
         check_stamp(samples, vae.space, "this autoencoder")
-        return io.NodeOutput(vae.decode_strips(samples["samples"], strip, preview=True))
+        image = vae.decode_strips(samples["samples"], strip, preview=True)
+        return io.NodeOutput(original_size(samples, image, vae.downscale_ratio))
 
 
 class DCAEDifference(io.ComfyNode):

@@ -16,6 +16,16 @@ from .schema import schema
 CATEGORY = "DC-Gen"
 
 
+def _weight_dtype(more: str, optional: bool = False) -> io.Combo.Input:
+    return io.Combo.Input(
+        "weight_dtype",
+        options=list(releases.WEIGHT_DTYPES),
+        optional=optional,
+        tooltip="default keeps the file's dtype where the device can compute in it. The fp8 choices halve the memory "
+        f"of 16-bit weights of the diffusion model at some loss of quality. {more}",
+    )
+
+
 class DCGenReleaseLoader(io.ComfyNode):
     """MODEL, CLIP and VAE from one release folder."""
 
@@ -34,7 +44,8 @@ class DCGenReleaseLoader(io.ComfyNode):
                     options=releases.release_names(),
                     tooltip="A folder with a model_index.json in models/diffusers (or an extra path of that kind). "
                     "Latent channels, scaling, patch size and text length are read from it.",
-                )
+                ),
+                _weight_dtype("The text encoders keep the dtype of their files.", optional=True),
             ],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )
@@ -44,8 +55,8 @@ class DCGenReleaseLoader(io.ComfyNode):
         return state_of(releases.find_release, release)
 
     @classmethod
-    def execute(cls, release: str) -> io.NodeOutput:
-        return io.NodeOutput(*releases.load_release(release))
+    def execute(cls, release: str, weight_dtype: str = "default") -> io.NodeOutput:
+        return io.NodeOutput(*releases.load_release(release, weight_dtype))
 
 
 class DCGenModelLoader(io.ComfyNode):
@@ -66,12 +77,7 @@ class DCGenModelLoader(io.ComfyNode):
                     options=releases.model_names(),
                     tooltip="Release folders from models/diffusers, then files from models/diffusion_models.",
                 ),
-                io.Combo.Input(
-                    "weight_dtype",
-                    options=list(releases.WEIGHT_DTYPES),
-                    tooltip="default keeps the file's dtype where the device can compute in it. The fp8 choices halve "
-                    "the memory of 16-bit weights at some loss of quality; ignored for files that are quantized.",
-                ),
+                _weight_dtype("Ignored for files that are quantized."),
                 io.Combo.Input(
                     "autoencoder",
                     options=releases.autoencoder_names(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import torch
 
 from ...dcgen.latent import SPACES
 from ...dcgen.release import Model, open_model
+from .boundary import read_json, reading
 from .flux import FLUX
 from .flux_loader import load_flux
 from .kl_vae import load_kl_vae
@@ -67,22 +67,26 @@ def find_release(name: str) -> Path:
     raise ValueError(f"no release {name!r} (a folder with {INDEX}) in {', '.join(roots)}. Put it in models/diffusers.")
 
 
-def load_release(name: str) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+def load_release(
+    name: str, weight_dtype: str = "default"
+) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """MODEL, CLIP and VAE of a FLUX or SANA release folder, DC-Gen or base."""
     folder = find_release(name)
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    kind = index.get("transformer", [None, None])[1]
+    index = read_json(folder / INDEX)
+    with reading(folder / INDEX):
+        kind = index.get("transformer", [None, None])[1]
     if kind not in (FLUX.diffusers_class, SANA.diffusers_class):
         known = f"{FLUX.diffusers_class} (FLUX) and {SANA.diffusers_class} (SANA)"
         raise ValueError(f"{folder}: its transformer is a {kind}; this node loads {known}.")
-    return load_weights(folder, "default", FROM_FILE), load_text(folder), load_vae(folder, index)
+    return load_weights(folder, weight_dtype, FROM_FILE), load_text(folder), load_vae(folder, index)
 
 
 def load_text(folder: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """CLIP of a release folder."""
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    load = load_sana_text if index["transformer"][1] == SANA.diffusers_class else load_flux_text
-    clip = load(folder, index, disable_dynamic)
+    index = read_json(folder / INDEX)
+    with reading(folder):
+        load = load_sana_text if index["transformer"][1] == SANA.diffusers_class else load_flux_text
+        clip = load(folder, index, disable_dynamic)
     clip.patcher.cached_patcher_init = (_text_patcher, (folder,))
     return clip
 
@@ -103,16 +107,17 @@ def load_vae(folder: Path, index: dict[str, Any]) -> comfy.sd.VAE:
     file = folder / "vae" / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} has no vae/config.json, so it is not a whole release. Download it again.")
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if config.get("_class_name") == "AutoencoderKL":
-        return load_kl_vae(folder / "vae", config)
-    return make_vae(folder / "vae")
+    config = read_json(file)
+    with reading(folder / "vae"):
+        if config.get("_class_name") == "AutoencoderKL":
+            return load_kl_vae(folder / "vae", config)
+        return make_vae(folder / "vae")
 
 
 def native_pixels(folder: Path) -> int | None:
     """Image side that a release's autoencoder names as its own, if it does (FLUX's says 1024)."""
     file = folder / "vae" / "config.json"
-    size = json.loads(file.read_text(encoding="utf-8")).get("sample_size") if file.is_file() else None
+    size = read_json(file).get("sample_size") if file.is_file() else None
     return size if isinstance(size, int) else None
 
 
@@ -142,20 +147,24 @@ def load_weights(
     path: Path, weight_dtype: str, autoencoder: str, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
     """MODEL of a release folder or a single file, which the core can load again by itself."""
-    options = WEIGHT_DTYPES[weight_dtype]
-    if path.is_file() and is_quantized(path):
-        patcher = load_quantized(path, SPACES.get(autoencoder), options, disable_dynamic)
-    else:
-        model = _known(open_model(path), autoencoder, path)
-        if model.backbone is SANA:
-            patcher = load_sana(model, options, disable_dynamic)
-        elif model.backbone is FLUX:
-            pixels = native_pixels(path) if path.is_dir() else None
-            patcher = load_flux(model, pixels, options, disable_dynamic)
-        else:
-            raise ValueError(f"{path} is a {model.backbone.name} model; this node loads FLUX and SANA.")
+    with reading(path):
+        patcher = _load_weights(path, WEIGHT_DTYPES[weight_dtype], autoencoder, disable_dynamic)
     patcher.cached_patcher_init = (load_weights, (path, weight_dtype, autoencoder))
     return patcher
+
+
+def _load_weights(
+    path: Path, options: dict[str, Any], autoencoder: str, disable_dynamic: bool
+) -> comfy.model_patcher.ModelPatcher:
+    if path.is_file() and is_quantized(path):
+        return load_quantized(path, SPACES.get(autoencoder), options, disable_dynamic)
+    model = _known(open_model(path), autoencoder, path)
+    if model.backbone is SANA:
+        return load_sana(model, options, disable_dynamic)
+    if model.backbone is FLUX:
+        pixels = native_pixels(path) if path.is_dir() else None
+        return load_flux(model, pixels, options, disable_dynamic)
+    raise ValueError(f"{path} is a {model.backbone.name} model; this node loads FLUX and SANA.")
 
 
 def _known(model: Model, autoencoder: str, path: Path) -> Model:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,13 @@ import transformers
 from comfy.sd1_clip import SDClipModel, SDTokenizer
 
 from ...dcgen.tensors import Tensors
+from .boundary import read_json
 from .loading import Parts, by_layer, fill, is_dynamic
 
 # transformers' names for the activations that ComfyUI's encoders have.
 _ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
 _T5_BUCKETS, _T5_DISTANCE = 32, 128
+LONGEST_PROMPT = 32768  # tokens; far more than any encoder here reads
 
 
 @torch.inference_mode(False)
@@ -34,6 +35,8 @@ def load_flux_text(release: Path, index: dict[str, Any], disable_dynamic: bool =
     """
     tokenizers = [load_tokenizer(release / name, index.get(name)) for name in ("tokenizer", "tokenizer_2")]
     configs = [_config(release / name, kind) for name, kind in (("text_encoder", "clip"), ("text_encoder_2", "t5"))]
+    for name, tokenizer in zip(("tokenizer", "tokenizer_2"), tokenizers, strict=True):
+        _check_length(tokenizer, release / name)
     _check_clip_end(configs[0], tokenizers[0], release)
     weights = [Tensors.open(release / name) for name in ("text_encoder", "text_encoder_2")]
     target = comfy.supported_models_base.ClipTarget(_tokenizer_class(tokenizers), _model_class(configs, tokenizers))
@@ -100,7 +103,7 @@ def _config(folder: Path, kind: str) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing; a FLUX release has a {kind.upper()} text encoder there.")
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
     config = config.get("text_config", config) if kind == "clip" else config
     if kind == "t5":
         gated, _, act = config.get("feed_forward_proj", "relu").rpartition("-")
@@ -114,6 +117,15 @@ def _config(folder: Path, kind: str) -> dict[str, Any]:
                 f"{_T5_DISTANCE}."
             )
     return config
+
+
+def _check_length(tokenizer: Any, folder: Path) -> None:
+    """Prompts are padded to the tokenizer's own length; transformers makes up 1e30 where a file says none."""
+    if not 1 <= tokenizer.model_max_length <= LONGEST_PROMPT:
+        raise ValueError(
+            f"{folder}: tokenizer_config.json gives model_max_length {tokenizer.model_max_length:g}, expected 1 to "
+            f"{LONGEST_PROMPT}. The file is not the release's; download it again."
+        )
 
 
 def _check_clip_end(config: dict[str, Any], tokenizer: Any, release: Path) -> None:

@@ -175,7 +175,9 @@ class DCAEVAE(comfy.sd.VAE):
     def _strip(self, direction: str, h: int, w: int, strip: int, most: int | None) -> Strip:
         if strip > 0:
             return Strip(min(strip, h))
-        free = comfy.model_management.get_free_memory(self.device)
+        # A patcher's own figure counts what models under dynamic VRAM give up at once; older cores have none.
+        own = getattr(self.patcher, "get_free_memory", comfy.model_management.get_free_memory)
+        free = own(self.device)
         working = CPU_WORKING_BYTES if comfy.model_management.is_device_cpu(self.device) else WORKING_BYTES
         chosen = choose_strip(self.dcae.config, h, w, self.vae_dtype, free, direction, working)
         if most is not None and (chosen.rows is None or chosen.rows > most):

@@ -174,3 +174,64 @@ def test_a_posted_graph_that_leaves_sizes_out(server, given, size):
     inputs = {key: value for key, value in SAMPLER.items() if key != "latent"} | given
     made = image(server, sampled=("DCGen4KSampler", inputs))
     assert made.shape[1:3] == size
+
+
+def picture(color, width, height):
+    return ("EmptyImage", {"width": width, "height": height, "batch_size": 1, "color": color})
+
+
+def dumped(server, **nodes):
+    made = {name: {"class_type": kind, "inputs": dict(inputs)} for name, (kind, inputs) in nodes.items()}
+    made["vae"] = {"class_type": "DCAELoader", "inputs": {"vae_name": "toy/dc-ae-f32"}}
+    made["dump"] = {"class_type": "TestDump", "inputs": {"images": ["out", 0], "name": "guard"}}
+    server.queue(made)
+    return server.dumped("guard")
+
+
+@pytest.mark.parametrize(("fit", "size"), [("crop", (64, 96)), ("pad", (75, 100)), ("resize", (64, 96))])
+def test_sides_that_the_factor_does_not_divide(server, fit, size):
+    encoded = ("DCAEEncode", {"image": ["image", 0], "vae": ["vae", 0], "strip": 0, "fit": fit})
+    decoded = ("DCAEDecode", {"samples": ["latent", 0], "vae": ["vae", 0], "strip": 0})
+    made = dumped(server, image=picture(0x4080C0, 100, 75), latent=encoded, out=decoded)
+    assert made.shape[1:3] == size
+    if fit == "pad":
+        # the same as the padded image, cut
+        big = dumped(
+            server,
+            image=picture(0x4080C0, 128, 96),
+            latent=("DCAEEncode", {"image": ["image", 0], "vae": ["vae", 0], "strip": 0}),
+            out=decoded,
+        )
+        assert (made == big[:, :75, :100]).all()
+
+
+def pasted(server, x, y, **mask):
+    latent = {name: ("DCAEEncode", {"image": [f"{name}_image", 0], "vae": ["vae", 0], "strip": 0}) for name in "ab"}
+    return dumped(
+        server,
+        **latent,
+        a_image=picture(0x0000FF, 128, 128),
+        b_image=picture(0xFF0000, 64, 64),
+        pasted=(
+            "DCGenLatentComposite",
+            {"destination": ["a", 0], "source": ["b", 0], "x": x, "y": y, **mask.pop("i", {})},
+        ),
+        out=("DCAEDecode", {"samples": ["pasted", 0], "vae": ["vae", 0], "strip": 0}),
+        **mask,
+    )
+
+
+def test_a_latent_is_pasted_where_the_pixels_say(server):
+    made = pasted(server, 64, 32)[0]
+    red = made[..., 0] - made[..., 2] > 0.3
+    assert red[48:80, 80:112].all()
+    assert not red[:16].any()
+    assert not red[:, :48].any()
+    nothing = {"mask": ("SolidMask", {"value": 0.0, "width": 64, "height": 64}), "i": {"mask": ["mask", 0]}}
+    masked = pasted(server, 64, 32, **nothing)[0]
+    assert not (masked[..., 0] - masked[..., 2] > 0.3).any()
+
+
+def test_pasting_between_latent_pixels_is_refused(server):
+    with pytest.raises(pytest.fail.Exception, match=r"no multiple of 32 pixels.*\(32, 64\)"):
+        pasted(server, 40, 56)

@@ -17,20 +17,21 @@ from safetensors.torch import load_file, save_file
 # LoRA of every kind --------------------------------------------------------------------------------------------
 
 
-def kinds(name, rows, columns, generator):
-    """The layer's change by each algorithm that core reads, as its file has it: weights (rows, columns)."""
+def kinds(name, rows, columns, convolution, generator):
+    """The layer's change by each algorithm that core reads, as its file has it: weights (rows, columns[, 1, 1])."""
 
     def noise(*shape):
         return torch.randn(shape, generator=generator) * 0.3
 
+    rest = [1, 1] if convolution else []
     pair = {f"{name}.lora_A.weight": noise(4, columns), f"{name}.lora_B.weight": noise(rows, 4)}
     half = {f"{name}.hada_w{i}_{side}": noise(*shape) for i in (1, 2) for side, shape in _hada(rows, columns).items()}
     return {
         "lora": pair,
-        "dora": {**pair, f"{name}.dora_scale": noise(rows, 1) + 2},
+        "dora": {**pair, f"{name}.dora_scale": noise(rows, 1, *rest) + 2},
         "loha": half,
         "lokr": {f"{name}.lokr_w1": noise(2, 2), f"{name}.lokr_w2": noise(rows // 2, columns // 2)},
-        "diff": {f"{name}.diff": noise(rows, columns)},
+        "diff": {f"{name}.diff": noise(rows, columns, *rest)},
     }
 
 
@@ -48,7 +49,7 @@ def lora_kinds(pack, tensors, params):
         generator = torch.Generator().manual_seed(0)
         for layer, shapes in of["ends"].items():
             for fitting, shape in shapes.items():
-                for kind, file in kinds(f"transformer.{layer}", *shape, generator).items():
+                for kind, file in kinds(f"transformer.{layer}", *shape, "patch_embed" in layer, generator).items():
                     (twin, _), said = _heard(comfy.sd.load_lora_for_models, deep, None, file, 1.0, 0)
                     sample, warnings = _heard(s.sample, twin)
                     change = ((sample - plain).norm() / plain.norm()).item()
@@ -137,6 +138,12 @@ def vae(pack, tensors, params):
         assert twin.dcae is not ours.dcae
         out["copy"] = twin.decode(tensors["z"]).clone()
         out["not dynamic"] = ours.decode(tensors["z"]).clone()
+    if hasattr(ours.patcher, "get_free_memory"):
+        rows = []
+        for free in (1 << 20, 1 << 40):  # what the patcher says is free, whatever else fills the device
+            ours.patcher.get_free_memory = lambda device, free=free: free
+            rows.append(ours._strip("decode", 64, 64, 0, None).rows or 64)
+        facts["rows"] = rows
     error = getattr(torch, "AcceleratorError", None)
     if error is not None and hasattr(comfy.model_management, "is_oom"):
         facts["oom"] = bridge(pack, "vae").out_of_memory(error("CUDA error: out of memory"))

@@ -10,9 +10,9 @@ import comfy.utils
 import folder_paths
 import torch
 from apply import adapters
-from core_nodes import any_width
 from flux import bridge, cases, load_model
 from safetensors.torch import save_file
+from tamper import any_width
 
 BLOCKS = ("double_blocks.", "single_blocks.")
 LAYOUTS = {

@@ -1,11 +1,14 @@
 """Run inside ComfyUI: the only places where tests replace something of core's, or look at how it keeps weights.
 
 Each function says what holds from then on, in a process that is of no use for anything else afterwards. What is
-replaced must be there: a core that has moved it stops the test instead of letting it pass untested.
+replaced must be there: a core that has moved it stops the test instead of letting it pass untested. `any_width` alone
+puts back what it replaces.
 """
 
+import contextlib
 import sys
 
+import comfy.model_detection
 import comfy.model_management as mm
 import torch
 
@@ -85,3 +88,20 @@ def places_of(modules, patchers):
         return getattr(module, "_at", "never moved")
 
     return sorted({place(module) for module in modules if any(True for _ in module.parameters(recurse=False))})
+
+
+@contextlib.contextmanager
+def any_width():
+    """0.8.0 takes every FLUX for one of 24 heads; later cores read the number off the width, as is done here."""
+    detect = comfy.model_detection.detect_unet_config
+
+    def by_width(*args, **kwargs):
+        config = detect(*args, **kwargs)
+        config["num_heads"] = config["hidden_size"] // sum(config["axes_dim"])
+        return config
+
+    comfy.model_detection.detect_unet_config = by_width
+    try:
+        yield
+    finally:
+        comfy.model_detection.detect_unet_config = detect
