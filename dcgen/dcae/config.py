@@ -72,20 +72,12 @@ class DCAEConfig:
             )
 
     def _check_stages(self, side: str) -> None:
-        widths, layers = getattr(self, f"{side}_block_out_channels"), getattr(self, f"{side}_layers_per_block")
+        widths = getattr(self, f"{side}_block_out_channels")
         for field in (*PER_STAGE[side], f"{side}_layers_per_block"):
             if len(getattr(self, field)) != len(widths):
                 raise ValueError(
                     f"{field} has {len(getattr(self, field))} entries, but {side}_block_out_channels has "
                     f"{len(widths)} stages; give one entry per stage"
-                )
-        for stage, (kind, width, count) in enumerate(
-            zip(getattr(self, f"{side}_block_types"), widths, layers, strict=True)
-        ):
-            if count and kind == "EfficientViTBlock" and width < self.attention_head_dim:
-                raise ValueError(
-                    f"{side}_block_out_channels[{stage}] is {width}, fewer than one attention head of "
-                    f"{self.attention_head_dim} (attention_head_dim)"
                 )
 
     @property

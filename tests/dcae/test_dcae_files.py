@@ -336,3 +336,30 @@ def test_a_latent_in_the_metadata_that_is_not_its_own(saved: Path, tmp_path: Pat
     save_file(load_file(saved), tmp_path / "mine.safetensors", metadata=notes)
     with pytest.raises(DCAEError, match=r"mine\.safetensors"):
         load_dcae(tmp_path / "mine.safetensors")
+
+
+def test_a_head_wider_than_its_stage_is_known_from_the_config_alone(saved: Path, tmp_path: Path) -> None:
+    """No tensor of a stage without scales tells the head, so what the tensors seem to say may not refuse the config."""
+    kinds, none = ("ResBlock", "EfficientViTBlock"), ((), ())
+    sides = {
+        f"{side}_{field}": value
+        for side in ("encoder", "decoder")
+        for field, value in (
+            ("block_types", kinds),
+            ("block_out_channels", (8, 16)),
+            ("layers_per_block", (1, 1)),
+            ("qkv_multiscales", none),
+        )
+    }
+    config = DCAEConfig(
+        name="narrow", latent_channels=8, attention_head_dim=8, scaling_factor=0.5,
+        decoder_norm_types=("rms_norm",) * 2, decoder_act_fns=("silu",) * 2, **sides,
+    )  # fmt: skip
+    folder = tmp_path / "narrow"
+    save_dcae(DCAE(config), folder)
+    assert load_dcae(folder).config.attention_head_dim == 8
+    edited = {**json.loads((folder / "config.json").read_text()), "attention_head_dim": 64}
+    save_file(load_file(folder / "diffusion_pytorch_model.safetensors"), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(edited))
+    with pytest.raises(DCAEError, match="misshapen"):
+        load_dcae(folder)
