@@ -256,7 +256,10 @@ def _kind(stage: _Stage | None) -> str:
 
 def _inputs(shapes: Mapping[str, torch.Size], side: str) -> int:
     first = (f"{side}.project_in.", f"{side}.conv_in.")
-    return next(shape[1] for key, shape in shapes.items() if key.startswith(first) and key.endswith("weight"))
+    for key, shape in shapes.items():
+        if key.startswith(first) and key.endswith("weight") and len(shape) > 1:
+            return shape[1]
+    raise DCAEError(f"no tensor of {' or '.join(first)}* tells how many channels the {side} takes")
 
 
 def candidates(config: DCAEConfig) -> list[DCAEConfig]:

@@ -363,3 +363,13 @@ def test_a_head_wider_than_its_stage_is_known_from_the_config_alone(saved: Path,
     (folder / "config.json").write_text(json.dumps(edited))
     with pytest.raises(DCAEError, match="misshapen"):
         load_dcae(folder)
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+@pytest.mark.parametrize("format", ["diffusers", "original"])
+def test_a_file_without_its_first_convolution(pair, tiny_config, tmp_path: Path, side: str, format: str) -> None:
+    path = save_dcae(pair(tiny_config)[1], tmp_path / "mine.safetensors", format=format)
+    first = (f"{side}.conv_in.", f"{side}.project_in.")
+    save_file({key: value for key, value in load_file(path).items() if not key.startswith(first)}, path)
+    with pytest.raises(DCAEError, match=r"mine\.safetensors"):
+        load_dcae(path, scaling_factor=1.0)
