@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,12 +17,18 @@ from torch import Tensor
 
 from . import files
 from .backbones import BACKBONES, Backbone
+from .backbones.base import PATCH
 from .backbones.keymap import describe_keys
+from .fields import shown
+from .jsons import parse_object
+from .kinds import what_it_may_be
 from .latent import METADATA_KEY, LatentSpace
-from .schedule import shift_ratio
+from .schedule import check_schedule
 
 FORMAT = "1"
 LORA_PREFIX = "transformer."
+ALPHA_LIMIT = 1e6
+OURS = "Choose a file that DC-Gen training wrote."
 _RESERVED = ("dcgen.format", "dcgen.backbone", METADATA_KEY, "dcgen.patch_size", "dcgen.base", "dcgen.schedule")
 _LORA_PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".alpha": "alpha"}
 
@@ -112,14 +117,13 @@ class Adapter:
         """ValueError unless everything in here fits together: names, shapes, pairs, schedule."""
         if self.patch_size < 1:
             raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
-        _check_schedule(self.schedule, self.latent.channels)
+        PATCH("patch_size", self.patch_size)
+        check_schedule(self.schedule)
         model = self.model
-        try:
-            needed = model.latent_shapes(self.base, self.latent.channels, self.patch_size)
-            allowed = {**needed, **model.extra_shapes(self.base)}
-            linears = model.linears(self.base)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"the base fingerprint {self.base} is not one of a {self.backbone} model") from error
+        model.check_fingerprint(self.base)
+        needed = model.latent_shapes(self.base, self.latent.channels, self.patch_size)
+        allowed = {**needed, **model.extra_shapes(self.base)}
+        linears = model.linears(self.base)
         missing = [key for key in needed if key not in self.tensors]
         unknown = [key for key in self.tensors if key not in allowed]
         unknown += [f"{LORA_PREFIX}{path}" for path in self.lora if path not in linears]
@@ -132,7 +136,7 @@ class Adapter:
             outputs, inputs, *ones = linears[path]
             _check_tensor(f"{path} lora_A", pair.A, (rank, inputs, *ones))
             _check_tensor(f"{path} lora_B", pair.B, (outputs, rank, *ones))
-            if rank < 1 or not math.isfinite(pair.alpha):
+            if rank < 1 or not -ALPHA_LIMIT <= pair.alpha <= ALPHA_LIMIT:
                 raise ValueError(f"LoRA of {path}: rank {rank} and alpha {pair.alpha} are no LoRA")
 
 
@@ -145,7 +149,7 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter) -> None:
         raise ValueError(f"{path}: an adapter is a .safetensors file; give it that ending")
     adapter.check()
     tensors = _to_tensors(adapter)
-    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    bad = [key for key, tensor in tensors.items() if not files.is_finite(tensor)]
     if bad:
         raise ValueError(f"{path}: not written, values are not finite in {', '.join(sorted(bad)[:8])}")
     metadata = _to_metadata(adapter, Path(path).stem)
@@ -155,14 +159,16 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter) -> None:
 
 def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     """Read and check an adapter; FileNotFoundError or ValueError name the file, what is wrong and what to do."""
-    with files.opened(path) as file:
+    with files.opened(path) as file, files.naming(path):
         metadata = file.metadata() or {}
+        files.entries(file)  # refuses types that torch lacks
+        head = _from_metadata(metadata, file.keys())
         try:
-            head = _from_metadata(metadata, file.keys())
-            adapter = Adapter(**head, **_from_tensors({key: file.get_tensor(key) for key in file.keys()}))  # noqa: SIM118
-            adapter.check()
-        except (ValueError, SafetensorError) as error:
+            read = {key: files.check_finite(file.get_tensor(key), key, path) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
             raise ValueError(f"{path}: {error}") from error
+        adapter = Adapter(**head, **_from_tensors(read))
+        adapter.check()
     return adapter
 
 
@@ -232,7 +238,7 @@ def _to_metadata(adapter: Adapter, title: str) -> dict[str, str]:
 
 def _from_metadata(metadata: Mapping[str, str], keys: list[str]) -> dict[str, Any]:
     if "dcgen.format" not in metadata:
-        raise ValueError(f"not a DC-Gen adapter (no dcgen.format in its metadata). {_what_it_may_be(keys)}")
+        raise ValueError(f"not a DC-Gen adapter (no dcgen.format in its metadata). {what_it_may_be(keys, OURS)}")
     if metadata["dcgen.format"] != FORMAT:
         raise ValueError(
             f"adapter format {metadata['dcgen.format']!r}, this version of DC-Gen reads {FORMAT!r}: update DC-Gen"
@@ -242,8 +248,8 @@ def _from_metadata(metadata: Mapping[str, str], keys: list[str]) -> dict[str, An
         raise ValueError(f"damaged adapter, its metadata lacks {', '.join(absent)}: download it again")
     _backbone(metadata["dcgen.backbone"])
     size = metadata["dcgen.patch_size"]
-    if not size.isdecimal():
-        raise ValueError(f"dcgen.patch_size is {size!r}, not a whole number")
+    if not (size.isdecimal() and len(size) < 5):
+        raise ValueError(f"dcgen.patch_size is {shown(size)}, not a whole number of latent pixels")
     return {
         "backbone": metadata["dcgen.backbone"],
         "latent": LatentSpace.from_metadata(metadata),
@@ -271,42 +277,17 @@ def _from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             raise ValueError(
                 f"LoRA of {path} is incomplete: no {', '.join(absent)}. The file was not written by DC-Gen"
             )
-        if pair["alpha"].numel() != 1:
+        if pair["alpha"].numel() != 1 or pair["alpha"].is_complex():
             raise ValueError(f"LoRA of {path}: alpha must be one number, got shape {tuple(pair['alpha'].shape)}")
     lora = {path: LoraPair(pair["A"], pair["B"], float(pair["alpha"])) for path, pair in parts.items()}
     return {"tensors": whole, "lora": lora}
 
 
-def _what_it_may_be(keys: list[str]) -> str:
-    if any("lora_" in key for key in keys):
-        return "It looks like an ordinary LoRA: load it with a LoRA loader."
-    if any(".blocks." in key or "_blocks." in key for key in keys):
-        return "It looks like a whole model: load it with the model loader."
-    if any(key.startswith(("encoder.", "decoder.")) for key in keys):
-        return "It looks like an autoencoder: load it with the autoencoder loader."
-    return "Choose a file that DC-Gen training wrote."
-
-
 def _json_object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
-        value = json.loads(metadata[key])
+        return parse_object(metadata[key], key)
     except ValueError as error:
-        raise ValueError(f"damaged adapter, {key} is not JSON ({error}): download it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"damaged adapter, {key} is not a JSON object: download it again")
-    return value
-
-
-def _check_schedule(schedule: Mapping[str, Any], channels: int) -> None:
-    unknown = sorted(set(schedule) - {"rule", "mu", "shift"})
-    numbers = [value for key, value in schedule.items() if key != "rule" and value is not None]
-    if (
-        unknown
-        or "rule" not in schedule
-        or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in numbers)
-    ):
-        raise ValueError(f'schedule must be {{"rule": ...}} with a number "mu" or "shift" if any, got {dict(schedule)}')
-    shift_ratio(tokens=1, channels=channels, **schedule)
+        raise ValueError(f"damaged adapter, {key} is not a JSON object ({error}): download it again") from error
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

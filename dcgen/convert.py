@@ -27,7 +27,8 @@ from torch import Tensor
 from .adapter import Adapter, load_adapter, merge_tensor, save_adapter
 from .dcae import load_dcae, save_dcae
 from .extract import Kept, extract
-from .files import Entry, write_stream
+from .files import SUFFIXES, Entry, naming, opened, write_stream
+from .jsons import parse_json
 from .latent import SPACES, LatentSpace
 from .preview import fit_preview
 from .release import TRANSFORMER, Model, model_metadata, note_schedule, open_model
@@ -106,12 +107,11 @@ def unpack(
 def describe(path: str | os.PathLike[str]) -> str:
     """What an adapter, a model file or a release folder is, in lines."""
     path = Path(path)
-    if path.is_file() and path.suffix == ".safetensors":
-        try:
+    if path.suffix in SUFFIXES and path.is_file():
+        with opened(path) as file:
+            adapter = "dcgen.format" in (file.metadata() or {})
+        if adapter:
             return _describe_adapter(load_adapter(path))
-        except ValueError as error:
-            if "dcgen.format" not in str(error):
-                raise
     model = open_model(path)
     lines = [
         f"{model.backbone.name} ({model.backbone.diffusers_class}), {total_bytes(model.entries.values()) / 1e9:.2f} GB",
@@ -133,17 +133,18 @@ def _write(
         raise ValueError(f"{out}: the result is a .safetensors file; give it that ending")
     if names not in NAMES:
         raise ValueError(f"names must be one of {', '.join(NAMES)}, got {names!r}")
-    entries = shapes or model.entries
-    if names == "diffusers":
-        wanted = [_cast_entry(entry, dtype) for entry in entries.values()]
-        stream: Iterable[tuple[str, Tensor]] = ((entry.name, get(entry.name)) for entry in wanted)
-    else:
-        made, extras = list(model.native_entries(entries)), model.extras
-        wanted = [_cast_entry(entry, dtype) for entry in (*(entry for _, entry in made), *extras.values())]
-        stream = chain(
-            ((rule.native, rule.join(get)) for rule, _ in made), ((key, model.get_extra(key)) for key in extras)
-        )
-    write_stream(out, wanted, _cast(stream, dtype), metadata)
+    with naming(model.tensors.path):
+        entries = shapes or model.entries
+        if names == "diffusers":
+            wanted = [_cast_entry(entry, dtype) for entry in entries.values()]
+            stream: Iterable[tuple[str, Tensor]] = ((entry.name, get(entry.name)) for entry in wanted)
+        else:
+            made, extras = list(model.native_entries(entries)), model.extras
+            wanted = [_cast_entry(entry, dtype) for entry in (*(entry for _, entry in made), *extras.values())]
+            stream = chain(
+                ((rule.native, rule.join(get)) for rule, _ in made), ((key, model.get_extra(key)) for key in extras)
+            )
+        write_stream(out, wanted, _cast(stream, dtype), metadata)
     return out
 
 
@@ -250,6 +251,7 @@ def _open(path: Path, latent: str | None = None, fields: Sequence[str] = ()) -> 
     if fields:
         config = {**model.config, **_fields(fields, model)}
         model = replace(model, config=config)
+        model.check()
     if latent is None:
         return model
     space = SPACES[latent]
@@ -269,11 +271,9 @@ def _fields(given: Sequence[str], model: Model) -> dict[str, Any]:
                 f"a {model.backbone.name} config has no field {field!r}: {', '.join(sorted(model.config))}"
             )
         try:
-            found[field] = json.loads(value)
+            found[field] = parse_json(value, f"--set {entry}")
         except ValueError as error:
-            raise ValueError(
-                f"--set {entry}: the value must be JSON (a number, true, null or a quoted word)"
-            ) from error
+            raise ValueError(f"{error}: the value must be JSON (a number, true, null or a quoted word)") from error
     return found
 
 

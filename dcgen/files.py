@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,6 +35,11 @@ NEWER = {"F8_E8M0": "float8_e8m0fnu", "U16": "uint16", "U32": "uint32", "U64": "
 DTYPES |= {name: getattr(torch, dtype) for name, dtype in NEWER.items() if hasattr(torch, dtype)}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WRITE_BYTES = 64 << 20
+SUFFIXES = (".safetensors", ".sft")
+# One-byte floats have no reduction of their own: type -> (bits without the sign, first pattern that is no number).
+_NARROW = {torch.float8_e4m3fn: (0x7F, 0x7F), torch.float8_e5m2: (0x7F, 0x7C)}
+if hasattr(torch, "float8_e8m0fnu"):
+    _NARROW[torch.float8_e8m0fnu] = (0xFF, 0xFF)
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,42 @@ def disk_state(path: str | os.PathLike[str]) -> str:
     found = sorted(path.rglob("*")) if path.is_dir() else [path]
     states = [(file, file.stat()) for file in found if file.is_file()]
     return ";".join(f"{file}:{state.st_size}:{state.st_mtime_ns}" for file, state in states)
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Put `path` before the text of a ValueError that does not name it or something in it already."""
+    try:
+        yield
+    except ValueError as error:
+        if f"{path}:" in str(error) or f"{Path(path)}{os.sep}" in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, by name. Hidden ones are none: a Mac leaves `._NAME` beside what it copies."""
+    return sorted(
+        file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file() and file.name[0] != "."
+    )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite: one reduction without a copy of the tensor."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.dtype in _NARROW:
+        bits, first_bad = _NARROW[tensor.dtype]
+        return int((tensor.view(torch.uint8) & bits).max()) < first_bad
+    low, high = tensor.aminmax()  # a NaN anywhere makes both NaN
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def check_finite(tensor: Tensor, name: str, path: str | os.PathLike[str]) -> Tensor:
+    """The tensor; ValueError that names file and tensor when a value in it is NaN or infinite."""
+    if not is_finite(tensor):
+        raise ValueError(f"{path}: damaged, or of a run that diverged: values of {name} are NaN or infinite")
+    return tensor
 
 
 @contextmanager
@@ -87,7 +129,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[safe_open]:
         file = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
         hint = "it is truncated or damaged: download or copy it again"
-        if path.suffix != ".safetensors":
+        if path.suffix not in SUFFIXES:
             hint = "only .safetensors files are read"
         raise ValueError(f"{path}: not a readable safetensors file ({error}); {hint}") from error
     with file:

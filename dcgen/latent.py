@@ -6,11 +6,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 
 from torch import Tensor
 
+from .fields import Check, check_fields, items, optional, real, shown, text, whole
+from .jsons import parse_object
+
 METADATA_KEY = "dcgen.latent"
+# Wide of everything published (f8c4 to f128c512, scaling 0.13 to 2), narrow enough that nothing computed overflows.
+LATENT_FIELDS: dict[str, Check] = {
+    "name": text(200),
+    "channels": whole(1, 4096),
+    "spatial_factor": whole(1, 1024),
+    "scaling_factor": real(1e-6, 1e6),
+    "shift_factor": real(-1e6, 1e6),
+    "rgb_factors": optional(items(items(real(-1e6, 1e6), 3, 3), 1, 4096)),
+    "rgb_bias": optional(items(real(-1e6, 1e6), 3, 3)),
+}
 
 
 @dataclass(frozen=True)
@@ -31,21 +44,18 @@ class LatentSpace:
     rgb_bias: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.channels < 1 or self.spatial_factor < 1:
-            raise ValueError(f"latent space {self.name!r}: channels and spatial_factor must be positive, got {self}")
-        if not (math.isfinite(self.scaling_factor) and self.scaling_factor > 0 and math.isfinite(self.shift_factor)):
-            raise ValueError(
-                f"latent space {self.name!r}: scaling_factor must be finite and above 0 and shift_factor finite, "
-                f"got {self.scaling_factor} and {self.shift_factor}"
-            )
+        try:
+            check_fields(vars(self), LATENT_FIELDS)
+            if self.rgb_factors is not None and len(self.rgb_factors) != self.channels:
+                raise ValueError(f"rgb_factors must be {self.channels} rows of 3 numbers, got {len(self.rgb_factors)}")
+        except ValueError as error:
+            raise ValueError(f"latent space {shown(self.name)}: {error}") from error
+        for field in ("scaling_factor", "shift_factor"):
+            object.__setattr__(self, field, float(getattr(self, field)))
         if self.rgb_factors is not None:
             object.__setattr__(self, "rgb_factors", tuple(tuple(float(v) for v in row) for row in self.rgb_factors))
-            if len(self.rgb_factors) != self.channels or any(len(row) != 3 for row in self.rgb_factors):
-                raise ValueError(f"latent space {self.name!r}: rgb_factors must be {self.channels} rows of 3 numbers")
         if self.rgb_bias is not None:
             object.__setattr__(self, "rgb_bias", tuple(float(v) for v in self.rgb_bias))
-            if len(self.rgb_bias) != 3:
-                raise ValueError(f"latent space {self.name!r}: rgb_bias must be 3 numbers, got {len(self.rgb_bias)}")
 
     def normalize(self, latent: Tensor) -> Tensor:
         """Raw autoencoder latent (B,C,h,w) -> model space: (z - shift) * scaling."""
@@ -95,12 +105,13 @@ class LatentSpace:
         if METADATA_KEY not in metadata:
             raise ValueError(f"metadata has no {METADATA_KEY!r} entry, so its latent space is unknown")
         try:
-            entry = json.loads(metadata[METADATA_KEY])
+            entry = parse_object(metadata[METADATA_KEY], METADATA_KEY)
             known = {field.name for field in fields(cls)}
             if set(entry) - known:
-                raise ValueError(f"unknown fields {sorted(set(entry) - known)}; known are {sorted(known)}")
+                raise ValueError(f"unknown fields {shown(sorted(set(entry) - known))}; known are {sorted(known)}")
+            check_fields(entry, {}, needed=tuple(field.name for field in fields(cls) if field.default is MISSING))
             return cls(**entry)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"metadata entry {METADATA_KEY!r} is not a latent space: {error}") from error
 
 

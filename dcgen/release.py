@@ -16,8 +16,12 @@ from .backbones import Backbone, Config, detect_backbone
 from .backbones.base import patch_size
 from .backbones.keymap import Rule
 from .dcae import DCAEConfig
-from .files import Entry, replacing
-from .latent import METADATA_KEY, SPACES, LatentSpace
+from .fields import Check, check_fields, flag, items, optional, shown, whole
+from .files import Entry, check_finite, naming, replacing, weight_files
+from .jsons import parse_object, read_object
+from .kinds import ALL_IN_ONE, is_quantised, what_it_may_be
+from .latent import LATENT_FIELDS, METADATA_KEY, SPACES, LatentSpace
+from .schedule import check_schedule
 from .tensors import Tensors
 
 TRANSFORMER = "transformer"
@@ -29,6 +33,13 @@ CONFIG_KEY, SCHEDULE_KEY, BACKBONE_KEY, PATCH_KEY = (
 )
 # In scheduler_config.json, which has no field for FLUX.2's rule. diffusers skips what begins with an underscore.
 SCHEDULE_FIELD = "_dcgen_schedule"
+# Of an AutoencoderKL's config.json.
+KL_FIELDS: dict[str, Check] = {
+    "block_out_channels": items(whole(1, 1 << 16), 1, 10),
+    "latent_channels": LATENT_FIELDS["channels"],
+    "scaling_factor": LATENT_FIELDS["scaling_factor"],
+    "shift_factor": optional(LATENT_FIELDS["shift_factor"]),
+}
 
 
 @dataclass
@@ -59,6 +70,8 @@ class Model:
     def _sources(self) -> dict[str, tuple[Entry, Rule | None, int, int | None]]:
         """Diffusers name -> (entry under that name, rule to undo, rows in the file's tensor)."""
         bare = self._bare
+        if is_quantised(bare):
+            raise ValueError(f"{self.tensors.path}: {what_it_may_be(bare, '')}")
         depths, width = self.backbone.depths(self.config), self.backbone.width(self.config)
         if not self.backbone.is_native(bare):
             self.backbone.key_map(self.config).native_plan(bare, depths)  # refuses what is not a whole model
@@ -79,11 +92,35 @@ class Model:
         """One tensor by diffusers name, read now."""
         _, rule, start, stop = self._sources[key]
         if rule is None:
-            return self.tensors.get(self._prefix + key)
-        name = self._prefix + rule.native_key(self._bare)
+            return self._read(key)
+        name = rule.native_key(self._bare)
         if len(rule.parts) > 1:  # never swapped: the rows can be read alone
-            return self.tensors.get(name, start, stop)
-        return next(iter(rule.split(self.tensors.get(name), self.backbone.width(self.config))))[1]
+            return self._read(name, start, stop)
+        return next(iter(rule.split(self._read(name), self.backbone.width(self.config))))[1]
+
+    def _read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows of a tensor of the file by its name without prefix; ValueError when a value is not finite."""
+        return check_finite(self.tensors.get(self._prefix + name, start, stop), name, self.tensors.path)
+
+    def check(self) -> None:
+        """ValueError that names the file unless config and tensors are those of one whole model.
+
+        Of a quantised file only the config can be checked: its tensors are not the model's.
+        """
+        with naming(self.tensors.path):
+            self.backbone.check_config(self.config)
+            if is_quantised(self._bare):
+                return
+            entries, wanted = self.entries, self.backbone.shapes(self.config)
+            bent = [
+                f"{key} is {entry.dtype} {entry.shape}, expected floating point {wanted.get(key, 'of no shape')}"
+                for key, entry in entries.items()
+                if entry.shape != wanted.get(key) or not entry.dtype.is_floating_point
+            ]
+            bent += [f"{key} is absent" for key in self.backbone.other_shapes(self.config) if key not in entries]
+            if bent:
+                more = f" and {len(bent) - 4} more" if len(bent) > 4 else ""
+                raise ValueError(f"config and tensors are not of one {self.backbone.name}: {'; '.join(bent[:4])}{more}")
 
     @property
     def extras(self) -> dict[str, Entry]:
@@ -92,7 +129,7 @@ class Model:
 
     def get_extra(self, key: str) -> Tensor:
         """A tensor of `extras`, read now."""
-        return self.tensors.get(self._prefix + key)
+        return self._read(key)
 
     def native_entries(self, entries: Mapping[str, Entry]) -> Iterator[tuple[Rule, Entry]]:
         """(rule, what it makes out of `entries`) for every tensor under its original name."""
@@ -109,17 +146,19 @@ def open_model(path: str | os.PathLike[str]) -> Model:
     path = Path(path)
     weights = path / TRANSFORMER if (path / TRANSFORMER).is_dir() else path
     tensors = Tensors.open(weights)
-    try:
+    inside = [key for key in tensors.entries if key.startswith(ALL_IN_ONE)]
+    if inside and len(inside) < len(tensors.entries):
+        tensors = tensors.under(ALL_IN_ONE)
+    with naming(weights):
         backbone, config = detect_backbone(tensors.meta())
         names = backbone.bare_keys({key: key for key in tensors.entries})
         config |= backbone.read_values(names, lambda key: tensors.get(names[key]))
         config |= _stored_config(tensors, weights, backbone)
         latent, schedule = _latent(tensors.metadata, path), _schedule(tensors.metadata, path)
-    except ValueError as error:
-        raise ValueError(f"{weights}: {error}") from error
-    model = Model(tensors, backbone, config, latent, schedule)
-    if latent is not None and schedule is None:
-        model.schedule = backbone.default_schedule(latent, config)
+        model = Model(tensors, backbone, config, latent, schedule)
+        model.check()
+        if latent is not None and schedule is None:
+            model.schedule = backbone.default_schedule(latent, config)
     return model
 
 
@@ -138,7 +177,7 @@ def model_metadata(model: Model, title: str) -> dict[str, str]:
         metadata[SCHEDULE_KEY] = json.dumps(model.schedule, sort_keys=True)
     if model.latent is not None:
         packed = model.backbone.packed_channels(model.config)
-        metadata[PATCH_KEY] = str(patch_size(packed, model.latent.channels, "this model"))
+        metadata[PATCH_KEY] = str(patch_size(packed, model.latent.channels, str(model.tensors.path)))
         metadata |= model.latent.to_metadata()
     return metadata
 
@@ -148,7 +187,7 @@ def note_schedule(release: Path, schedule: Mapping[str, Any] | None) -> None:
     file = release / "scheduler" / "scheduler_config.json"
     if schedule is None or not file.is_file():
         return
-    config = {**json.loads(file.read_text(encoding="utf-8")), SCHEDULE_FIELD: dict(schedule)}
+    config = {**read_object(file), SCHEDULE_FIELD: dict(schedule)}
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -156,18 +195,33 @@ def note_schedule(release: Path, schedule: Mapping[str, Any] | None) -> None:
 def stored_schedule(release: Path) -> dict[str, Any] | None:
     """The schedule that a release's scheduler_config.json says outright, None when it leaves it to the model."""
     file = release / "scheduler" / "scheduler_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if SCHEDULE_FIELD in config:
-        return config[SCHEDULE_FIELD]
-    return {"rule": "static", "shift": float(config["flow_shift"])} if config.get("use_flow_sigmas") else None
+    config = read_object(file) if file.is_file() else {}
+    with naming(file):
+        if SCHEDULE_FIELD in config:
+            check_schedule(config[SCHEDULE_FIELD])
+            return config[SCHEDULE_FIELD]
+        check_fields(config, {"use_flow_sigmas": optional(flag)})
+        if not config.get("use_flow_sigmas"):
+            return None
+        if "flow_shift" not in config:
+            raise ValueError("flow_shift is missing, though use_flow_sigmas is true")
+        schedule = {"rule": "static", "shift": config["flow_shift"]}
+        check_schedule(schedule)
+        return {**schedule, "shift": float(schedule["shift"])}
+
+
+def kl_space(config: Mapping[str, Any]) -> LatentSpace:
+    """Latent space, without a name, of a diffusers AutoencoderKL config."""
+    check_fields(config, KL_FIELDS, ("block_out_channels", "latent_channels", "scaling_factor"))
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    shift = config.get("shift_factor") or 0.0
+    return LatentSpace("", config["latent_channels"], factor, config["scaling_factor"], shift)
 
 
 def latent_of_vae(config: Mapping[str, Any]) -> LatentSpace:
     """Latent space of a diffusers vae/config.json: the config's numbers, under the published name that has them."""
     if config.get("_class_name") == "AutoencoderKL":
-        factor = 2 ** (len(config["block_out_channels"]) - 1)
-        shift = config.get("shift_factor") or 0.0
-        space = LatentSpace("", config["latent_channels"], factor, config["scaling_factor"], shift)
+        space = kl_space(config)
     else:
         dcae = DCAEConfig.from_diffusers(config)
         if dcae.scaling_factor is None:
@@ -186,14 +240,16 @@ def _latent(metadata: Mapping[str, str], path: Path) -> LatentSpace | None:
     for part in (path / "vae", path.parent / "vae"):
         config = part / "config.json"
         if path.is_dir() and config.is_file():
-            space = latent_of_vae(json.loads(config.read_text(encoding="utf-8")))
+            values = read_object(config)
+            with naming(config):
+                space = latent_of_vae(values)
             return _with_preview(space, part)
     return None
 
 
 def _with_preview(space: LatentSpace, folder: Path) -> LatentSpace:
     """The space with the preview factors that the autoencoder's own file may carry."""
-    metadata = Tensors.open(folder).metadata if any(folder.glob("*.safetensors")) else {}
+    metadata = Tensors.open(folder).metadata if weight_files(folder) else {}
     stored = LatentSpace.from_metadata(metadata) if METADATA_KEY in metadata else None
     if stored is None or stored.channels != space.channels:
         return space
@@ -202,16 +258,22 @@ def _with_preview(space: LatentSpace, folder: Path) -> LatentSpace:
 
 def _stored_config(tensors: Tensors, folder: Path, backbone: Backbone) -> Config:
     if CONFIG_KEY in tensors.metadata:
-        return json.loads(tensors.metadata[CONFIG_KEY])
+        return parse_object(tensors.metadata[CONFIG_KEY], CONFIG_KEY)
     file = folder / "config.json"
     if not folder.is_dir() or not file.is_file():
         return {}
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_object(file)
     found = config.get("_class_name", backbone.diffusers_class)
     if found != backbone.diffusers_class:
-        raise ValueError(f"config.json says {found}, the tensors are a {backbone.diffusers_class}: not from one model")
+        raise ValueError(
+            f"config.json says {shown(found)}, the tensors are a {backbone.diffusers_class}: not from one model"
+        )
     return {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
 
 
 def _schedule(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
-    return json.loads(metadata[SCHEDULE_KEY]) if SCHEDULE_KEY in metadata else stored_schedule(path)
+    if SCHEDULE_KEY not in metadata:
+        return stored_schedule(path)
+    schedule = parse_object(metadata[SCHEDULE_KEY], SCHEDULE_KEY)
+    check_schedule(schedule)
+    return schedule

@@ -4,15 +4,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .fields import Check, check_fields, optional, real, shown, words
 
 RULES = ("flux", "flux2", "static", "sprint")
 
 # FLUX.1's scheduler config: base/max shift at base/max image sequence length.
 FLUX_TOKENS = (256, 4096)
 FLUX_SHIFTS = (0.5, 1.15)
+# What a stored schedule may hold: e^mu = shift is 3 to 6 for the published models.
+SCHEDULE_FIELDS: dict[str, Check] = {
+    "rule": words(*RULES),
+    "mu": optional(real(-20, 20)),
+    "shift": optional(real(1e-8, 1e8)),
+}
 # Latent elements C*h*w at which the FLUX.2-style rule does not shift.
 FLUX2_ELEMENTS = 4096
 # DPMSolverMultistep's flow grid starts at 1 - 1/1000 (num_train_timesteps), FLUX's at 1.
@@ -55,6 +65,19 @@ def shift_ratio(*, tokens: int, channels: int, rule: str, mu: float | None = Non
     if not (math.isfinite(ratio) and ratio > 0):
         raise ValueError(f"the shift must be finite and above 0, got {ratio}")
     return ratio
+
+
+def check_schedule(schedule: Mapping[str, Any]) -> None:
+    """ValueError unless this is {"rule": ...} with a "mu" or "shift" if any, from which sigmas can be computed."""
+    if not isinstance(schedule, Mapping) or set(schedule) - set(SCHEDULE_FIELDS):
+        raise ValueError(
+            f'schedule must be {{"rule": ...}} with a number "mu" or "shift" if any, got {shown(schedule)}'
+        )
+    try:
+        check_fields(schedule, SCHEDULE_FIELDS, needed=("rule",))
+    except ValueError as error:
+        raise ValueError(f'schedule must be {{"rule": ...}} with "mu" or "shift" if any: {error}') from error
+    shift_ratio(tokens=1, channels=1, **schedule)
 
 
 def shifted(sigma: Tensor, ratio: float) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,28 @@ import torch
 from torch import Tensor
 
 from . import files
-from .files import DTYPES, Entry
+from .fields import shown
+from .files import DTYPE_NAMES, SUFFIXES, Entry
+from .jsons import parse_object, read_object
 
 INDEX_SUFFIX = ".safetensors.index.json"
 # model.safetensors, model.bf16.safetensors, model.safetensors.index.json, model.safetensors.index.bf16.json
-_WEIGHTS = re.compile(r".+?(\.(?P<variant>\w+))?\.safetensors(\.index(\.(?P<of_index>\w+))?\.json)?")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+_WEIGHTS = re.compile(r"[^.].*?(\.(?P<variant>\w+))?\.(safetensors|sft)(\.index(\.(?P<of_index>\w+))?\.json)?")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|sft)$")
+# What torch.compile puts before the names of a module it wraps, at any depth.
+COMPILED = "_orig_mod."
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
-# (name, first row, last row + 1) -> those rows; None = all
-Reader = Callable[[str, int, int | None], Tensor]
+# (first row, last row + 1) of a tensor -> those rows; None = all
+Rows = Callable[[int, "int | None"], Tensor]
+# the same, of a tensor by the name that its file has for it
+Reader = Callable[[str, int, "int | None"], Tensor]
 
 
 class Tensors:
     """The tensors of one model on disk: `entries` by name at once, the values one by one through get()."""
 
-    def __init__(self, path: Path, entries: dict[str, Entry], metadata: dict[str, str], readers: dict[str, Reader]):
+    def __init__(self, path: Path, entries: dict[str, Entry], metadata: dict[str, str], readers: dict[str, Rows]):
         self.path, self.entries, self.metadata = path, entries, metadata
         self._readers = readers
 
@@ -42,19 +49,25 @@ class Tensors:
         opened = [_pickle(part) if part.suffix in PICKLES else _safetensors(part) for part in parts]
         found: dict[str, Entry] = {}
         metadata: dict[str, str] = {}
-        readers: dict[str, Reader] = {}
+        readers: dict[str, Rows] = {}
         for part, (entries, notes, reader) in zip(parts, opened, strict=True):
-            twice = [entry.name for entry in entries if entry.name in found]
-            if twice:
-                raise ValueError(f"{part}: tensor {twice[0]} is in two files of {path}; keep one set of weights there")
-            found.update({entry.name: entry for entry in entries})
-            readers.update({entry.name: reader for entry in entries})
+            for entry in entries:
+                name = entry.name.replace(COMPILED, "")
+                if name in found:
+                    raise ValueError(f"{part}: tensor {name} is twice in {path}; keep one set of weights there")
+                found[name] = replace(entry, name=name)
+                readers[name] = partial(reader, entry.name)
             metadata.update(notes)
         return cls(path, found, metadata, readers)
 
+    def under(self, prefix: str) -> Tensors:
+        """Only the tensors whose names begin so: one model out of an all-in-one file."""
+        entries = {name: entry for name, entry in self.entries.items() if name.startswith(prefix)}
+        return Tensors(self.path, entries, self.metadata, self._readers)
+
     def get(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """A tensor, or its rows start:stop, read from disk now into memory of its own."""
-        return self._readers[name](name, start, stop)
+        return self._readers[name](start, stop)
 
     def meta(self) -> dict[str, Tensor]:
         """All tensors as meta tensors: shapes and types without memory."""
@@ -66,18 +79,18 @@ def _shards(folder: Path) -> list[Path]:
     diffusers, else bf16, else fp16.
     """
     sets: dict[str, list[Path]] = {}
-    for file in sorted(folder.glob("*.safetensors*")):
+    for file in sorted(folder.iterdir()):
         name = _WEIGHTS.fullmatch(file.name)
         if name and not _SHARD.search(file.name):
             sets.setdefault(name["variant"] or name["of_index"] or "", []).append(file)
     preferred: list[str] = ["", "bf16", "fp16"]
     variants = [variant for variant in preferred if variant in sets] or sorted(sets)
-    found = sets[variants[0]] if variants else sorted(folder.glob("*.safetensors"))
+    found = sets[variants[0]] if variants else files.weight_files(folder)
     indexes = [file for file in found if file.suffix == ".json"]
     if len(indexes) > 1:
         raise ValueError(f"{folder}: {len(indexes)} weight indexes ({', '.join(i.name for i in indexes)}); keep one")
     if indexes:
-        names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
+        names = _indexed(indexes[0])
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise FileNotFoundError(f"{folder}: {indexes[0].name} names {', '.join(absent)}, not here: download them")
@@ -89,16 +102,27 @@ def _shards(folder: Path) -> list[Path]:
     return found
 
 
+def _indexed(index: Path) -> list[str]:
+    """The files that a weight index names, which must be names of files beside it."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map is not an object of tensor names and file names; fetch the index again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not name.endswith(SUFFIXES) or re.search(r"[/\\:\0]", name):
+            raise ValueError(
+                f"{index}: names {shown(name)} as a file of weights, expected the name of a .safetensors file beside it"
+            )
+    return sorted(set(weight_map.values()))
+
+
 def _safetensors(path: Path) -> tuple[list[Entry], dict[str, str], Reader]:
     with files.opened(path) as file:  # safetensors checks the header and that no byte is missing
         metadata = file.metadata() or {}
-        try:
+        with files.naming(path):
             entries = files.entries(file)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
     with open(path, "rb") as raw:
         (length,) = struct.unpack("<Q", raw.read(8))
-        header = json.loads(raw.read(length))
+        header = parse_object(raw.read(length), f"{path}: header")
     begins = {entry.name: 8 + length + header[entry.name]["data_offsets"][0] for entry in entries}
     types = {entry.name: entry for entry in entries}
 
@@ -130,19 +154,17 @@ def _pickle(path: Path) -> tuple[list[Entry], dict[str, str], Reader]:
         raise FileNotFoundError(f"{path}: there is no such file")
     try:
         # weights_only: a pickle may otherwise run code; mmap: tensors are read when they are used
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever a damaged pickle makes torch stumble over
         raise ValueError(
-            f"{path}: holds more than tensors, or is damaged ({error}). Get a .safetensors file"
+            f"{path}: holds more than tensors, or is damaged ({shown(str(error))}). Get a .safetensors file"
         ) from error
     while isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise ValueError(f"{path}: expected a state dict (or one under 'state_dict'), found {type(loaded).__name__}")
-    known = set(DTYPES.values())
-    strange = [name for name, tensor in loaded.items() if tensor.dtype not in known]
-    if strange:
-        raise ValueError(f"{path}: tensor {strange[0]} has type {loaded[strange[0]].dtype}, which safetensors lacks")
+    for name, tensor in loaded.items():
+        _check_pickled(path, name, tensor)
     entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in loaded.items()]
 
     def read(name: str, start: int, stop: int | None) -> Tensor:
@@ -150,6 +172,18 @@ def _pickle(path: Path) -> tuple[list[Entry], dict[str, str], Reader]:
         return (loaded[name] if whole else loaded[name][start:stop]).clone()
 
     return entries, {}, read
+
+
+def _check_pickled(path: Path, name: Any, tensor: Tensor) -> None:
+    """A pickle can say more than a state dict may: other keys, layouts, and shapes larger than what is stored."""
+    if not isinstance(name, str):
+        raise ValueError(f"{path}: expected names of tensors, found {shown(name)}")
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise ValueError(f"{path}: tensor {name} is a {tensor.layout} tensor on {tensor.device}, expected plain values")
+    if tensor.dtype not in DTYPE_NAMES:
+        raise ValueError(f"{path}: tensor {name} has type {tensor.dtype}, which safetensors lacks")
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{path}: tensor {name} is larger than the values stored for it; the file is damaged")
 
 
 def _rows(entry: Entry, start: int, stop: int | None) -> tuple[tuple[int, ...], int]:

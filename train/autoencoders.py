@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from dcgen.dcae import load_dcae
 from dcgen.dcae.config import DCAEConfig
+from dcgen.fields import check_fields, optional, shown, text
+from dcgen.files import naming, weight_files
 from dcgen.latent import SPACES, LatentSpace
+from dcgen.release import kl_space
 from train.files import read_json, sha256
 
 
@@ -54,7 +57,7 @@ def load_autoencoder(
     else:
         import diffusers
 
-        model = diffusers.AutoencoderKL.from_pretrained(folder, torch_dtype=dtype).to(device)
+        model = diffusers.AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(device)
     space = getattr(model, "latent_space", None) or latent_space(folder)
     return Autoencoder(space, model.eval().requires_grad_(False), folder)
 
@@ -66,23 +69,37 @@ def autoencoder_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} not found; an autoencoder is a diffusers folder (config.json + safetensors)")
     config = read_json(path)
     if config.get("_class_name") not in ("AutoencoderKL", "AutoencoderDC"):
-        raise ValueError(f"{path}: class {config.get('_class_name')!r}; expected AutoencoderKL or AutoencoderDC")
+        raise ValueError(f"{path}: class {shown(config.get('_class_name'))}; expected AutoencoderKL or AutoencoderDC")
+    with naming(path):
+        check_fields(config, {"_name_or_path": optional(text(4096))})
+        _space(config)
     return config
+
+
+def _space(config: dict[str, Any]) -> LatentSpace:
+    """Latent space, without a name, that a (class-checked) config describes."""
+    if config["_class_name"] == "AutoencoderKL":
+        return kl_space(config)
+    dcae = DCAEConfig.from_diffusers(config)
+    if dcae.scaling_factor is None:
+        raise ValueError("scaling_factor is missing")
+    return LatentSpace("", dcae.latent_channels, dcae.spatial_factor, dcae.scaling_factor)
 
 
 def latent_space(folder: str | Path) -> LatentSpace:
     """The latent space of an autoencoder folder, from its config.json alone (loads no weights)."""
     folder = Path(folder)
     config = autoencoder_config(folder)
-    channels = config["latent_channels"]
-    if config["_class_name"] == "AutoencoderDC":
-        factor = DCAEConfig.from_diffusers(config).spatial_factor
-    else:
-        factor = 2 ** (len(config["block_out_channels"]) - 1)
     name = Path(config.get("_name_or_path") or folder.resolve().name).name.removesuffix("-diffusers")
-    space = LatentSpace(name, channels, factor, config["scaling_factor"], config.get("shift_factor") or 0.0)
+    space = replace(_space(config), name=name)
     same = [known for known in SPACES.values() if not replace(known, name="").differences(space)]
     return SPACES.get(name) or (same[0] if len(same) == 1 else space)
+
+
+def check_autoencoder(folder: str | Path) -> None:
+    """An error that names the folder unless it has a config that can be read and weights; loads none."""
+    latent_space(folder)
+    _weights(Path(folder))
 
 
 def autoencoder_identity(folder: str | Path) -> dict[str, Any]:
@@ -92,7 +109,7 @@ def autoencoder_identity(folder: str | Path) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder) if folder.is_dir() else []
     if not files:
         raise FileNotFoundError(
             f"{folder} holds no .safetensors weights. A release may come without its autoencoder (toy/sana-base does): "

@@ -8,6 +8,7 @@ shards/      latent-HxW-00000.safetensors: teacher, student (n,C,h,w) raw latent
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +18,34 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dcgen.fields import Check, check_fields, items, mapping, shown, text, whole
 from dcgen.latent import LatentSpace
 from train.files import read_json, sha256, write_json, write_tensors
 
 FORMAT = 1
 SIDES = ("teacher", "student")
+
+
+def _shard_name(name: str, value: Any) -> None:
+    """A name that CacheWriter gives: nothing outside of the cache's folder."""
+    if not isinstance(value, str) or not re.fullmatch(r"shards/[\w.-]+\.safetensors", value):
+        raise ValueError(f"{name} is {shown(value)}, expected shards/NAME.safetensors")
+
+
+INDEX_FIELDS: dict[str, Check] = {
+    "fingerprint": text(100),
+    "made_of": mapping,
+    "spaces": mapping,
+    "captions": items(text(1 << 20), 1, 1 << 31),
+    "samples": items(mapping, 0, 1 << 31),
+    "shards": items(mapping, 0, 1 << 24),
+}
+SHARD_FIELDS: dict[str, Check] = {
+    "file": _shard_name,
+    "sha256": text(100),
+    "bytes": whole(0, 1 << 60),
+    "count": whole(0, 1 << 31),
+}
 
 
 class CacheError(RuntimeError):
@@ -42,7 +66,7 @@ class CacheWriter:
         if path.is_file() and note.is_file():
             record = read_json(note)
             same = record.get("fingerprint") == self.fingerprint and record.get("count") == count
-            if same and path.stat().st_size == record["bytes"] and sha256(path) == record["sha256"]:
+            if same and path.stat().st_size == record.get("bytes") and sha256(path) == record.get("sha256"):
                 return record
         write_tensors(path, make(), {"fingerprint": self.fingerprint})
         size = path.stat().st_size
@@ -87,9 +111,24 @@ class Cache:
         index = read_json(path)
         if index.get("format") != FORMAT:
             raise CacheError(f"{path} has format {index.get('format')}, this program reads {FORMAT}; make it anew")
+        try:
+            check_fields(index, INDEX_FIELDS, needed=tuple(INDEX_FIELDS))
+            for record in index["shards"]:
+                check_fields(record, SHARD_FIELDS, needed=tuple(SHARD_FIELDS))
+            counts = {record["file"]: record["count"] for record in index["shards"]}
+            for sample in index["samples"]:
+                height, width = sample["size"]
+                if not (
+                    0 <= sample["row"] < counts[sample["shard"]]
+                    and 0 <= sample["caption"] < len(index["captions"])
+                    and height * width > 0
+                ):
+                    raise ValueError(f"sample {shown(sample)} has no such place")
+            self.spaces = {side: LatentSpace(**index["spaces"][side]) for side in SIDES}
+        except (ValueError, TypeError, KeyError) as error:
+            raise CacheError(f"{path} is not the index of a cache ({error!r}); make it anew") from error
         self.fingerprint: str = index["fingerprint"]
         self.made_of: dict[str, Any] = index["made_of"]
-        self.spaces = {side: LatentSpace(**values) for side, values in index["spaces"].items()}
         self.captions: list[str] = index["captions"]
         self.samples: list[dict[str, Any]] = index["samples"]
         self.shards: dict[str, dict[str, Any]] = {record["file"]: record for record in index["shards"]}

@@ -7,6 +7,7 @@ its metadata file is a pickle.
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dcgen import fields
 from train.distributed import Ranks, barrier, fill, whole
 from train.files import read_json, write_folder, write_json, write_tensors
 
 FORMAT = 1
+RECORD_FIELDS: dict[str, fields.Check] = {
+    "step": fields.whole(0, 1 << 40),
+    "adam_steps": fields.mapping,
+    "settings": fields.mapping,
+    "unlogged": fields.mapping,
+}
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used; the message names the file and what to do."""
+
+
+class Unreadable(CheckpointError):
+    """A checkpoint that is damaged, so that one before it may be taken."""
 
 
 @dataclass
@@ -34,8 +46,19 @@ class TrainState:
     ema: dict[str, Tensor] | None
 
 
-def save(folder: Path, step: int, state: TrainState, settings: dict[str, Any], ranks: Ranks, keep: int) -> None:
-    """Write `folder/step-XXXXXXXX` whole or not at all, then drop all but the newest `keep`."""
+def save(
+    folder: Path,
+    step: int,
+    state: TrainState,
+    settings: dict[str, Any],
+    ranks: Ranks,
+    keep: int,
+    unlogged: dict[str, list[float]] | None = None,
+) -> None:
+    """Write `folder/step-XXXXXXXX` whole or not at all, then drop all but the newest `keep`.
+
+    unlogged: the numbers of the steps since the last row of the log, which the next row is to tell of, too.
+    """
     moments: dict[str, Tensor] = {}
     steps: dict[str, int] = {}
     for name, parameter in state.parameters.items():
@@ -52,6 +75,7 @@ def save(folder: Path, step: int, state: TrainState, settings: dict[str, Any], r
         for file, content in tensors.items():
             write_tensors(temporary / f"{file}.safetensors", content)
         record = {"format": FORMAT, "step": step, "adam_steps": steps, "settings": settings}
+        record["unlogged"] = unlogged or {}
         write_json(temporary / "state.json", record)
 
     if ranks.first:
@@ -61,20 +85,54 @@ def save(folder: Path, step: int, state: TrainState, settings: dict[str, Any], r
     barrier()
 
 
-def load(folder: Path, state: TrainState, settings: dict[str, Any], free: set[str]) -> int:
-    """Restore the newest checkpoint into `state`; returns its step, 0 when there is none."""
-    found = _list(folder)
-    if not found:
-        return 0
-    path = found[-1]
-    record = read_json(path / "state.json")
-    if record.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {record.get('format')}, this program reads {FORMAT}; remove it")
+def load(folder: Path, state: TrainState, settings: dict[str, Any], free: set[str], move: bool = True) -> int:
+    """Restore the newest checkpoint that can be read into `state`; returns its step, 0 when there is none.
+
+    A damaged one is said and, with `move`, renamed, so that it counts no longer; CheckpointError when all are damaged.
+    """
+    damaged: list[Path] = []
+    for path in reversed(_list(folder)):
+        try:
+            step = _load(path, state, settings, free)
+        except Unreadable as error:
+            print(f"{error}; going on from the one before, if there is one", file=sys.stderr, flush=True)
+            damaged.append(path)
+            continue
+        for other in damaged if move else []:
+            aside = other.with_name(f"damaged-{other.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            other.rename(aside)
+        return step
+    if damaged:
+        raise CheckpointError(
+            f"{', '.join(map(str, damaged))}: no checkpoint can be read; remove the folder {folder} to start anew"
+        )
+    return 0
+
+
+def unlogged(folder: Path, step: int) -> dict[str, list[float]]:
+    """What save() was given under that name at this step; nothing where there is no such checkpoint."""
+    path = folder / f"step-{step:08d}" / "state.json"
+    return read_json(path).get("unlogged", {}) if path.is_file() else {}
+
+
+def _load(path: Path, state: TrainState, settings: dict[str, Any], free: set[str]) -> int:
+    try:
+        record = read_json(path / "state.json")
+        fields.check_fields(record, RECORD_FIELDS, needed=("format",))
+    except (OSError, ValueError) as error:
+        raise Unreadable(f"{path} is unreadable ({error})") from error
+    if record["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {record['format']}, this program reads {FORMAT}; remove that folder")
+    try:
+        fields.check_fields(record, {}, needed=("step", "adam_steps", "settings"))
+    except ValueError as error:
+        raise Unreadable(f"{path} is unreadable ({error})") from error
     changed = differences(record["settings"], settings, free)
     if changed:
         raise CheckpointError(
             f"{path} was made with other settings ({'; '.join(changed)}); "
-            f"restore them, or remove {folder.parent} to start anew"
+            f"restore them, or remove the folder {path.parent} to start anew"
         )
     parameters = {name: parameter.data for name, parameter in state.parameters.items()}
     _read(path / "weights.safetensors", parameters)
@@ -125,6 +183,4 @@ def _read(path: Path, targets: dict[str, Tensor]) -> None:
                     )
                 fill(target, value)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is unreadable ({error}); remove its folder to resume from the one before"
-        ) from error
+        raise Unreadable(f"{path} is unreadable ({error})") from error

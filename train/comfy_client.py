@@ -15,6 +15,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from dcgen.jsons import parse_object
+
 PACK = Path(__file__).resolve().parents[1]
 LINK = "ComfyUI-DC-Gen"
 WAIT = 180.0  # seconds for the server to answer
@@ -123,7 +125,7 @@ class ComfyServer:
         return self.log.read_text(errors="replace")[-3000:]
 
     def _get(self, path: str) -> dict[str, Any]:
-        return json.loads(self._bytes(path))
+        return parse_object(self._bytes(path), self.url + path)
 
     def _bytes(self, path: str) -> bytes:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
@@ -135,7 +137,7 @@ class ComfyServer:
         )
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
-                return json.loads(answer.read() or b"{}")
+                return parse_object(answer.read() or b"{}", self.url + path)
         except urllib.error.HTTPError as error:
             raise RuntimeError(
                 f"ComfyUI refused the workflow: {error.read().decode(errors='replace')[:2000]}"

@@ -5,12 +5,32 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from dcgen.fields import shown
 
 RECIPES = Path(__file__).parent / "recipes"
+
+
+# What becomes a folder or a file: one part of a path, and never one that leads elsewhere or hides itself.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, Field(pattern=NAME, max_length=100)]
+NAME_RULE = "a name begins with a letter or digit and goes on with those, dots, dashes and underscores"
+# A recipe is a page of text. What an alias unfolds to counts as often as it is used.
+MAX_BYTES, MAX_DEPTH, MAX_VALUES = 1 << 20, 32, 100_000
+# The largest value of a stage's whole numbers by field; far beyond what the paper ran, short of what no machine holds.
+MAX_COUNT = 1 << 40
+LIMITS = {
+    "batch": 1 << 16,
+    "accumulate": 1 << 16,
+    "rank": 1 << 13,
+    "patch_size": 64,
+    "preview_steps": 10_000,
+    "text_tokens": 1 << 14,
+}
 
 
 class RecipeError(ValueError):
@@ -20,7 +40,7 @@ class RecipeError(ValueError):
 class Strict(BaseModel):
     """A config section: unknown fields are errors, values are frozen after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Optimizer(Strict):
@@ -53,6 +73,15 @@ class StageConfig(Strict):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights and of activations")
     shard: int = Field(0, ge=0, description="ranks that share one copy (FSDP2); 0 = all of them, 1 = replicate (DDP)")
 
+    @field_validator("*")
+    @classmethod
+    def _bounded(cls, value: Any, info: ValidationInfo) -> Any:
+        """Numbers that parse and cannot work are refused here, not by whoever runs out of memory over them."""
+        most = LIMITS.get(info.field_name or "", MAX_COUNT)
+        if isinstance(value, int) and value > most:
+            raise ValueError(f"at most {most}")
+        return value
+
 
 # Fields that may change between a run and its resumption without changing what is computed.
 FREE_FIELDS = {
@@ -61,6 +90,10 @@ FREE_FIELDS = {
     "keep_checkpoints",
     "log_every",
     "preview_every",
+    "preview_prompts",
+    "preview_guidance",
+    "preview_steps",
+    "preview_seed",
     "shard",
     "accumulate",
     "architecture",
@@ -70,19 +103,19 @@ FREE_FIELDS = {
 class Recipe(Strict):
     """A run: named stages in order. `defaults` holds values given to every stage that has such a field."""
 
-    name: str
+    name: Name
     about: str = ""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 63)
     output: str = Field("", description="run folder; default runs/<name>")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ranks: int = Field(1, ge=1, description="processes --dry-run plans for; the run takes what torchrun gives")
     memory_gb: float | None = Field(None, gt=0, description="of one rank's device; --dry-run refuses what needs more")
     defaults: dict[str, Any] = {}
-    stages: dict[str, Any] = Field(description="stage name -> its config, a subclass of StageConfig")
+    stages: dict[Name, Any] = Field(description="stage name -> its config, a subclass of StageConfig")
 
     @property
     def folder(self) -> Path:
-        return Path(self.output or f"runs/{self.name}")
+        return Path(self.output or f"runs/{self.name}").expanduser()
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -91,9 +124,11 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError naming the field, the value and the nearest valid name.
     """
     path = find_recipe(source)
-    raw = _unshared(_yaml(path.read_text(encoding="utf-8"), str(path)))
+    raw = _yaml(_text(path), str(path))
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with `name` and `stages`, found {type(raw).__name__}")
+    if not isinstance(raw.get("stages") or {}, dict):
+        raise RecipeError(f"{path}: `stages` is a mapping of names to settings, found {type(raw['stages']).__name__}")
     for item in overrides:
         _override(raw, item)
     return parse_recipe(raw, str(path))
@@ -110,8 +145,12 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
     stages: dict[str, StageConfig] = {}
     known: set[str] = set()
     for name, fields in recipe.stages.items():
+        if not isinstance(fields or {}, dict):
+            raise RecipeError(f"{where}: stages.{name} is a mapping of settings, found {shown(fields)}")
         fields = dict(fields or {})
         kind = fields.setdefault("kind", name)
+        if not isinstance(kind, str):
+            raise RecipeError(f"{where}: stages.{name}.kind is {shown(kind)}, expected the name of a kind")
         config = stage_class(kind, f"{where}: stages.{name}").Config
         known |= set(config.model_fields)
         shared = {key: value for key, value in recipe.defaults.items() if key in config.model_fields}
@@ -148,11 +187,30 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"{hint} Valid: {', '.join(valid)}"
 
 
-def _unshared(value: Any) -> Any:
+def _text(path: Path) -> str:
+    if path.stat().st_size > MAX_BYTES:
+        raise RecipeError(f"{path}: {path.stat().st_size} bytes, more than a recipe has ({MAX_BYTES})")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
+
+
+def _unshared(value: Any, where: str) -> Any:
     """The same data with every YAML alias (`*name`) a copy of its own, so that an override changes one place."""
-    if isinstance(value, dict):
-        return {key: _unshared(item) for key, item in value.items()}
-    return [_unshared(item) for item in value] if isinstance(value, list) else value
+    left = MAX_VALUES
+
+    def copied(item: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > MAX_DEPTH:
+            limit = f"{MAX_VALUES} values" if left < 0 else f"{MAX_DEPTH} levels"
+            raise RecipeError(f"{where}: more than {limit}, counting what aliases stand for: this is no recipe")
+        if isinstance(item, dict):
+            return {key: copied(inner, depth + 1) for key, inner in item.items()}
+        return [copied(inner, depth + 1) for inner in item] if isinstance(item, list) else item
+
+    return copied(value, 0)
 
 
 def _override(raw: dict[str, Any], item: str) -> None:
@@ -180,9 +238,11 @@ def _override(raw: dict[str, Any], item: str) -> None:
 
 def _yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not YAML ({error})") from None
+        return _unshared(yaml.safe_load(text), where)
+    except RecursionError:
+        raise RecipeError(f"{where}: not YAML of at most {MAX_DEPTH} levels") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # PyYAML's own stumbles among them
+        raise error if isinstance(error, RecipeError) else RecipeError(f"{where}: not YAML ({error})") from None
 
 
 def _validate(model: type[Strict], fields: dict[str, Any], where: str) -> Any:
@@ -199,7 +259,9 @@ def _explain(model: type[BaseModel], item: Any, where: str) -> str:
         return f"{where}: unknown field {location!r} (value {item['input']!r}){hint}"
     if item["type"] == "missing":
         return f"{where}: field {location!r} is missing"
-    return f"{where}: field {location!r} = {item['input']!r}: {item['msg']}"
+    if item["type"] == "string_pattern_mismatch" and item["ctx"]["pattern"] == NAME:
+        return f"{where}: {location} is {shown(item['input'])}: {NAME_RULE}"
+    return f"{where}: field {location!r} = {shown(item['input'])}: {item['msg']}"
 
 
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import tarfile
 from abc import ABC, abstractmethod
@@ -18,10 +17,14 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
+from dcgen.jsons import parse_object
 from train.config import Strict
 from train.files import digest_json
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+Ratio = Annotated[float, Field(ge=1 / 32, le=32)]
 
 
 class Source(ABC):
@@ -70,10 +73,10 @@ class Files(Strict):
     """Shared by the formats which hold picture files."""
 
     path: str
-    pixels: int = Field(512, ge=32, description="side of the square whose area a training picture has")
-    multiple: int = Field(64, ge=1, description="sides are multiples of this (f * patch of both models)")
+    pixels: int = Field(512, ge=32, le=16384, description="side of the square whose area a training picture has")
+    multiple: int = Field(64, ge=1, le=4096, description="sides are multiples of this (f * patch of both models)")
     planned: int | None = Field(None, ge=1, description="number of pictures to expect, for --dry-run alone")
-    ratios: tuple[float, ...] = Field((1.0,), description="aspect buckets, H/W; 1.0 alone = squares")
+    ratios: tuple[Ratio, ...] = Field((1.0,), min_length=1, description="aspect buckets, H/W; 1.0 alone = squares")
 
 
 class FolderData(Files):
@@ -180,8 +183,8 @@ class FolderSource(FileSource):
     def scan(self, path: Path) -> list[tuple[str, str, tuple[int, int]]]:
         captions = {}
         for table in sorted(path.rglob("metadata.jsonl")):
-            for line in table.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
+            for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+                row = parse_object(line, f"{table}, line {number}")
                 captions[table.parent / row["file_name"]] = row.get("text", row.get("caption"))
         entries = []
         for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES):
@@ -295,7 +298,8 @@ def _tar_caption(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> s
     if ".txt" in members:
         return _bytes_of(tar, members[".txt"]).decode("utf-8").strip()
     if ".json" in members:
-        value = json.loads(_bytes_of(tar, members[".json"]))
+        member = members[".json"]
+        value = parse_object(_bytes_of(tar, member), f"{tar.name!s}: {member.name}")
         return value.get("caption", value.get("text"))
     return None
 

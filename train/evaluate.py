@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dcgen.fields import check_fields, whole
+from dcgen.files import check_finite, naming
+from dcgen.tensors import Tensors
 from train.files import read_json, write_json, write_tensors
 from train.toy.pictures import Pair, ToyPictures
 
@@ -58,8 +60,17 @@ def load_evaluator(folder: str | Path) -> Evaluator:
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{config} not found: train it with `python -m train.run toy-evaluator`")
-    model = Evaluator(**read_json(config))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    sizes = read_json(config)
+    with naming(config):
+        names = ("subjects", "colors", "features")
+        check_fields(sizes, dict.fromkeys(names, whole(1, 1 << 16)), names)
+        model = Evaluator(*(sizes[name] for name in names))
+    weights = folder / "model.safetensors"
+    tensors = Tensors.open(weights)
+    try:
+        model.load_state_dict({name: check_finite(tensors.get(name), name, weights) for name in tensors.entries})
+    except RuntimeError as error:  # torch lists what is missing or of another shape
+        raise ValueError(f"{weights} does not fit {config}: {error}") from error
     return model.eval().requires_grad_(False)
 
 

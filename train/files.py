@@ -10,10 +10,34 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dcgen.files import replacing
+from dcgen.jsons import read_object
+
+JSON_BYTES = 4 << 30
+MARKER = ".dcgen"  # the file in a folder that says that we made it and may remove it
+
+
+def mark(folder: Path) -> Path:
+    """Make `folder` one of ours: with MARKER in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
+    return folder
+
+
+def remove_marked(folder: Path, within: Path) -> None:
+    """Remove a folder of ours, if it is there; ValueError for one without a marker or not inside of `within`."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_symlink() or not folder.is_dir() or folder.resolve().parent != within.resolve():
+        raise ValueError(f"{folder} is not a folder in {within}: not removed; remove it yourself")
+    # what ran before there were markers left a record
+    if not any((folder / name).exists() for name in (MARKER, "done.json", "checkpoints")):
+        raise ValueError(f"{folder} was not made by a stage ({MARKER} is not in it): not removed; remove it yourself")
+    shutil.rmtree(folder)
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
@@ -35,6 +59,8 @@ def write_folder(path: Path | str, write: Callable[[Path], object]) -> Path:
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
+    except SafetensorError as error:  # others' save_pretrained on a full disk
+        raise OSError(f"{path} could not be written ({error}); is the disk full?") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
@@ -46,12 +72,9 @@ def write_json(path: Path | str, value: Any) -> Path:
     return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def read_json(path: Path | str) -> Any:
-    """Read JSON; a file that is not JSON is an error which names it."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); it was cut short or edited: remove it") from error
+def read_json(path: Path | str) -> dict[str, Any]:
+    """Read a JSON object; anything else is an error which names the file. An index of millions of samples is read."""
+    return read_object(path, limit=JSON_BYTES)
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from dcgen import schedule
 from dcgen.adapter import load_adapter, merge
+from dcgen.files import naming
 from dcgen.release import SCHEDULE_FIELD
+from dcgen.schedule import check_schedule
 from train.autoencoders import Autoencoder, latent_space, load_autoencoder
 from train.files import read_json
 from train.models import base_backbone, base_patch_size, load_network, moved_network
@@ -109,10 +111,15 @@ def base_schedule(base: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found; a release says there how it is sampled")
     config = read_json(path)
+    found: Any = None
     if SCHEDULE_FIELD in config:  # a DC-Gen release: the base of a next step
-        return dict(config[SCHEDULE_FIELD])
-    if not config.get("use_dynamic_shifting"):
-        return {"rule": "static", "shift": config.get("shift", config.get("flow_shift", 1.0))}
+        found = config[SCHEDULE_FIELD]
+    elif not config.get("use_dynamic_shifting"):
+        found = {"rule": "static", "shift": config.get("shift", config.get("flow_shift", 1.0))}
+    if SCHEDULE_FIELD in config or found:
+        with naming(path):
+            check_schedule(found)
+        return dict(found)
     expected = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
     other = {key: config[key] for key, value in expected.items() if config.get(key, value) != value}
     if other:

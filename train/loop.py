@@ -47,7 +47,9 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
     plan = BatchPlan(stage.buckets(), config.batch, seed)
     settings = {**config.model_dump(mode="json"), "seed": seed}
     folder = stage.folder / "checkpoints"
-    start = checkpoint.load(folder, state, settings, FREE_FIELDS)
+    free = FREE_FIELDS | stage.free_fields
+    start = checkpoint.load(folder, state, settings, free, move=ranks.first)
+    distributed.barrier()
     log = Log(stage.folder, start, ranks.first)
     bar = tqdm(
         total=config.steps,
@@ -57,8 +59,8 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
         disable=not ranks.first,
         mininterval=1.0,
     )
-    totals: dict[str, list[float]] = {}
-    clock = time.perf_counter()
+    totals: dict[str, list[float]] = checkpoint.unlogged(folder, start)
+    timed, clock = 0, time.perf_counter()
     try:
         with _Signals() as signals:
             for step in range(start, config.steps):
@@ -83,19 +85,19 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
                 done = step + 1
                 for key, value in {**numbers, "grad_norm": norm}.items():
                     totals.setdefault(key, []).append(value)
+                timed += 1
                 bar.update(1)
                 if done % config.log_every == 0 or done == config.steps:
-                    count = len(totals["loss"])
-                    speed = count * config.batch / max(time.perf_counter() - clock, 1e-9)
+                    speed = timed * config.batch / max(time.perf_counter() - clock, 1e-9)
                     row = {key: _mean(values) for key, values in totals.items()}
                     log.row(done, {**row, "lr": rate, "images_per_s": speed})
                     bar.set_postfix(loss=f"{row['loss']:.4g}", grad=f"{row['grad_norm']:.3g}", img_s=f"{speed:.3g}")
-                    totals, clock = {}, time.perf_counter()
+                    totals, timed, clock = {}, 0, time.perf_counter()
                 if config.preview_every and done % config.preview_every == 0:
                     log.pictures(done, stage.preview(done))
                 stopping = distributed.any_true(signals.received is not None, ranks)
                 if stopping or done % config.checkpoint_every == 0 or done == config.steps:
-                    _save(folder, done, state, settings, ranks, config)
+                    _save(folder, done, state, settings, ranks, config, totals)
                 if stopping and done < config.steps:
                     raise Stopped(
                         f"stopped by a signal after step {done}; checkpoint in {folder}; "
@@ -167,9 +169,17 @@ def _learning_rate(config: StageConfig, step: int) -> float:
     return o.lr * (o.final_lr + (1 - o.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def _save(folder: Path, step: int, state: TrainState, settings: dict, ranks: Ranks, config: StageConfig) -> None:
+def _save(
+    folder: Path,
+    step: int,
+    state: TrainState,
+    settings: dict[str, Any],
+    ranks: Ranks,
+    config: StageConfig,
+    unlogged: dict[str, list[float]],
+) -> None:
     try:
-        checkpoint.save(folder, step, state, settings, ranks, config.keep_checkpoints)
+        checkpoint.save(folder, step, state, settings, ranks, config.keep_checkpoints, unlogged)
     except OSError as error:
         raise OSError(
             f"checkpoint of step {step} in {folder} failed ({error}); "

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from dcgen.backbones import BACKBONES, Backbone
+from dcgen.fields import check_fields, shown
+from dcgen.files import check_finite, naming, opened, weight_files
 from train.files import read_json
 
 
@@ -31,9 +32,11 @@ def base_backbone(base: str | Path) -> tuple[Backbone, dict[str, Any]]:
     found = config.get("_class_name")
     for backbone in BACKBONES.values():
         if backbone.diffusers_class == found:
+            with naming(path):
+                check_fields(config, backbone.fields)
             return backbone, {key: value for key, value in config.items() if not key.startswith("_")}
     known = ", ".join(backbone.diffusers_class for backbone in BACKBONES.values())
-    raise ValueError(f"{path}: class {found!r} is no backbone known here; known: {known}")
+    raise ValueError(f"{path}: class {shown(found)} is no backbone known here; known: {known}")
 
 
 def base_patch_size(config: dict[str, Any], channels: int) -> int:
@@ -46,7 +49,7 @@ def load_network(base: str | Path, dtype: torch.dtype, device: torch.device | st
     """The frozen diffusers network of a release."""
     backbone, _ = base_backbone(base)
     cls = network_class(backbone)
-    model = cls.from_pretrained(release_part(base, "transformer"), torch_dtype=dtype)
+    model = cls.from_pretrained(release_part(base, "transformer"), torch_dtype=dtype, use_safetensors=True)
     return _without_own_dropout(model).to(device).requires_grad_(False)
 
 
@@ -87,10 +90,10 @@ def without_blocks(config: dict[str, Any]) -> dict[str, Any]:
 def read_tensors(folder: Path, wanted: set[str]) -> dict[str, Tensor]:
     """The named tensors out of a folder's safetensors files, however they are sharded; missing ones are an error."""
     found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
+    for file in weight_files(folder):
+        with opened(file) as tensors:
             for name in wanted & set(tensors.keys()):
-                found[name] = tensors.get_tensor(name)
+                found[name] = check_finite(tensors.get_tensor(name), name, file)
     if wanted - set(found):
         raise ValueError(f"{folder}: tensors {sorted(wanted - set(found))} are in none of its safetensors files")
     return found

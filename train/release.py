@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,18 @@ def write_release(out: Path, merged: Path, base: Path, autoencoder: Path, adapte
     """A release folder of a merged single file: the base's text side, the new autoencoder, the adapter's schedule."""
     if out.exists():
         shutil.rmtree(out)
-    parts = out.with_name(".parts")
+    parts = out.with_name(f".parts.{os.getpid()}.tmp")  # swept if this is killed
     write_folder(parts, lambda folder: release_parts(folder, base, autoencoder, adapter.latent.name, adapter.schedule))
     try:
         return unpack(open_model(merged), out, parts=parts)
     finally:
         shutil.rmtree(parts)
+
+
+def check_parts(base: Path) -> None:
+    """An error that names the file of a base which release_parts would miss."""
+    read_json(base / "model_index.json")
+    read_json(base / "scheduler" / "scheduler_config.json")
 
 
 def release_parts(folder: Path, base: Path, autoencoder: Path, name: str, schedule: dict[str, Any]) -> None:

@@ -9,11 +9,15 @@ import html
 import inspect
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dcgen.fields import check_fields, mapping, real, shown
+from dcgen.files import naming
+from train.config import NAME, NAME_RULE
 from train.files import read_json, write_atomically
 from train.stages import stage_class
 
@@ -38,33 +42,63 @@ pre { background: #f4f4f4; padding: .7em; overflow-x: auto } img { max-width: 10
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.html from recipe.json and what the stages left; curves also go to each stage's folder as PNG."""
+    """Write RUN/report.html from recipe.json and what the stages left; curves also go to each stage's folder as PNG.
+
+    The folder may be someone else's: nothing in it is taken for markup, and no name in it leads out of it.
+    """
     recipe = read_json(run / "recipe.json")
-    parts = [f"<h1>{html.escape(recipe['name'])}</h1><p>{html.escape(recipe['about'])}</p>", _stage_table(run, recipe)]
+    with naming(run / "recipe.json"):
+        check_fields(recipe, {"stages": mapping}, needed=("name", "about", "seed", "stages"))
+        for name, config in recipe["stages"].items():
+            check_fields({"stage": name, name: config}, {"stage": _stage_name, name: mapping})
+            check_fields(config, {}, needed=("kind", "steps"))
+    parts = [f"<h1>{_text(recipe['name'])}</h1><p>{_text(recipe['about'])}</p>", _stage_table(run, recipe)]
     for name, config in recipe["stages"].items():
         parts.append(_stage_section(run / name, name, config))
-    title = html.escape(recipe["name"])
+    title = _text(recipe["name"])
     page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>{''.join(parts)}\n"
     return write_atomically(run / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+
+
+def _stage_name(field: str, value: Any) -> None:
+    if not re.fullmatch(NAME, value):
+        raise ValueError(f"{field} {shown(value)}: {NAME_RULE}")
+
+
+def _text(value: Any) -> str:
+    """Any value as text of the page."""
+    return html.escape(str(value))
+
+
+def _done(folder: Path) -> dict[str, Any] | None:
+    """A stage's record, None while it is not done."""
+    path = folder / "done.json"
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    with naming(path):
+        check_fields(record, {"seconds": real(0, 1e12), "numbers": mapping}, needed=("seconds", "numbers"))
+    return record
 
 
 def _stage_table(run: Path, recipe: dict[str, Any]) -> str:
     rows = []
     for name, config in recipe["stages"].items():
-        done = run / name / "done.json"
-        record = read_json(done) if done.is_file() else None
+        record = _done(run / name)
         seconds = f"{record['seconds']:.1f}" if record else "not done"
         steps = config["steps"] if (run / name / "log.csv").is_file() else ""
-        rows.append(f"<tr><td>{html.escape(name)}<td>{config['kind']}<td class=n>{steps}<td class=n>{seconds}")
-    return f"<table><tr><th>stage<th>kind<th>steps<th>seconds{''.join(rows)}</table><p>seed {recipe['seed']}</p>"
+        cells = f"<td>{_text(name)}<td>{_text(config['kind'])}<td class=n>{_text(steps)}<td class=n>{_text(seconds)}"
+        rows.append(f"<tr>{cells}")
+    table = f"<tr><th>stage<th>kind<th>steps<th>seconds{''.join(rows)}"
+    return f"<table>{table}</table><p>seed {_text(recipe['seed'])}</p>"
 
 
 def _stage_section(folder: Path, name: str, config: dict[str, Any]) -> str:
-    parts = [f"<h2>{html.escape(name)}</h2><p>{html.escape(_purpose(config['kind']))}</p>"]
-    done, log = folder / "done.json", _log(folder)
-    numbers = read_json(done)["numbers"] if done.is_file() else {}
+    parts = [f"<h2>{_text(name)}</h2><p>{_text(_purpose(config['kind']))}</p>"]
+    log = _log(folder)
+    numbers = dict((_done(folder) or {}).get("numbers", {}))
     numbers |= {f"{WORDS.get(key, key)}, last logged": values[-1] for key, values in log.items() if key in LAST}
-    cells = {key: html.escape(WORDS.get(key, key.replace("_", " "))) for key in numbers}
+    cells = {key: _text(WORDS.get(key, key.replace("_", " "))) for key in numbers}
     rows = "".join(f"<tr><td>{cells[key]}<td class=n>{_number(value)}" for key, value in numbers.items())
     parts.append(f"<table>{rows}</table>" if rows else "")
     curves = _curves(folder, log)
@@ -75,15 +109,15 @@ def _stage_section(folder: Path, name: str, config: dict[str, Any]) -> str:
     ]
     previews = sorted((folder / "previews").glob("*.png"))
     for path in _spread(previews, 4):
-        parts.append(f"<p>{html.escape(path.stem)}</p>{_image(path.read_bytes(), path.stem)}")
-    settings = html.escape(json.dumps(config, indent=1, ensure_ascii=False))
+        parts.append(f"<p>{_text(path.stem)}</p>{_image(path.read_bytes(), path.stem)}")
+    settings = _text(json.dumps(config, indent=1, ensure_ascii=False))
     parts.append(f"<details><summary>settings</summary><pre>{settings}</pre></details>")
     return "".join(parts)
 
 
 def _purpose(kind: str) -> str:
     """What a stage of this kind does: the first paragraph of its own description."""
-    text = inspect.getdoc(stage_class(kind)) or ""
+    text = inspect.getdoc(stage_class(kind, "recipe.json")) or ""
     return " ".join(text.split("\n\n")[0].split())
 
 
@@ -94,7 +128,10 @@ def _log(folder: Path) -> dict[str, list[float]]:
         return {}
     with open(table, newline="", encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle))
-    return {key: [float(row[key]) for row in rows] for key in rows[0]} if rows else {}
+    try:
+        return {key: [float(row[key]) for row in rows] for key in rows[0]} if rows else {}
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{table}: not a table of numbers ({error}); remove it") from error
 
 
 def _curves(folder: Path, log: dict[str, list[float]]) -> bytes | None:
@@ -125,7 +162,7 @@ def _curves(folder: Path, log: dict[str, list[float]]) -> bytes | None:
 
 
 def _image(data: bytes, name: str) -> str:
-    return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}"></p>'
+    return f'<p><img alt="{_text(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}"></p>'
 
 
 def _spread(items: list[Path], count: int) -> list[Path]:
@@ -136,7 +173,7 @@ def _spread(items: list[Path], count: int) -> list[Path]:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else html.escape(str(value))
+    return f"{value:.5g}" if isinstance(value, float) else _text(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,7 +184,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (run / "recipe.json").is_file():
         print(f"error: {run}/recipe.json not found; name the output folder of a run", file=sys.stderr)
         return 1
-    print(write_report(run))
+    try:
+        print(write_report(run))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

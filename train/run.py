@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
-import shutil
 import signal
 import sys
 import time
@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 
+from dcgen.fields import Check, check_fields, mapping, text
+from dcgen.files import naming
 from train import distributed
 from train.cache import CacheError
 from train.checkpoint import CheckpointError, differences
 from train.config import Recipe, RecipeError, find_recipe, list_recipes, load_recipe, nearest
 from train.distributed import Ranks
-from train.files import digest_json, read_json, write_json
+from train.files import digest_json, mark, read_json, remove_marked, write_json
+from train.lock import InUse, locked, sweep
 from train.loop import NonFinite, Stopped, train_stage
 from train.report import write_report
 from train.stages import stage_class
@@ -28,6 +31,9 @@ from train.stages.base import Context, Stage, stage_of
 
 FULL_DISK = "; what was finished before is intact: free disk space and run the same command"
 WATCH_FIELDS = {"checkpoint_every", "keep_checkpoints", "log_every", "preview_every", "shard", "architecture"}
+DONE_FIELDS: dict[str, Check] = {"fingerprint": text(100), "settings": mapping, "numbers": mapping}
+# What a finished stage may be given anew without being trained anew.
+REFINISH = {"preview_prompts", "preview_guidance", "preview_steps", "preview_seed"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +68,7 @@ def exit_code(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on: finished stages, shards and checkpoints are kept", file=sys.stderr)
         return 128 + signal.SIGINT
-    except (RecipeError, CheckpointError, CacheError, NonFinite, OSError, ValueError) as error:
+    except (RecipeError, CheckpointError, CacheError, InUse, NonFinite, OSError, ValueError) as error:
         hint = FULL_DISK if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         print(f"\nerror: {error}{hint}", file=sys.stderr)
         return 1
@@ -75,9 +81,14 @@ def run_recipe(recipe: Recipe, only: str | None = None, redo: bool = False) -> d
     if only is not None and only not in recipe.stages:
         raise RecipeError(f"recipe {recipe.name} has no stage {only!r}{nearest(only, recipe.stages)}")
     ranks = distributed.start(recipe.device)
-    names = [only] if only else list(recipe.stages)
-    if ranks.first:
-        write_json(recipe.folder / "recipe.json", _plain(recipe))
+    with locked(recipe.folder) if ranks.first else contextlib.nullcontext():
+        if ranks.first:
+            write_json(recipe.folder / "recipe.json", _plain(recipe))
+            sweep(recipe.folder / name for name in recipe.stages)
+        return _run_stages(recipe, [only] if only else list(recipe.stages), redo, ranks)
+
+
+def _run_stages(recipe: Recipe, names: list[str], redo: bool, ranks: Ranks) -> dict[str, Any]:
     results = {}
     for name in names:
         stage = make_stage(recipe, name, ranks)
@@ -107,6 +118,8 @@ def run_stage(recipe: Recipe, stage: Stage, ranks: Ranks) -> dict[str, Any]:
     if problems:
         raise RecipeError(f"stage {stage.context.name} cannot run:\n  " + "\n  ".join(problems))
     begin = time.perf_counter()
+    if ranks.first:
+        mark(stage.folder)
     module = stage.setup()
     weights = {} if module is None else train_stage(stage, module, ranks, recipe.seed)
     numbers = stage.finish(weights)
@@ -150,7 +163,11 @@ def dry_run(recipe: Recipe) -> int:
 
 def fingerprint(recipe: Recipe, name: str) -> str:
     """Digest of everything that decides a stage's result: its settings, the seed, and its input stages' digests."""
-    return digest_json([_settings(recipe, name), {ref: fingerprint(recipe, ref) for ref in inputs(recipe, name)}])
+    return _digest(recipe, name, _settings(recipe, name))
+
+
+def _digest(recipe: Recipe, name: str, settings: dict[str, Any]) -> str:
+    return digest_json([settings, {ref: fingerprint(recipe, ref) for ref in inputs(recipe, name)}])
 
 
 def inputs(recipe: Recipe, name: str) -> list[str]:
@@ -175,17 +192,21 @@ def _finished(recipe: Recipe, stage: Stage, redo: bool) -> dict[str, Any] | None
     """The record of a stage that is done with these very settings; None when it is to be run (again)."""
     name, path = stage.context.name, stage.folder / "done.json"
     if redo:
-        shutil.rmtree(stage.folder, ignore_errors=True)
+        remove_marked(stage.folder, recipe.folder)
     distributed.barrier()
     if not path.exists():
         return None
     done = read_json(path)
+    with naming(path):
+        check_fields(done, DONE_FIELDS, needed=tuple(DONE_FIELDS))
     settings = _settings(recipe, name)
     if done["fingerprint"] == fingerprint(recipe, name):
         return done
     changed = differences(done["settings"], settings, set())
-    if changed and all(item.startswith("steps:") for item in changed) and settings["steps"] > done["settings"]["steps"]:
-        return None
+    same_inputs = done["fingerprint"] == _digest(recipe, name, done["settings"])
+    more = settings["steps"] >= done["settings"].get("steps", 0)
+    if same_inputs and more and not differences(done["settings"], settings, {"steps", *REFINISH, *stage.free_fields}):
+        return None  # training goes on from its last checkpoint, or only finish() runs again
     reason = "; ".join(changed) or f"one of its inputs {inputs(recipe, name)} was made anew"
     raise RecipeError(
         f"stage {name} in {stage.folder} was finished with other settings ({reason}); "

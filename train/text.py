@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcgen.fields import items, shown, text, words
+from dcgen.files import naming, weight_files
 from train.files import read_json, sha256
 from train.models import base_backbone, release_part
 
@@ -30,7 +32,8 @@ def load_text(
 def text_identity(base: str | Path, tokens: int | None = None) -> dict[str, Any]:
     """What decides the embeddings: part of a cache's fingerprint."""
     base = Path(base)
-    files = [f for part in ("text_encoder", "text_encoder_2") for f in sorted((base / part).glob("*.safetensors"))]
+    encoders = [base / part for part in ("text_encoder", "text_encoder_2") if (base / part).is_dir()]
+    files = [file for folder in encoders for file in weight_files(folder)]
     names = [f for part in ("tokenizer", "tokenizer_2") for f in sorted((base / part).glob("*")) if f.is_file()]
     digests = {str(file.relative_to(base)): sha256(file) for file in [*files, *names]}
     return {"tokens": tokens, "files": digests}
@@ -100,8 +103,7 @@ class ClassLabels:
 
     def __init__(self, base: Path, device: torch.device | str, dtype: torch.dtype, tokens: int | None) -> None:
         self.none = base_backbone(base)[1]["num_embeds_ada_norm"]
-        labels = read_json(base / "model_index.json").get("id2label", {})
-        self.numbers = {word.strip(): int(n) for n, words in labels.items() for word in [words, *words.split(",")]}
+        self.numbers = _classes(base / "model_index.json")
         self.device = device
 
     def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -117,25 +119,72 @@ class ClassLabels:
         return number
 
 
+def _classes(index: Path) -> dict[str, int]:
+    """Class number by name, from a release's id2label, where a class may have several names with commas between."""
+    labels = read_json(index).get("id2label", {})
+    if not isinstance(labels, dict) or not all(n.isdecimal() and isinstance(names, str) for n, names in labels.items()):
+        raise ValueError(f"{index}: id2label is {shown(labels)}, expected class numbers and their names")
+    return {name.strip(): int(n) for n, names in labels.items() for name in [names, *names.split(",")]}
+
+
 ENCODERS: dict[str, Callable[..., TextEncoder]] = {"flux": FluxText, "sana": SanaText, "dit": ClassLabels}
+
+
+# Parts of a release that make the conditioning, by backbone.
+PARTS = {
+    "flux": ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"),
+    "sana": ("tokenizer", "text_encoder"),
+}
+# The transformers classes that a release may name. None runs code out of the folder, as an Auto class could.
+TOKENIZERS = (
+    "CLIPTokenizer",
+    "CLIPTokenizerFast",
+    "GemmaTokenizer",
+    "GemmaTokenizerFast",
+    "PreTrainedTokenizerFast",
+    "T5Tokenizer",
+    "T5TokenizerFast",
+    "TokenizersBackend",
+)
+TEXT_ENCODERS = ("CLIPTextModel", "Gemma2Model", "T5EncoderModel")
+
+
+def check_text(base: str | Path) -> None:
+    """An error that names the file unless a release's text side can be loaded as far as its files tell."""
+    parts = PARTS.get(base_backbone(base)[0].name, ())
+    for part in parts:
+        _part_class(Path(base), part)
+        release_part(base, part)
+
+
+def _part_class(base: Path, part: str) -> Any:
+    """The transformers class that model_index.json names for a part."""
+    import transformers
+
+    index = base / "model_index.json"
+    named = read_json(index).get(part)
+    if named is None:
+        raise ValueError(f"{index} names no {part}; this release is incomplete for text encoding")
+    known = TOKENIZERS if part.startswith("tokenizer") else TEXT_ENCODERS
+    with naming(index):
+        items(text(100), 2, 2)(part, named)
+        words(*known)(f"class of {part}", named[1])
+        cls = getattr(transformers, named[1], None)
+        if cls is None:
+            raise ValueError(f"{part} is a {named[1]}, which this transformers does not have")
+    return cls
 
 
 def _load(base: Path, part: str, dtype: torch.dtype | None = None) -> Any:
     """A tokenizer or text encoder by the class that model_index.json names for it."""
     import transformers
 
-    index = read_json(base / "model_index.json")
-    if part not in index:
-        raise ValueError(f"{base}/model_index.json names no {part}; this release is incomplete for text encoding")
-    cls = getattr(transformers, index[part][1], None)
-    if cls is None:
-        raise ValueError(
-            f"{base}/model_index.json: {part} is a {index[part][1]}, which this transformers does not have"
-        )
-    folder = release_part(base, part)
+    cls, folder = _part_class(base, part), release_part(base, part)
     if dtype is None:
-        return cls.from_pretrained(folder)
-    encoder, found = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        return cls.from_pretrained(folder, trust_remote_code=False)
+    encoder, found = cls.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+    )
     if found["missing_keys"]:
         raise ValueError(
             f"{folder}: transformers {transformers.__version__} finds {len(found['missing_keys'])} weights of "

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..fields import shown
+from ..kinds import what_it_may_be
 from .base import Backbone, Config
 from .dit import DiT
 from .flux import Flux
@@ -19,9 +21,9 @@ def detect_backbone(state_dict: Mapping[str, Tensor]) -> tuple[Backbone, Config]
     for backbone in BACKBONES.values():
         if backbone.matches(state_dict):
             return backbone, backbone.detect(state_dict)
-    raise ValueError(
-        f"no known model has these keys (first: {', '.join(sorted(state_dict)[:4])}); known: {', '.join(BACKBONES)}"
-    )
+    first = ", ".join(shown(key) for key in sorted(state_dict)[:4])
+    advice = what_it_may_be(state_dict, f"Known are {', '.join(BACKBONES)}.")
+    raise ValueError(f"no known model has these keys (first: {first}). {advice}")
 
 
 __all__ = ["BACKBONES", "Backbone", "Config", "detect_backbone"]

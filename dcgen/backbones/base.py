@@ -11,11 +11,32 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
+from ..fields import Check, check_fields, flag, optional, real, whole
 from ..latent import LatentSpace
-from .keymap import KeyMap, count_blocks, strip_prefix
+from .keymap import MAX_BLOCKS, KeyMap, count_blocks, strip_prefix
 
 Config = dict[str, Any]
 T = TypeVar("T")
+SIZE = whole(1, 1 << 17)  # of a dimension of a tensor
+HEADS = whole(1, 1024)
+PATCH = whole(1, 64)
+BLOCKS = whole(0, MAX_BLOCKS - 1)
+# Config fields that several backbones have.
+FIELDS: dict[str, Check] = {
+    "width": SIZE,
+    "in_channels": SIZE,
+    "out_channels": optional(SIZE),
+    "num_layers": BLOCKS,
+    "num_attention_heads": HEADS,
+    "attention_head_dim": SIZE,
+    "attention_bias": flag,
+    "patch_size": PATCH,
+    "sample_size": SIZE,
+    "dropout": real(0, 1),
+    "norm_eps": real(1e-12, 1),
+    "guidance_embeds": flag,
+    "learned_sigma": flag,
+}
 
 
 class Backbone(ABC):
@@ -33,7 +54,7 @@ class Backbone(ABC):
     native_embedder: str
     native_head: str
     keys: KeyMap
-    prefixes: tuple[str, ...] = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
+    prefixes: tuple[str, ...] = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "module.")
     lora_targets: tuple[str, ...]
     """Regular expressions on whole module paths, joined by | for peft's target_modules."""
     signatures: tuple[tuple[str, ...], ...]
@@ -46,6 +67,12 @@ class Backbone(ABC):
     """Trained tensors that original files have and diffusers has no name for; kept where original names are written."""
     fingerprint_fields: tuple[str, ...]
     """Config fields that, beside the width, two models share if they fit one adapter."""
+    fields: ClassVar[Mapping[str, Check]] = FIELDS
+    """What a config field may hold, as far as anything here reads it."""
+    needed_fields: tuple[str, ...]
+    """Config fields without which no shape is known."""
+    told_fields: tuple[str, ...] = ()
+    """What the fingerprint holds beside the width and fingerprint_fields."""
 
     @abstractmethod
     def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:
@@ -73,6 +100,48 @@ class Backbone(ABC):
     def fingerprint(self, config: Config) -> dict[str, Any]:
         """The parts of the config that do not depend on the latent: two models fit one adapter if these agree."""
         return {"width": self.width(config), **{field: config[field] for field in self.fingerprint_fields}}
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """ValueError that names the first field which no model of this kind can have."""
+        check_fields(config, self.fields, self.needed_fields)
+
+    def check_fingerprint(self, base: Mapping[str, Any]) -> None:
+        """ValueError unless this is the fingerprint of a model of this kind."""
+        try:
+            check_fields(base, self.fields, ("width", *self.fingerprint_fields, *self.told_fields))
+        except ValueError as error:
+            raise ValueError(f"the base fingerprint is not one of a {self.name} model: {error}") from error
+
+    def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor that a model with this (checked) config can have, by diffusers name."""
+        found = self.end_shapes(config)
+        for path, shape in self.linears(self.fingerprint(dict(config))).items():
+            found |= {f"{path}.weight": shape, f"{path}.bias": shape[:1]}
+        return found | self.other_shapes(config)
+
+    def end_shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Shapes of embedder and head on the latent that the config says."""
+        width, p, channels = self.width(config), config["patch_size"], config["in_channels"]
+        outputs = (config.get("out_channels") or channels) * p * p
+        return {
+            f"{self.embedder}.weight": (width, channels, p, p),
+            f"{self.embedder}.bias": (width,),
+            f"{self.head}.weight": (outputs, width),
+            f"{self.head}.bias": (outputs,),
+        }
+
+    def other_shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is neither an end nor in linears(): norms, tables, spatial convolutions."""
+        rest = self.others(config)
+        found = dict(rest.get("", {}))
+        for kind, (field, name, _) in self.stacks.items():
+            for i in range(config[field]):
+                found |= {f"{name}.{i}.{tensor}": shape for tensor, shape in rest.get(kind, {}).items()}
+        return found
+
+    @abstractmethod
+    def others(self, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        """As other_shapes, but of one block of each kind in `stacks`, and under "" of what stands around the blocks."""
 
     def latent_shapes(self, base: Mapping[str, Any], channels: int, patch_size: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors tied to the latent, by name, for a base with this fingerprint: embedder and head.
@@ -104,7 +173,7 @@ class Backbone(ABC):
         layers = self.layers(base)
         found = dict(layers[""])
         for kind, (field, name, _) in self.stacks.items():
-            for i in _depth(base, field):
+            for i in range(base[field]):
                 found |= {f"{name}.{i}.{layer}": shape for layer, shape in layers[kind].items()}
         return found
 
@@ -125,7 +194,7 @@ class Backbone(ABC):
             key = native_key if native else diffusers_key
             if key not in keys:
                 raise ValueError(f"this is not a {self.keys.model} state dict: it has no {key}")
-            found[field] = keys[key].shape[dim]
+            found[field] = dimension(keys[key], dim, key)
         return found
 
     def read_values(self, names: Mapping[str, Any], get: Callable[[str], Tensor]) -> Config:
@@ -191,12 +260,11 @@ class Backbone(ABC):
         return (height_px // side) * (width_px // side)
 
 
-def _depth(base: Mapping[str, Any], field: str) -> range:
-    """range over the blocks that a fingerprint says there are; ValueError for a count that no model has."""
-    count = base[field]
-    if not isinstance(count, int) or not 0 <= count < 1000:
-        raise ValueError(f"{field} of the base is {count!r}, not a number of blocks")
-    return range(count)
+def dimension(tensor: Tensor, dim: int, key: str) -> int:
+    """One side of a tensor; ValueError when it has no such side or nothing on it."""
+    if tensor.ndim <= dim or tensor.shape[dim] < 1:
+        raise ValueError(f"{key} has shape {tuple(tensor.shape)}, which no such tensor has: the file is damaged")
+    return tensor.shape[dim]
 
 
 def bare(model: nn.Module) -> nn.Module:

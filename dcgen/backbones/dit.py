@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..fields import Check, whole
 from ..latent import LatentSpace
-from .base import Backbone, Config, child, model_config
+from .base import FIELDS, Backbone, Config, child, model_config
 from .keymap import KeyMap, Row
 
 STEPS = 1000
@@ -86,6 +87,9 @@ class DiT(Backbone):
     }
     stacks: ClassVar[dict[str, tuple[str, str, str]]] = {"block": ("num_layers", "transformer_blocks", "blocks")}
     fingerprint_fields = ("num_layers", "num_attention_heads", "num_embeds_ada_norm")
+    told_fields = ("learned_sigma",)
+    fields: ClassVar[dict[str, Check]] = {**FIELDS, "num_embeds_ada_norm": whole(0, 1 << 20)}
+    needed_fields = ("in_channels", "attention_head_dim", "patch_size", "sample_size", *fingerprint_fields)
 
     def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:
         """The head keeps predicting a variance if it did. sample_size, which positions refer to, keeps its tokens."""
@@ -149,6 +153,10 @@ class DiT(Backbone):
             "ff.net.2": (D, 4 * D),
         }
         return {"": {"proj_out_1": (2 * D, D)}, "block": block}
+
+    def others(self, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        table = (config["num_embeds_ada_norm"] + 1, self.width(config))  # the last row is for no class
+        return {"block": {"norm1.emb.class_embedder.embedding_table.weight": table}}
 
     def detect(self, state_dict: Mapping[str, Tensor]) -> Config:
         """Heads are in no tensor: 72 wide as in DiT-XL, else 64. So is the size: that of 256 px at f8 is taken."""

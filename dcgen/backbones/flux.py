@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..fields import Check, items
 from ..latent import LatentSpace
-from .base import Backbone, Config, child, model_config, patch_size
+from .base import BLOCKS, FIELDS, SIZE, Backbone, Config, child, dimension, model_config, patch_size
 from .keymap import REST, KeyMap, Row
 
 _QKV = ("to_q", "to_k", "to_v")
@@ -129,6 +130,15 @@ class Flux(Backbone):
         "pooled_projection_dim",
         "guidance_embeds",
     )
+    told_fields = ("axes_dims_rope",)
+    fields: ClassVar[dict[str, Check]] = {
+        **FIELDS,
+        "num_single_layers": BLOCKS,
+        "joint_attention_dim": SIZE,
+        "pooled_projection_dim": SIZE,
+        "axes_dims_rope": items(SIZE, 3, 3),
+    }
+    needed_fields = ("in_channels", "attention_head_dim", *fingerprint_fields)
 
     def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:
         """The diffusers class sees packed tokens, so its own patch_size stays 1."""
@@ -166,8 +176,31 @@ class Flux(Backbone):
         )[0]
         return unpack(tokens, rows, columns, p)
 
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        super().check_config(config)
+        axes, head_dim = _axes(config), config["attention_head_dim"]
+        if sum(axes) != head_dim or any(axis % 2 for axis in axes):
+            raise ValueError(f"axes_dims_rope is {list(axes)}, expected even numbers that add up to {head_dim}")
+
+    def end_shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The embedder is a Linear on packed tokens; a model that edits may take more channels than it gives."""
+        width, inputs = self.width(config), config["in_channels"]
+        outputs = config.get("out_channels") or inputs
+        ends = {self.embedder: (width, inputs), self.head: (outputs, width)}
+        return {f"{path}.weight": shape for path, shape in ends.items()} | {
+            f"{path}.bias": shape[:1] for path, shape in ends.items()
+        }
+
+    def others(self, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        norm = (config["attention_head_dim"],)
+        names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+        return {
+            "double": {f"attn.{name}.weight": norm for name in names},
+            "single": {f"attn.{name}.weight": norm for name in names[:2]},
+        }
+
     def fingerprint(self, config: Config) -> dict[str, Any]:
-        return {**super().fingerprint(config), "axes_dims_rope": list(config["axes_dims_rope"])}
+        return {**super().fingerprint(config), "axes_dims_rope": list(_axes(config))}
 
     def latent_shapes(self, base: Mapping[str, Any], channels: int, patch_size: int) -> dict[str, tuple[int, ...]]:
         """The embedder is a Linear on packed tokens."""
@@ -259,6 +292,11 @@ def rope_axes(head_dim: int) -> tuple[int, int, int]:
     return text, side, side
 
 
+def _axes(config: Mapping[str, Any]) -> Sequence[int]:
+    """RoPE axes of a config; the config.json of FLUX.1 itself does not name them."""
+    return config.get("axes_dims_rope") or rope_axes(config["attention_head_dim"])
+
+
 def _embedder_linears(name: str, width: int, inputs: int) -> dict[str, tuple[int, int]]:
     prefix = f"time_text_embed.{name}.linear_"
     return {f"{prefix}1": (width, inputs), f"{prefix}2": (width, width)}
@@ -274,7 +312,7 @@ def _head_dim(keys: Mapping[str, Tensor]) -> int:
         "single_blocks.0.norm.query_norm.weight",
     ):
         if key in keys:
-            return keys[key].shape[0]
+            return dimension(keys[key], 0, key)
     raise ValueError("this is not a FLUX.1 state dict: no block has a query norm")
 
 

@@ -13,7 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..fields import shown
+
 SUFFIXES = (".weight", ".bias")
+MAX_BLOCKS = 1000  # of one kind; published models have at most 60
 REST = -1
 T = TypeVar("T")
 
@@ -177,23 +180,27 @@ def describe_keys(missing: list[str], unknown: list[str], limit: int = 8) -> str
     told = []
     for label, keys in (("missing", missing), ("unknown", unknown)):
         if keys:
-            names = ", ".join(sorted(keys)[:limit])
+            names = ", ".join(key if len(key) < 200 else shown(key) for key in sorted(keys)[:limit])
             told.append(f"{len(keys)} {label}: {names}{', ...' if len(keys) > limit else ''}")
     return "; ".join(told)
 
 
 def strip_prefix(state_dict: Mapping[str, T], prefixes: tuple[str, ...]) -> Mapping[str, T]:
-    """Take off the first of `prefixes` that every key starts with; the mapping itself when none fits."""
+    """Take off whichever of `prefixes` every key starts with, as often as one does; the mapping itself if none does."""
     for prefix in prefixes:
         if state_dict and all(key.startswith(prefix) for key in state_dict):
-            return {key[len(prefix) :]: value for key, value in state_dict.items()}
+            return strip_prefix({key[len(prefix) :]: value for key, value in state_dict.items()}, prefixes)
     return state_dict
 
 
 def count_blocks(keys: Mapping[str, Any], prefix: str) -> int:
     """Number of blocks named prefix0., prefix1., ...; a gap in the numbers is a ValueError that names it."""
-    heads = (key[len(prefix) :].split(".")[0] for key in keys if key.startswith(prefix))
-    found = {int(head) for head in heads if head.isdigit()}
+    heads = {key[len(prefix) :].split(".")[0] for key in keys if key.startswith(prefix)}
+    numbers = {head for head in heads if head.isascii() and head.isdecimal()}
+    beyond = [head for head in numbers if len(head) > len(str(MAX_BLOCKS)) or int(head) >= MAX_BLOCKS]
+    if beyond:
+        raise ValueError(f"a block {prefix}{shown(beyond[0])} is no block of any model: the file is damaged")
+    found = {int(head) for head in numbers}
     gaps = sorted(set(range(max(found, default=-1) + 1)) - found)
     if gaps:
         raise ValueError(f"blocks {prefix}{gaps[0]}. is absent though {prefix}{max(found)}. is there: incomplete file")

@@ -8,12 +8,19 @@ Sources: arXiv:2410.10733 (DC-AE), arXiv:2508.00413 (DC-AE 1.5), mit-han-lab/eff
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from ..fields import Check, check_fields, flag, items, optional, real, shown, text, whole, words
 
 BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")
 NORM_TYPES = ("rms_norm", "batch_norm")
 ACTIVATIONS = ("silu", "relu", "relu6", "gelu", "mish")
+
+
+# f128 has 8 stages, the deepest published one 10 layers, the widest 2048 channels.
+MAX_STAGES, MAX_LAYERS, MAX_CHANNELS = 12, 64, 1 << 14
 
 
 class DCAEError(ValueError):
@@ -52,33 +59,26 @@ class DCAEConfig:
     scaling_factor: float | None = 1.0
 
     def __post_init__(self) -> None:
-        for side in ("encoder", "decoder"):
-            stages = len(getattr(self, f"{side}_block_out_channels"))
-            fields = [f"{side}_block_types", f"{side}_layers_per_block", f"{side}_qkv_multiscales"]
-            if side == "decoder":
-                fields += ["decoder_norm_types", "decoder_act_fns"]
-            for field in fields:
-                if len(getattr(self, field)) != stages:
-                    raise DCAEError(
-                        f"DC-AE config {self.name!r}: {field} has {len(getattr(self, field))} entries, but "
-                        f"{side}_block_out_channels has {stages} stages; give one entry per stage"
-                    )
-        self._check_words("encoder_block_types", BLOCK_TYPES)
-        self._check_words("decoder_block_types", BLOCK_TYPES)
-        self._check_words("decoder_norm_types", NORM_TYPES)
-        self._check_words("decoder_act_fns", ACTIVATIONS)
-        if self.decoder_conv_act_fn not in ACTIVATIONS:
-            raise DCAEError(f"decoder_conv_act_fn is {self.decoder_conv_act_fn!r}, expected one of {ACTIVATIONS}")
+        try:
+            check_fields(vars(self), CONFIG_FIELDS)
+            for side in ("encoder", "decoder"):
+                self._check_stages(side)
+        except ValueError as error:
+            raise DCAEError(f"DC-AE config {shown(self.name)}: {error}") from error
         if _factor(self.encoder_layers_per_block) != _factor(self.decoder_layers_per_block):
             raise DCAEError(
                 f"DC-AE config {self.name!r}: the encoder shrinks {_factor(self.encoder_layers_per_block)}x, the "
                 f"decoder grows {_factor(self.decoder_layers_per_block)}x; layers_per_block must agree"
             )
 
-    def _check_words(self, field: str, known: tuple[str, ...]) -> None:
-        for word in getattr(self, field):
-            if word not in known:
-                raise DCAEError(f"DC-AE config {self.name!r}: {field} holds {word!r}, expected one of {known}")
+    def _check_stages(self, side: str) -> None:
+        widths = getattr(self, f"{side}_block_out_channels")
+        for field in (*PER_STAGE[side], f"{side}_layers_per_block"):
+            if len(getattr(self, field)) != len(widths):
+                raise ValueError(
+                    f"{field} has {len(getattr(self, field))} entries, but {side}_block_out_channels has "
+                    f"{len(widths)} stages; give one entry per stage"
+                )
 
     @property
     def spatial_factor(self) -> int:
@@ -121,20 +121,25 @@ class DCAEConfig:
     def from_diffusers(cls, values: Mapping[str, Any], name: str = "") -> DCAEConfig:
         """Read a diffusers AutoencoderDC config (unlisted fields take that class's defaults).
 
-        Raises DCAEError for a config of another class or with fields this code does not know.
+        Raises DCAEError for a config of another class or with values that no DC-AE has; logs fields it does not know.
         """
         found = values.get("_class_name", "AutoencoderDC")
         if found != "AutoencoderDC":
-            raise DCAEError(f"config.json describes a {found}, expected an AutoencoderDC (DC-AE)")
+            raise DCAEError(f"config.json describes a {shown(found)}, expected an AutoencoderDC (DC-AE)")
         given = {key: value for key, value in values.items() if not key.startswith("_")}
         known = {field.name for field in dataclasses.fields(cls)} - {"name"}
         unknown = sorted(set(given) - known)
-        if unknown:
-            raise DCAEError(f"AutoencoderDC config has unknown fields {unknown}; this pack is older than the file")
+        if unknown:  # as diffusers does: what shapes the network is checked against the tensors anyway
+            logging.warning("AutoencoderDC config: ignored fields that are not known here: %s", shown(unknown))
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         merged = {key: given.get(key, defaults[key]) for key in known}
         for side in ("encoder", "decoder"):
-            stages = len(merged[f"{side}_block_out_channels"])
+            widths = f"{side}_block_out_channels"
+            try:
+                check_fields(merged, {widths: CONFIG_FIELDS[widths]})
+            except ValueError as error:
+                raise DCAEError(f"AutoencoderDC config: {error}") from error
+            stages = len(merged[widths])
             # diffusers' defaults of these fields are single words; ours are spelled out for six stages
             for field in PER_STAGE[side]:
                 if isinstance(merged[field], str):
@@ -142,7 +147,7 @@ class DCAEConfig:
                 elif field not in given and not field.endswith(("out_channels", "layers_per_block", "multiscales")):
                     merged[field] = (merged[field][0],) * stages
         frozen = {key: _frozen(value) for key, value in merged.items()}
-        return cls(name=name or str(values.get("_name_or_path", "")), **frozen)
+        return cls(name=name or values.get("_name_or_path") or "", **frozen)
 
 
 PER_STAGE = {
@@ -154,6 +159,34 @@ PER_STAGE = {
         "decoder_norm_types",
         "decoder_act_fns",
     ),
+}
+
+
+_CHANNELS = items(whole(1, MAX_CHANNELS), 1, MAX_STAGES)
+_LAYERS = items(whole(0, MAX_LAYERS), 1, MAX_STAGES)
+_KINDS = items(words(*BLOCK_TYPES), 1, MAX_STAGES)
+_SCALES = items(items(whole(1, 63), 0, 8), 1, MAX_STAGES)
+CONFIG_FIELDS: dict[str, Check] = {
+    "name": text(4096),
+    "in_channels": whole(1, 64),
+    "latent_channels": whole(1, 4096),
+    "attention_head_dim": whole(1, 1024),
+    "encoder_block_types": _KINDS,
+    "decoder_block_types": _KINDS,
+    "encoder_block_out_channels": _CHANNELS,
+    "decoder_block_out_channels": _CHANNELS,
+    "encoder_layers_per_block": _LAYERS,
+    "decoder_layers_per_block": _LAYERS,
+    "encoder_qkv_multiscales": _SCALES,
+    "decoder_qkv_multiscales": _SCALES,
+    "upsample_block_type": text(64),
+    "downsample_block_type": text(64),
+    "decoder_norm_types": items(words(*NORM_TYPES), 1, MAX_STAGES),
+    "decoder_act_fns": items(words(*ACTIVATIONS), 1, MAX_STAGES),
+    "encoder_out_shortcut": flag,
+    "decoder_in_shortcut": flag,
+    "decoder_conv_act_fn": words(*ACTIVATIONS),
+    "scaling_factor": optional(real(1e-6, 1e6)),
 }
 
 

@@ -6,18 +6,20 @@ import dataclasses
 import hashlib
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files import replacing
-from ..latent import LatentSpace
+from ..fields import shown
+from ..files import is_finite, replacing, weight_files
+from ..jsons import parse_object, read_object
+from ..kinds import is_quantised, what_it_may_be
+from ..latent import METADATA_KEY, LatentSpace
+from ..tensors import PICKLES, Tensors
 from .config import DCAEConfig, DCAEError
 from .keys import (
     FORMATS,
@@ -34,7 +36,6 @@ from .variants import VARIANTS
 
 CONFIG_KEY, HASH_KEY = "dcgen.dcae", "dcgen.sha256"
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclasses.dataclass
@@ -70,23 +71,25 @@ def load_dcae(
     if form is None:
         raise DCAEError(
             f"{found.label}: not a DC-AE. Expected keys like 'decoder.stages.*' (original) or 'decoder.up_blocks.*' "
-            f"(diffusers), found {_some(list(found.state))}"
+            f"(diffusers), found {_some(list(found.state))}. {what_it_may_be(found.state, '')}"
         )
     kind, prefix = form
+    if is_quantised(found.state):
+        raise DCAEError(f"{found.label}: a quantised DC-AE (its weights have scales beside them): take the plain one")
     state = {key.removeprefix(prefix): tensor for key, tensor in found.state.items()}
     _check_ranks(state, found.label)
     try:
         seen = infer_config({key: tensor.shape for key, tensor in state.items()}, kind)
-    except (DCAEError, KeyError, IndexError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise DCAEError(f"{found.label}: the tensors do not form a DC-AE: {error}. Fetch the file again") from error
     config = _settle(found, seen, scaling_factor)
     state = _renamed(config, state, kind, found.label)
     _check_values(state, found)
-    dtype = dtype or state["decoder.conv_in.weight"].dtype
+    dtype = dtype or _computing(state["decoder.conv_in.weight"].dtype)
     state = {key: _placed(tensor, dtype, device) for key, tensor in state.items()}
     model = DCAE(config, operations=operations, dtype=dtype, device="meta")
     model.load_state_dict(state, strict=True, assign=True)
-    stored = _stored_space(found.metadata)
+    stored = _stored_space(found, config)
     if stored is not None and stored.rgb_factors is not None:
         model.rgb_factors, model.rgb_bias = stored.rgb_factors, stored.rgb_bias
     return model.eval().requires_grad_(False)
@@ -135,7 +138,7 @@ def _open(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> _Source:
     path = Path(source)
     if path.is_dir():
         present = [path / name for name in WEIGHT_NAMES if (path / name).is_file()]
-        present = present or sorted(path.glob("*.safetensors"))
+        present = present or weight_files(path)
         if len(present) != 1:
             names = ", ".join(item.name for item in present) or "none"
             raise DCAEError(
@@ -149,22 +152,13 @@ def _open(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> _Source:
 
 
 def _read(path: Path, config: Path, stem: str) -> _Source:
-    if path.suffix in PICKLES:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            raise DCAEError(f"{path}: not a readable weights-only PyTorch file ({error})") from error
-        return _Source(_unwrapped(state, str(path)), {}, _config_json(config), str(path), stem)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-        state = load_file(path)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise DCAEError(
-            f"{path} ({path.stat().st_size} bytes): damaged, truncated or not a safetensors file ({error}); "
-            "fetch it again"
-        ) from error
-    return _Source(state, metadata, _config_json(config), str(path), stem)
+        tensors = Tensors.open(path)
+        state = {name: tensors.get(name) for name in tensors.entries}
+    except (ValueError, OSError) as error:
+        kind = "PyTorch" if path.suffix in PICKLES else "safetensors"
+        raise DCAEError(f"{path}: damaged, truncated or not a {kind} file: {error}") from error
+    return _Source(state, tensors.metadata, _config_json(config), str(path), stem)
 
 
 def _unwrapped(state: Any, label: str) -> dict[str, Tensor]:
@@ -179,12 +173,9 @@ def _config_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except ValueError as error:
-        raise DCAEError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise DCAEError(f"{path}: expected a JSON object")
-    return values
+        raise DCAEError(str(error)) from error
 
 
 def _check_ranks(state: Mapping[str, Tensor], label: str) -> None:
@@ -232,16 +223,18 @@ def _open_scale(label: str, fits: list[DCAEConfig]) -> str:
 def _given_config(found: _Source) -> DCAEConfig | None:
     if CONFIG_KEY in found.metadata:
         try:
-            return DCAEConfig.from_diffusers(json.loads(found.metadata[CONFIG_KEY]))
-        except (ValueError, TypeError) as error:
+            return DCAEConfig.from_diffusers(parse_object(found.metadata[CONFIG_KEY], CONFIG_KEY))
+        except ValueError as error:
             raise DCAEError(f"{found.label}: metadata {CONFIG_KEY!r} is not a DC-AE config ({error})") from error
     values = found.config
     if values is None:
         return None
-    if "model_name" in values and "encoder_block_out_channels" not in values:  # mit-han-lab / dc-ai repositories
-        name = str(values["model_name"])
+    name = values.get("model_name", "")
+    if not isinstance(name, str):
+        raise DCAEError(f"{found.label}: config.json: model_name is {shown(name)}, expected text")
+    if name and "encoder_block_out_channels" not in values:  # mit-han-lab / dc-ai repositories
         if name not in VARIANTS:
-            raise DCAEError(f"{found.label}: config.json names {name!r}; known are {', '.join(VARIANTS)}")
+            raise DCAEError(f"{found.label}: config.json names {shown(name)}; known are {', '.join(VARIANTS)}")
         return VARIANTS[name]
     try:
         config = DCAEConfig.from_diffusers(values)
@@ -253,7 +246,10 @@ def _given_config(found: _Source) -> DCAEConfig | None:
 
 def _renamed(config: DCAEConfig, state: dict[str, Tensor], kind: str, label: str) -> dict[str, Tensor]:
     # Of torch's own layers: ComfyUI's have no weights before they are loaded (dynamic VRAM), and then check no shapes.
-    shapes = {key: tensor.shape for key, tensor in DCAE(config, device="meta").state_dict().items()}
+    try:
+        shapes = {key: tensor.shape for key, tensor in DCAE(config, device="meta").state_dict().items()}
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:  # torch's layers, of numbers that do not go together
+        raise DCAEError(f"{label}: its config describes no network that can be built: {error}") from error
     table = rename_table(config, list(shapes)) if kind == "original" else {}
     wanted = original_shapes(table, shapes) if kind == "original" else shapes
     optional = {key for key in wanted if key.endswith("num_batches_tracked")}  # a training counter some writers drop
@@ -263,6 +259,11 @@ def _renamed(config: DCAEConfig, state: dict[str, Tensor], kind: str, label: str
         f"{key} {tuple(state[key].shape)} instead of {tuple(shape)}"
         for key, shape in wanted.items()
         if key in state and state[key].shape != shape
+    ]
+    bent += [
+        f"{key} {state[key].dtype} instead of floating point"
+        for key in wanted
+        if key in state and key not in optional and not state[key].is_floating_point()
     ]
     if missing or extra or bent:
         listed = [
@@ -286,19 +287,36 @@ def _check_values(state: Mapping[str, Tensor], found: _Source) -> None:
         raise DCAEError(
             f"{found.label}: damaged (the tensors do not match the checksum in its metadata); fetch it again"
         )
-    broken = [key for key, tensor in state.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+    broken = [key for key, tensor in state.items() if not is_finite(tensor)]
     if broken:
         raise DCAEError(f"{found.label}: damaged, NaN or infinite weights in {_some(broken)}; fetch it again")
+
+
+def _computing(stored: torch.dtype) -> torch.dtype:
+    """The type to compute in: the file's, but bfloat16 for one-byte floats, which have no arithmetic."""
+    return torch.bfloat16 if stored.itemsize == 1 else stored
 
 
 def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None).contiguous()
 
 
-def _stored_space(metadata: Mapping[str, str]) -> LatentSpace | None:
-    return LatentSpace.from_metadata(metadata) if "dcgen.latent" in metadata else None
+def _stored_space(found: _Source, config: DCAEConfig) -> LatentSpace | None:
+    """The space with preview factors that the file's metadata holds, if it does."""
+    if METADATA_KEY not in found.metadata:
+        return None
+    try:
+        space = LatentSpace.from_metadata(found.metadata)
+    except ValueError as error:
+        raise DCAEError(f"{found.label}: {error}") from error
+    if space.channels != config.latent_channels:
+        raise DCAEError(
+            f"{found.label}: its metadata speaks of {space.channels} latent channels, its config of "
+            f"{config.latent_channels}; fetch it again"
+        )
+    return space
 
 
 def _some(keys: list[str], count: int = 5) -> str:
     more = f" and {len(keys) - count} more" if len(keys) > count else ""
-    return ", ".join(keys[:count]) + more
+    return ", ".join(key if len(key) < 200 else shown(key) for key in keys[:count]) + more

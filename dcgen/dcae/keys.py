@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import DCAEConfig, DCAEError
+from ..fields import shown
+from .config import MAX_STAGES, DCAEConfig, DCAEError
 from .variants import VARIANTS
 
 FORMATS = ("diffusers", "original")
@@ -179,6 +180,10 @@ def infer_config(shapes: Mapping[str, torch.Size], kind: str) -> DCAEConfig:
         match = STAGE_KEY.fullmatch(key)
         if match:
             side, stage, index, leaf = match.groups()
+            if len(stage) > 2 or int(stage) >= MAX_STAGES or len(index) > 3:
+                raise DCAEError(f"{shown(key)} is in a stage or block that no DC-AE has")
+            if not shape.numel():
+                raise DCAEError(f"{shown(key)} has shape {tuple(shape)}, which holds nothing")
             _note(stages[side].setdefault(int(stage), _Stage({})), int(index), leaf, shape)
     for side, found in stages.items():
         if not found or any(stage.width == 0 for stage in found.values()):
@@ -251,7 +256,10 @@ def _kind(stage: _Stage | None) -> str:
 
 def _inputs(shapes: Mapping[str, torch.Size], side: str) -> int:
     first = (f"{side}.project_in.", f"{side}.conv_in.")
-    return next(shape[1] for key, shape in shapes.items() if key.startswith(first) and key.endswith("weight"))
+    for key, shape in shapes.items():
+        if key.startswith(first) and key.endswith("weight") and len(shape) > 1:
+            return shape[1]
+    raise DCAEError(f"no tensor of {' or '.join(first)}* tells how many channels the {side} takes")
 
 
 def candidates(config: DCAEConfig) -> list[DCAEConfig]:

@@ -143,7 +143,7 @@ SPOILED = {
     "no latent": (lambda t, m: m.pop("dcgen.latent"), "lacks dcgen.latent"),
     "latent": (lambda t, m: m.update({"dcgen.latent": "{}"}), "not a latent space"),
     "no base": (lambda t, m: m.pop("dcgen.base"), "lacks dcgen.base"),
-    "base not JSON": (lambda t, m: m.update({"dcgen.base": "{"}), "dcgen.base is not JSON"),
+    "base not JSON": (lambda t, m: m.update({"dcgen.base": "{"}), "dcgen.base.* not valid JSON"),
     "base no object": (lambda t, m: m.update({"dcgen.base": "3"}), "not a JSON object"),
     "base of another model": (lambda t, m: m.update({"dcgen.base": '{"width": 16}'}), "is not one of a flux model"),
     "absurd depth": (lambda t, m: m.update({"dcgen.base": json.dumps({**BASE, "num_layers": 10**9})}), "num_layers"),
@@ -160,7 +160,7 @@ SPOILED = {
     "half a pair": (lambda t, m: t.pop(f"{QUERY}.lora_B.weight"), r"to_q is incomplete: no .lora_B.weight"),
     "no alpha": (lambda t, m: t.pop(f"{QUERY}.alpha"), r"to_q is incomplete: no .alpha"),
     "alpha of many": (lambda t, m: t.update({f"{QUERY}.alpha": torch.zeros(2)}), "alpha must be one number"),
-    "alpha not finite": (lambda t, m: t.update({f"{QUERY}.alpha": torch.tensor(float("nan"))}), "no LoRA"),
+    "alpha not finite": (lambda t, m: t.update({f"{QUERY}.alpha": torch.tensor(float("nan"))}), "NaN or infinite"),
     "ranks differ": (lambda t, m: t.update({f"{QUERY}.lora_B.weight": torch.zeros(16, 3)}), "lora_B is"),
     "rank 0": (
         lambda t, m: t.update(

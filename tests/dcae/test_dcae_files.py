@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderDC
 from diffusers.loaders.single_file_utils import convert_autoencoder_dc_checkpoint_to_diffusers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dcgen.dcae import DCAE, VARIANTS, DCAEConfig, DCAEError, load_dcae, save_dcae
@@ -243,3 +244,132 @@ def test_a_plain_config_json_in_models_vae_of_another_model_is_not_ours(saved: P
     (tmp_path / "config.json").write_text(json.dumps({"model_name": "unheard-of"}))
     with pytest.raises(DCAEError, match="unheard-of"):
         load_dcae(tmp_path / "ae.safetensors")
+
+
+def in_folder(saved: Path, folder: Path, **fields: object) -> Path:
+    """The sound file in a diffusers folder, with fields of its config.json set."""
+    folder.mkdir()
+    save_file(load_file(saved), folder / "diffusion_pytorch_model.safetensors")
+    with safe_open(saved, framework="pt") as file:
+        config = json.loads(file.metadata()["dcgen.dcae"])
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"encoder_layers_per_block": value} for value in ([1, 2**31, 1], [1, {}, 1], 7, [], [-1] * 6, [1.0] * 6)]
+    + [{"encoder_qkv_multiscales": value} for value in (7, [[], [], list(range(20_000))], [[0]] * 6, ["a"] * 6)]
+    + [{"decoder_block_out_channels": value} for value in (5, [-8] * 6, [2**70] * 6, [0] * 6, None)]
+    + [{"attention_head_dim": value} for value in (32.0, 0, 2**31, None, "a")]
+    + [{"scaling_factor": value} for value in (10**400, "a", float("nan"), -1.0, 0)]
+    + [
+        {"in_channels": 0},
+        {"model_name": [1]},
+        {"encoder_out_shortcut": 1},
+        {"decoder_act_fns": "x"},
+        {"_name_or_path": 5},
+    ],
+)
+def test_a_config_that_no_dcae_has_is_refused_by_field_and_folder(saved: Path, tmp_path: Path, fields: dict) -> None:
+    folder = in_folder(saved, tmp_path / "my-dc-ae", **fields)
+    name = "name" if "_name_or_path" in fields else next(iter(fields))
+    with pytest.raises(DCAEError, match=rf"my-dc-ae.*{name}"):
+        load_dcae(folder)
+
+
+def test_fields_of_a_newer_diffusers_are_logged_and_ignored(saved: Path, tmp_path: Path, caplog) -> None:
+    found = load_dcae(in_folder(saved, tmp_path / "newer", brand_new_field=3))
+    assert found.config.architecture == load_dcae(saved).config.architecture
+    assert "brand_new_field" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "decoder.up_blocks.999999.0.conv.weight",
+        "decoder.up_blocks.0.99999.conv1.weight",
+        f"encoder.down_blocks.{'9' * 6000}.0.x",
+    ],
+)
+def test_stages_far_off_are_refused_at_once(saved: Path, tmp_path: Path, key: str) -> None:
+    save_file({**load_file(saved), key: torch.zeros(1)}, tmp_path / "far.safetensors")
+    with pytest.raises(DCAEError, match=r"far\.safetensors.*no DC-AE has"):
+        load_dcae(tmp_path / "far.safetensors", scaling_factor=1.0)
+
+
+def test_one_byte_floats_are_computed_in_bfloat16(saved: Path, tmp_path: Path) -> None:
+    state = {key: value.to(torch.float8_e4m3fn) for key, value in load_file(saved).items()}
+    save_file(state, tmp_path / "small.safetensors")
+    model = load_dcae(tmp_path / "small.safetensors", scaling_factor=1.0)
+    assert model.dtype == torch.bfloat16
+    assert all(torch.equal(value.float(), state[key].float()) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        assert model.decode(torch.zeros(1, model.config.latent_channels, 2, 2, dtype=torch.bfloat16)).isfinite().all()
+
+
+def test_whole_numbers_are_no_weights(saved: Path, tmp_path: Path) -> None:
+    state = load_file(saved)
+    state["decoder.conv_in.bias"] = state["decoder.conv_in.bias"].long()
+    save_file(state, tmp_path / "whole.safetensors")
+    with pytest.raises(DCAEError, match=r"decoder\.conv_in\.bias torch\.int64 instead of floating point"):
+        load_dcae(tmp_path / "whole.safetensors", scaling_factor=1.0)
+
+
+def test_a_compiled_model_and_a_folder_of_a_mac_are_read(saved: Path, tmp_path: Path) -> None:
+    folder = in_folder(saved, tmp_path / "mac")
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    save_file(
+        {f"module._orig_mod.{key}": value for key, value in load_file(weights).items()}, folder / "other.safetensors"
+    )
+    weights.unlink()
+    (folder / "._other.safetensors").write_bytes(b"Mac OS X")
+    found, same = load_dcae(folder).state_dict(), load_dcae(saved).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in same.items())
+
+
+@pytest.mark.parametrize("values", [{"channels": None}, {"channels": 3}, {"scaling_factor": "a"}])
+def test_a_latent_in_the_metadata_that_is_not_its_own(saved: Path, tmp_path: Path, values: dict) -> None:
+    with safe_open(saved, framework="pt") as file:
+        notes = file.metadata()
+    notes["dcgen.latent"] = json.dumps({**json.loads(notes["dcgen.latent"]), **values})
+    save_file(load_file(saved), tmp_path / "mine.safetensors", metadata=notes)
+    with pytest.raises(DCAEError, match=r"mine\.safetensors"):
+        load_dcae(tmp_path / "mine.safetensors")
+
+
+def test_a_head_wider_than_its_stage_is_known_from_the_config_alone(saved: Path, tmp_path: Path) -> None:
+    """No tensor of a stage without scales tells the head, so what the tensors seem to say may not refuse the config."""
+    kinds, none = ("ResBlock", "EfficientViTBlock"), ((), ())
+    sides = {
+        f"{side}_{field}": value
+        for side in ("encoder", "decoder")
+        for field, value in (
+            ("block_types", kinds),
+            ("block_out_channels", (8, 16)),
+            ("layers_per_block", (1, 1)),
+            ("qkv_multiscales", none),
+        )
+    }
+    config = DCAEConfig(
+        name="narrow", latent_channels=8, attention_head_dim=8, scaling_factor=0.5,
+        decoder_norm_types=("rms_norm",) * 2, decoder_act_fns=("silu",) * 2, **sides,
+    )  # fmt: skip
+    folder = tmp_path / "narrow"
+    save_dcae(DCAE(config), folder)
+    assert load_dcae(folder).config.attention_head_dim == 8
+    edited = {**json.loads((folder / "config.json").read_text()), "attention_head_dim": 64}
+    save_file(load_file(folder / "diffusion_pytorch_model.safetensors"), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(edited))
+    with pytest.raises(DCAEError, match="misshapen"):
+        load_dcae(folder)
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+@pytest.mark.parametrize("format", ["diffusers", "original"])
+def test_a_file_without_its_first_convolution(pair, tiny_config, tmp_path: Path, side: str, format: str) -> None:
+    path = save_dcae(pair(tiny_config)[1], tmp_path / "mine.safetensors", format=format)
+    first = (f"{side}.conv_in.", f"{side}.project_in.")
+    save_file({key: value for key, value in load_file(path).items() if not key.startswith(first)}, path)
+    with pytest.raises(DCAEError, match=r"mine\.safetensors"):
+        load_dcae(path, scaling_factor=1.0)

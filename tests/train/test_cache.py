@@ -152,3 +152,27 @@ def test_text_computed_online_trains_to_the_same_weights(debug_run, tmp_path):
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda index: index["shards"][0].update(file="../../secret.safetensors"), r"shards/NAME\.safetensors"),
+        (lambda index: index["shards"][0].update(file="/secret.safetensors"), r"shards/NAME\.safetensors"),
+        (lambda index: index["shards"][0].update(bytes="1"), "bytes"),
+        (lambda index: index["samples"][0].update(row=10**6), "no such place"),
+        (lambda index: index["samples"][0].update(shard="shards/absent.safetensors"), "KeyError"),
+        (lambda index: index["samples"][0].update(size=[1]), "ValueError"),
+        (lambda index: index["spaces"]["student"].update(channels=-1), "channels"),
+        (lambda index: index.update(captions=None), "captions"),
+        (lambda index: index.pop("made_of"), "made_of"),
+    ],
+)
+def test_the_index_of_a_stranger_is_checked(debug_run, tmp_path, change, words):
+    shutil.copytree(debug_run / "cache", tmp_path / "cache")
+    path = tmp_path / "cache" / "index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(CacheError, match=rf"index\.json is not the index of a cache .*{words}"):
+        Cache(tmp_path / "cache")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
+from dcgen.adapter import load_adapter
 from train.config import RecipeError, list_recipes, load_recipe, parse_recipe
-from train.run import fingerprint, inputs, main, run_recipe
+from train.distributed import Ranks
+from train.files import MARKER, mark, remove_marked
+from train.run import fingerprint, inputs, main, make_stage, run_recipe
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -115,3 +121,196 @@ def test_train_imports_without_comfyui():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+
+
+# ---- recipes of strangers ------------------------------------------------------------------------------------------
+
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))
+STRANGE = {
+    "aliases that unfold": ("name: l\nstages: {tiny: {}}\n" + BOMB, "more than"),
+    "an alias to itself": ("name: l\nstages: &s {tiny: *s}\n", "more than"),
+    "depth": ("name: l\nstages: " + "[" * 5000, "levels"),
+    "a little depth": ("name: l\nstages: {tiny: " + "[" * 40 + "]" * 40 + "}", "levels"),
+    "no text": (b"\xff\xfe\x00", "UTF-8"),
+    "a number for a stage": ("name: l\nstages: {tiny: 5}", r"stages\.tiny is a mapping"),
+    "a list for a stage": ("name: l\nstages: {tiny: [a]}", r"stages\.tiny is a mapping"),
+    "a list for a kind": ("name: l\nstages: {tiny: {kind: [1]}}", r"stages\.tiny\.kind"),
+    "no kind": ("name: l\nstages: {tiny: {kind: null}}", r"stages\.tiny\.kind"),
+    "a list of stages": ("name: l\nstages: [a]", "stages"),
+    "a date for a name": ("name: 2020-01-01\nstages: {tiny: {}}", "name"),
+    "a number for a name of a stage": ("name: l\nstages: {5: {kind: tiny}}", "stages"),
+    "size": ("name: l\nabout: " + "x" * (1 << 20) + "\nstages: {tiny: {}}", "more than a recipe has"),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_strange_recipes_are_refused_by_file(tmp_path, what):
+    text, words = STRANGE[what]
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(RecipeError, match=rf"mine\.yaml.*{words}"):
+        load_recipe(path)
+
+
+def test_a_recipe_of_windows_is_read(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"\xef\xbb\xbfname: mine\r\nstages: {tiny: {}}\r\n")
+    assert load_recipe(tmp_path / "mine.yaml").name == "mine"
+
+
+OUTSIDE = ["../x", "/x", "..", ".", "", ".hidden", "a/b", "a\\b", "a\nb", "-x", " a", "x" * 200]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_names_are_one_part_of_a_path(name):
+    for raw in (
+        {"name": name, "stages": {"tiny": {}}},
+        {"name": "mine", "stages": {name: {"kind": "tiny"}}},
+    ):
+        with pytest.raises(RecipeError, match=r"name begins with|at most|characters"):
+            parse_recipe(raw)
+    if name:
+        with pytest.raises(RecipeError, match="name"):
+            load_recipe("debug", [f"export.name={name!r}"])
+
+
+def test_a_name_may_have_dots_dashes_and_underscores():
+    assert list(parse_recipe({"name": "a.b-c_1", "stages": {"1.x-y": {"kind": "tiny"}}}).stages) == ["1.x-y"]
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = load_recipe("debug", ["output=~/runs/x", "cache.autoencoder=~/dc-ae"])
+    assert recipe.folder == tmp_path / "runs" / "x"
+    assert make_stage(recipe, "cache", Ranks(0, 1, torch.device("cpu"))).student == tmp_path / "dc-ae"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "cache.data.pixels=1000000",
+        "cache.data.ratios=[0]",
+        "cache.data.ratios=[.nan]",
+        "cache.data.ratios=[]",
+        "cache.text_tokens=100000000",
+        "align.patch_size=1000000",
+        "align.batch=1000000000",
+        "head.batch=1000000000",
+        "gap.samples=9999999999999999",
+        "finetune.rank=1000000000",
+        "finetune.optimizer.lr=.inf",
+        "finetune.preview_guidance=.nan",
+        "finetune.preview_steps=1000000000",
+        "finetune.schedule={rule: x}",
+        "finetune.schedule={rule: static}",
+        "head.schedule={rule: flux, mu: .nan}",
+        "seed=99999999999999999999999",
+    ],
+)
+def test_numbers_that_cannot_work_are_refused_by_field(override):
+    tiny = ["cache.data={type: folder, path: x, pixels: 64}"] if "cache.data" in override else []
+    if tiny:
+        load_recipe("debug", tiny)
+    field = override.partition("=")[0].rpartition(".")[2]
+    with pytest.raises(RecipeError, match=field):
+        load_recipe("debug", [*tiny, override])
+
+
+# ---- what a run removes --------------------------------------------------------------------------------------------
+
+
+def test_redo_removes_only_what_a_stage_made(tmp_path):
+    raw = {"name": "mine", "output": str(tmp_path / "run"), "stages": {"tiny": {"kind": "tiny"}}}
+    precious = tmp_path / "run" / "tiny" / "precious.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("x")
+    with pytest.raises(ValueError, match=r"run/tiny was not made by a stage"):
+        run_recipe(parse_recipe(raw), redo=True)
+    assert precious.read_text() == "x"
+    shutil.rmtree(precious.parent)
+    run_recipe(parse_recipe(raw))
+    assert (tmp_path / "run" / "tiny" / MARKER).is_file()
+    precious.write_text("x")
+    run_recipe(parse_recipe(raw), redo=True)
+    assert not precious.exists()
+
+
+def test_a_link_is_not_followed_when_a_folder_is_removed(tmp_path):
+    for name in ("run", "other"):
+        mark(tmp_path / name)
+    (tmp_path / "run" / "tiny").symlink_to(tmp_path / "other", target_is_directory=True)
+    with pytest.raises(ValueError, match="not removed"):
+        remove_marked(tmp_path / "run" / "tiny", tmp_path / "run")
+    with pytest.raises(ValueError, match="not removed"):
+        remove_marked(tmp_path / "other", tmp_path / "run")
+    assert (tmp_path / "other" / MARKER).is_file()
+    remove_marked(tmp_path / "run" / "absent", tmp_path / "run")
+
+
+# ---- late settings -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["finetune.autoencoder=/nonexistent"],
+        ["finetune.autoencoder=/nonexistent", "finetune.train=full", "finetune.preview_every=0"],
+    ],
+)
+def test_what_the_end_needs_is_checked_before_the_first_step(debug_run, tmp_path, overrides):
+    shutil.copytree(debug_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "finetune")
+    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", "finetune.steps=4", *overrides])
+    with pytest.raises(RecipeError, match=r"stage finetune cannot run.*\n.*/nonexistent"):
+        run_recipe(recipe, only="finetune")
+    assert not (tmp_path / "run" / "finetune").exists()
+
+
+@pytest.mark.parametrize("part", ["model_index.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("stage", ["finetune", "export"])
+def test_what_a_release_is_made_of_is_checked_before(debug_run, tmp_path, part, stage):
+    shutil.copytree(debug_run, tmp_path / "run")
+    forms = ["finetune.train=full", "export.forms=[release]"]
+    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", *forms])
+    assert not make_stage(recipe, stage, Ranks(0, 1, torch.device("cpu"))).check()
+    (tmp_path / "run" / "tiny" / "release" / part).write_text("{")
+    assert any(part in problem for problem in make_stage(recipe, stage, Ranks(0, 1, torch.device("cpu"))).check())
+
+
+def test_a_damaged_record_of_a_stage_is_named(debug_run, tmp_path):
+    shutil.copytree(debug_run, tmp_path / "run")
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "run" / "gap" / "done.json").write_text(text)
+        with pytest.raises(ValueError, match=r"gap/done\.json"):
+            run_recipe(load_recipe("debug", [f"output={tmp_path / 'run'}"]), only="gap")
+
+
+def test_previews_need_the_text_side_of_the_base(debug_run, tmp_path):
+    shutil.copytree(debug_run, tmp_path / "run")
+    index = tmp_path / "run" / "tiny" / "release" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "tokenizer": ["transformers", "AutoTokenizer"]}))
+    stage = make_stage(
+        load_recipe("debug", [f"output={tmp_path / 'run'}"]), "finetune", Ranks(0, 1, torch.device("cpu"))
+    )
+    assert stage.config.preview_every
+    assert stage.config.preview_prompts
+    assert any("AutoTokenizer" in problem for problem in stage.check())
+
+
+def test_a_patch_size_must_divide_the_cached_latents(debug_run):
+    recipe = load_recipe("debug", [f"output={debug_run}", "align.patch_size=3"])
+    with pytest.raises(ValueError, match="patch_size 3 does not divide"):
+        make_stage(recipe, "align", Ranks(0, 1, torch.device("cpu"))).setup()
+
+
+def test_a_schedule_changed_after_the_end_is_written_without_training_anew(debug_run, tmp_path):
+    shutil.copytree(debug_run, tmp_path / "run")
+    output = f"output={tmp_path / 'run'}"
+    log = (tmp_path / "run" / "finetune" / "log.csv").read_text()
+    before = load_adapter(tmp_path / "run" / "finetune" / "adapter.safetensors")
+    run_recipe(load_recipe("debug", [output, "finetune.schedule={rule: static, shift: 2.5}"]), only="finetune")
+    after = load_adapter(tmp_path / "run" / "finetune" / "adapter.safetensors")
+    assert (before.schedule == after.schedule, after.schedule) == (False, {"rule": "static", "shift": 2.5})
+    assert all(torch.equal(after.tensors[key], tensor) for key, tensor in before.tensors.items())
+    assert (tmp_path / "run" / "finetune" / "log.csv").read_text() == log
+    with pytest.raises(RecipeError, match="finished with other settings"):
+        run_recipe(load_recipe("debug", [output, "finetune.rank=3"]), only="finetune")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import os
 import signal
@@ -152,14 +153,78 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-def test_other_settings_and_damaged_checkpoints_are_refused(tmp_path):
+def test_other_settings_are_refused(tmp_path):
     train(make(tmp_path))
-    with pytest.raises(checkpoint.CheckpointError, match="batch: 4 -> 8"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"batch: 4 -> 8.*remove the folder .*checkpoints to"):
         train(make(tmp_path, batch=8))
-    path = tmp_path / "line" / "checkpoints" / "step-00000012" / "weights.safetensors"
+
+
+def half(folder):
+    path = folder / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(checkpoint.CheckpointError, match=r"weights\.safetensors is unreadable"):
+
+
+DAMAGE = {
+    "weights cut short": half,
+    "state cut short": lambda folder: (folder / "state.json").write_text('{"format": 1, '),
+    "state of another kind": lambda folder: (folder / "state.json").write_text('{"format": 1, "step": "x"}'),
+    "no state": lambda folder: (folder / "state.json").unlink(),
+    "no moments": lambda folder: (folder / "optimizer.safetensors").unlink(),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, what):
+    result = train(make(tmp_path))
+    folder = tmp_path / "line" / "checkpoints"
+    DAMAGE[what](folder / "step-00000012")
+    again = train(make(tmp_path))
+    assert all(torch.equal(again[name], result[name]) for name in result)
+    assert "step-00000012 " in capsys.readouterr().err.replace("/weights", " ").replace("/optimizer", " ")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "damaged-step-00000012",
+        "step-00000010",
+        "step-00000012",
+    ]
+
+
+def test_a_stray_folder_is_no_checkpoint(tmp_path):
+    result = train(make(tmp_path))
+    (tmp_path / "line" / "checkpoints" / "step-00000099").mkdir()
+    again = train(make(tmp_path))
+    assert all(torch.equal(again[name], result[name]) for name in result)
+
+
+def test_when_all_are_damaged_the_message_says_what_to_remove(tmp_path):
+    train(make(tmp_path))
+    folder = tmp_path / "line" / "checkpoints"
+    for path in folder.iterdir():
+        half(path)
+    with pytest.raises(checkpoint.CheckpointError, match=rf"remove the folder {folder} to start anew"):
         train(make(tmp_path))
+
+
+def test_a_row_after_a_resume_tells_of_the_steps_before(tmp_path, monkeypatch):
+    """Stopped at a checkpoint between two rows of the log: the same rows as of a run that was not."""
+
+    def rows(folder):
+        with open(folder / "line" / "log.csv", newline="") as handle:
+            return [{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(handle)]
+
+    train(make(tmp_path / "whole", steps=10, checkpoint_every=4))
+    saved = checkpoint.save
+
+    def die(folder, step, *arguments):
+        saved(folder, step, *arguments)
+        if step == 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(make(tmp_path / "cut", steps=10, checkpoint_every=4))
+    monkeypatch.undo()
+    train(make(tmp_path / "cut", steps=10, checkpoint_every=4))
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
 def test_the_log_has_one_row_per_interval_after_a_resume(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -64,3 +65,52 @@ def test_the_report_holds_every_stage_its_numbers_and_pictures(debug_run, capsys
     assert not re.search(r"(src|href)=\"(?!data:)", page)  # nothing from outside
     assert main(["nowhere"]) == 1
     assert "recipe.json not found" in capsys.readouterr().err
+
+
+MARK = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
+
+
+class Tags(HTMLParser):
+    """Names of tags and attributes on a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags, self.events = set(), set()
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.events |= {key for key, _ in attrs if key.startswith("on")}
+
+
+def test_nothing_in_a_run_folder_is_markup(tmp_path):
+    (tmp_path / "cache" / "previews").mkdir(parents=True)
+    stages = {"cache": {"kind": "cache", "steps": MARK, MARK: MARK}}
+    recipe = {"name": MARK, "about": MARK, "seed": MARK, "stages": stages}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    numbers = {MARK: MARK, "a": [MARK], "b": {MARK: 1}}
+    (tmp_path / "cache" / "done.json").write_text(json.dumps({"seconds": 1.0, "numbers": numbers}))
+    (tmp_path / "cache" / "log.csv").write_text(f'step,loss,grad_norm,images_per_s,"{MARK[:6]}"\n1,1,1,1,1\n')
+    (tmp_path / "cache" / "previews" / "<b onload=x>.png").write_bytes(b"")
+    page = write_report(tmp_path).read_text()
+    found = Tags(page)
+    assert not found.tags & {"script", "b"}
+    assert not found.events
+    assert page.count("&lt;script&gt;alert(1)") >= 8
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"stages": {"../victim": {"kind": "tiny", "steps": 1}}}, r"\.\./victim"),
+        ({"stages": [1]}, "stages"),
+        ({"stages": {"a": 5}}, "a is 5"),
+        ({"stages": {"a": {"kind": [1], "steps": 1}}}, "unknown kind"),
+        ({"stages": {"a": {"steps": 1}}}, "kind is missing"),
+    ],
+)
+def test_a_strange_run_folder_is_refused_by_name(tmp_path, change, words, capsys):
+    recipe = {"name": "x", "about": "", "seed": 0, "stages": {}, **change}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    assert main([str(tmp_path)]) == 1
+    assert re.search(rf"recipe\.json.*{words}", capsys.readouterr().err)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from dcgen.fields import shown
 from train.config import RecipeError, nearest
 from train.stages.base import Stage
 
@@ -28,7 +29,7 @@ STAGES: dict[str, str] = {
 
 def stage_class(kind: str, where: str = "recipe") -> type[Stage]:
     """The Stage subclass of a kind; an unknown kind is a RecipeError which lists the valid ones."""
-    if kind not in STAGES:
-        raise RecipeError(f"{where}: unknown kind {kind!r}{nearest(kind, STAGES)}")
+    if not isinstance(kind, str) or kind not in STAGES:
+        raise RecipeError(f"{where}: unknown kind {shown(kind)}{nearest(str(kind)[:100], STAGES)}")
     module, name = STAGES[kind].split(":")
     return getattr(importlib.import_module(module), name)

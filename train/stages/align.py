@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from train.alignment import LinearEmbedder, NormalEquations, alignment_loss
 from train.batches import Batch
-from train.cache import Cache
 from train.config import Optimizer, StageConfig
 from train.files import write_json, write_tensors
 from train.models import base_backbone, embedder_only, fresh_ends, network_class, without_blocks
@@ -52,7 +51,7 @@ class AlignStage(CachedStage):
         return plan_align(self.context, self.config)
 
     def setup(self) -> nn.Module | None:
-        self.cache = Cache(self.context.resolve(self.config.cache))
+        self.cache = self.open_cache(self.config.cache, self.config.patch_size)
         self.backbone, self.teacher, self.teacher_config = embedder_only(self.context.resolve(self.config.base))
         self.teacher.to(self.device)
         self.student = self._new_student()

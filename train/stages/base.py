@@ -46,7 +46,7 @@ class Context:
         """`STAGE` or `STAGE/...` means that stage's folder (or what is in it); anything else is a path."""
         if stage_of(reference, self.recipe) is not None:
             return self.recipe.folder / reference
-        return Path(reference)
+        return Path(reference).expanduser()
 
     def pending(self, reference: str) -> bool:
         """Whether `reference` lies in a stage of this recipe that is not done yet."""
@@ -63,6 +63,7 @@ class Stage:
     """
 
     Config: ClassVar[type[StageConfig]] = StageConfig
+    free_fields: ClassVar[frozenset[str]] = frozenset()  # beside FREE_FIELDS: change what is written, not what trains
     forward_methods: ClassVar[tuple[str, ...]] = ()  # calls other than forward() that use the module's own weights
 
     def __init__(self, config: StageConfig, context: Context) -> None:
@@ -132,6 +133,19 @@ class CachedStage(Stage):
     """A stage that trains on a cache, which its setup() opens as self.cache."""
 
     cache: Cache
+
+    def open_cache(self, reference: str, patch_size: int) -> Cache:
+        """The cache of a stage or folder; ValueError when its latents do not divide into such patches."""
+        cache = Cache(self.context.resolve(reference))
+        f = cache.spaces["student"].spatial_factor
+        for height, width in sorted({tuple(sample["size"]) for sample in cache.samples}):
+            if height // f % patch_size or width // f % patch_size:
+                raise ValueError(
+                    f"patch_size {patch_size} does not divide the latents of {cache.folder}: pictures of "
+                    f"{width}x{height} have {width // f}x{height // f} latent pixels; take a patch_size that does, "
+                    "or cache other sizes"
+                )
+        return cache
 
     def buckets(self) -> Sequence[Sequence[int]]:
         return self.cache.buckets()

@@ -11,9 +11,11 @@ from torch import Tensor
 from dcgen.adapter import Adapter, load_adapter, save_adapter
 from dcgen.convert import merge_file
 from dcgen.release import open_model
-from train.config import StageConfig
-from train.release import write_release
-from train.stages.base import Stage
+from train.autoencoders import check_autoencoder
+from train.config import Name, StageConfig
+from train.models import base_backbone
+from train.release import check_parts, write_release
+from train.stages.base import Stage, complaints
 
 Form = Literal["adapter", "single", "release"]
 
@@ -29,7 +31,7 @@ class ExportStage(Stage):
         base: str = Field("", description="release folder the adapter is for; needed by single and release")
         autoencoder: str = Field("", description="folder of the new autoencoder, release/vae; needed by release")
         forms: tuple[Form, ...] = Field(("adapter",), min_length=1)
-        name: str = Field("", description="file name without ending; default the recipe's name")
+        name: Name | Literal[""] = Field("", description="file name without ending; default the recipe's name")
         store: Literal["float32", "bfloat16", "float16", "as base"] = Field(
             "as base", description="dtype of merged weights"
         )
@@ -44,6 +46,12 @@ class ExportStage(Stage):
             problems.append("forms single and release need `base`")
         if "release" in c.forms and not c.autoencoder:
             problems.append("form release needs `autoencoder`")
+        if {"single", "release"} & set(c.forms) and c.base and not self.context.pending(c.base):
+            base = self.context.resolve(c.base)
+            problems += complaints(base_backbone, base)
+            problems += complaints(check_parts, base) if "release" in c.forms else []
+        if "release" in c.forms and c.autoencoder and not self.context.pending(c.autoencoder):
+            problems += complaints(check_autoencoder, self.context.resolve(c.autoencoder))
         path = self.context.resolve(c.adapter) / "adapter.safetensors"
         if not self.context.pending(c.adapter) and not path.is_file():
             problems.append(f"{path} not found; `adapter` names a stage of this recipe or a stage folder")

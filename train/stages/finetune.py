@@ -19,7 +19,8 @@ from train.files import write_folder
 from train.lora import inject_lora, scale_lora
 from train.models import network_class
 from train.plan import plan_moved
-from train.release import release_parts
+from train.release import check_parts, release_parts
+from train.stages.base import complaints
 from train.stages.head import MovedConfig, MovedStage
 
 
@@ -55,6 +56,8 @@ class FinetuneStage(MovedStage):
         problems = super().check()
         if self.config.train == "full" and not self.config.autoencoder:
             problems.append("train: full writes a release and needs `autoencoder`")
+        if self.config.train == "full" and not self.context.pending(self.config.base):
+            problems += complaints(check_parts, self.context.resolve(self.config.base))
         if self.config.alpha_warmup > self.config.steps:
             problems.append(f"alpha_warmup {self.config.alpha_warmup} is longer than the {self.config.steps} steps")
         return problems

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from dcgen import schedule
 from dcgen.adapter import Adapter, load_adapter, save_adapter
 from train.alignment import NormalEquations
-from train.autoencoders import latent_space, load_autoencoder
+from train.autoencoders import check_autoencoder, latent_space, load_autoencoder
 from train.batches import Batch, BatchPlan
-from train.cache import Cache
 from train.config import Optimizer
 from train.ddpm import ddpm_terms, raw_output
 from train.lora import lora_pairs
@@ -26,7 +25,7 @@ from train.objective import Objective, objective_loss, objective_terms
 from train.plan import plan_moved
 from train.sample import euler, grid, seeded_noise
 from train.stages.base import CachedStage, PreviewConfig, complaints
-from train.text import TextEncoder, load_text
+from train.text import TextEncoder, check_text, load_text
 
 FIT_BATCHES = 32  # that a closed-form head is fitted to
 KEEP = "base"  # value of `start`: the base already works on this latent
@@ -47,18 +46,35 @@ class MovedConfig(PreviewConfig):
     )
     gradient_checkpointing: bool = Field(False, description="recompute blocks in backward: less memory, 4/3 the time")
 
+    @field_validator("schedule")
+    @classmethod
+    def _a_schedule(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Used at the first preview and in the finished adapter: too late to find out."""
+        schedule.check_schedule(value)
+        return value
+
 
 class MovedStage(CachedStage):
     """A base network whose embedder and head are new. Subclasses say what trains."""
 
     Config = MovedConfig
     config: MovedConfig
+    free_fields = frozenset({"schedule", "autoencoder"})
 
     def check(self) -> list[str]:
+        """What the end and the previews need, too, so that no finished training is lost to a typing error."""
+        problems = []
+        if self.config.autoencoder and not self.context.pending(self.config.autoencoder):
+            problems += complaints(check_autoencoder, self.context.resolve(self.config.autoencoder))
         if self.context.pending(self.config.base):
-            return []
+            return problems
         base = self.context.resolve(self.config.base)
-        return complaints(base_backbone, base) or self.check_objective(base_backbone(base)[0].name)
+        wrong = complaints(base_backbone, base)
+        if not wrong:
+            wrong = self.check_objective(base_backbone(base)[0].name)
+            if self.config.preview_every and self.config.preview_prompts and self.config.autoencoder:
+                wrong += complaints(check_text, base)
+        return problems + wrong
 
     def check_objective(self, base: str) -> list[str]:
         """Problems of the objective with a base of that name."""
@@ -78,7 +94,7 @@ class MovedStage(CachedStage):
 
     def setup(self) -> nn.Module:
         c = self.config
-        self.cache = Cache(self.context.resolve(c.cache))
+        self.cache = self.open_cache(c.cache, c.patch_size)
         self.base = self.context.resolve(c.base)
         self.backbone, base_config = base_backbone(self.base)
         self.space = self.cache.spaces["student"]

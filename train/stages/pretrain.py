@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dcgen import schedule
-from train.autoencoders import load_autoencoder
+from train.autoencoders import check_autoencoder, load_autoencoder
 from train.batches import Batch
 from train.cache import Cache
 from train.ddpm import raw_output
@@ -24,7 +24,7 @@ from train.models import base_backbone, base_patch_size, load_network
 from train.objective import Objective, objective_loss
 from train.sample import euler, grid, seeded_noise
 from train.stages.base import CachedStage, PreviewConfig, complaints
-from train.text import load_text
+from train.text import check_text, load_text
 
 
 class BaseConfig(PreviewConfig):
@@ -46,7 +46,12 @@ class BaseStage(CachedStage):
     def check(self) -> list[str]:
         if self.context.pending(self.config.base):
             return []
-        return complaints(base_backbone, self.context.resolve(self.config.base))
+        base = self.context.resolve(self.config.base)
+        problems = complaints(base_backbone, base)
+        if not problems and self.config.preview_every and self.config.preview_prompts:
+            problems = complaints(base_schedule, base) + complaints(check_text, base)
+            problems += complaints(check_autoencoder, base / "vae")
+        return problems
 
     def setup(self) -> nn.Module:
         self.base = self.context.resolve(self.config.base)

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
+from dcgen.files import weight_files
 from train import distributed
 from train.config import RecipeError, StageConfig
 from train.data import bucket_sizes
@@ -74,7 +75,7 @@ class SynthesizeStage(Stage):
             raise ValueError(f"{path} holds no prompt; write one a line")
         self.sizes = bucket_sizes(c.pixels, c.multiple, c.ratios)
         self.count = len(self.prompts) * c.per_prompt
-        network = sorted((self.context.resolve(c.base) / "transformer").glob("*.safetensors"))
+        network = weight_files(self.context.resolve(c.base) / "transformer")
         parts = {
             "settings": {
                 k: v for k, v in c.model_dump(mode="json").items() if k not in ("batch", "log_every", "shard")
@@ -88,7 +89,7 @@ class SynthesizeStage(Stage):
     def _settle(self, fingerprint: str) -> None:
         """Refuse to mix shards of two settings in one folder."""
         note = self.folder / "pictures" / "fingerprint.json"
-        if note.is_file() and read_json(note)["fingerprint"] != fingerprint:
+        if note.is_file() and read_json(note).get("fingerprint") != fingerprint:
             raise RecipeError(
                 f"{note.parent} holds pictures of other settings, prompts or base; remove it or use --redo"
             )

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ...fields import Check, flag, optional, real, words
 from ...latent import LatentSpace
-from ..base import Backbone, Config, child, model_config
+from ..base import FIELDS, HEADS, SIZE, Backbone, Config, child, model_config
 from ..keymap import KeyMap
 from .keys import KEYS, SPRINT_KEYS
 from .network import QK_NORM, SanaConfig, SanaNet
@@ -62,6 +63,36 @@ class Sana(Backbone):
         "qk_norm",
         "guidance_embeds",
     )
+    fields: ClassVar[dict[str, Check]] = {
+        **FIELDS,
+        "num_cross_attention_heads": HEADS,
+        "cross_attention_head_dim": SIZE,
+        "cross_attention_dim": optional(SIZE),
+        "caption_channels": SIZE,
+        "mlp_ratio": real(0.01, 64),
+        "interpolation_scale": optional(real(1e-3, 1e3)),
+        "qk_norm": optional(words(QK_NORM)),
+        "norm_elementwise_affine": flag,
+        "guidance_embeds_scale": real(1e-6, 1e6),
+        "timestep_scale": real(1e-6, 1e6),
+    }
+    needed_fields = ("in_channels", "out_channels", "patch_size", "num_layers", "num_attention_heads")
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        super().check_config(config)
+        SanaConfig.from_diffusers(config)
+
+    def others(self, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        found = SanaConfig.from_diffusers(config)
+        D, hidden = found.width, int(found.mlp_ratio * found.width)
+        norms = {f"attn{n}.norm_{part}.weight": (D,) for n in (1, 2) for part in "qk"} if found.qk_norm else {}
+        block = {
+            "scale_shift_table": (6, D),
+            "ff.conv_depth.weight": (2 * hidden, 1, 3, 3),
+            "ff.conv_depth.bias": (2 * hidden,),
+            **norms,
+        }
+        return {"": {"scale_shift_table": (2, D), "caption_norm.weight": (D,)}, "block": block}
 
     def key_map(self, config: Mapping[str, Any]) -> KeyMap:
         return SPRINT_KEYS if config.get("guidance_embeds") else KEYS
@@ -163,13 +194,20 @@ class Sana(Backbone):
         """The positions of an original file, whose table is in every one of them: zeros where the model has none."""
         if POSITIONS not in names:
             return {}
-        table = get(POSITIONS)[0]
+        table = get(POSITIONS)
+        if table.ndim != 3 or not table.shape[0] or not table.shape[2] or not table.is_floating_point():
+            raise ValueError(f"{POSITIONS} is {table.dtype} {tuple(table.shape)}, expected one row of places")
+        table = table[0]
         side = math.isqrt(len(table))
         if side < 2 or side * side != len(table):
             raise ValueError(f"{POSITIONS} has {len(table)} places, which make no square")
         # The first number of a place is the sine of its column, counted in steps of 1 / interpolation_scale.
-        step = math.asin(float(table[1, 0]))
-        return {"sample_size": side, "interpolation_scale": round(1 / step, 1) if table.any() else None}
+        first = float(table[1, 0])
+        if not table.any():
+            return {"sample_size": side, "interpolation_scale": None}
+        if not 0 < first <= 1:
+            raise ValueError(f"{POSITIONS} begins with {first} at its second place, which is the sine of no position")
+        return {"sample_size": side, "interpolation_scale": round(1 / math.asin(first), 1)}
 
     def width(self, config: Mapping[str, Any]) -> int:
         return SanaConfig.from_diffusers(config).width

@@ -184,7 +184,12 @@ def written(weights, name, chosen):
             continue
         packed = comfy.quant_ops.QuantizedTensor.from_float(tensor, layout, **options)
         file.pop(key)
-        file |= packed.state_dict(key)
+        # As published files have them: core's own reader under dynamic VRAM does not know the type of mxfp8's scales.
+        kept = packed.state_dict(key)
+        file |= {
+            name: t.view(torch.uint8) if t.dtype.itemsize == 1 and "e8m0" in str(t.dtype) else t
+            for name, t in kept.items()
+        }
         file[f"{key.removesuffix('.weight')}.comfy_quant"] = note.clone()
         expanded[key] = packed.dequantize().float()
     return file, expanded

@@ -1,0 +1,83 @@
+"""Whose classes and files make the conditioning: those that are known, never those that a release brings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+
+from train.text import TEXT_ENCODERS, TOKENIZERS, check_text, load_text
+
+
+@pytest.fixture
+def release(debug_run, tmp_path):
+    """A copy of the debug run's base."""
+    return shutil.copytree(debug_run / "tiny" / "release", tmp_path / "release")
+
+
+def rename(release, part, named):
+    index = release / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), part: named}))
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "text_encoder"])
+@pytest.mark.parametrize(
+    "named",
+    [["transformers", name] for name in ("pipeline", "utils", "__class__", "AutoTokenizer", "AutoModel", None, 5, [1])]
+    + ["CLIPTokenizer", 5, [], ["transformers"], {"a": 1}],
+)
+def test_only_known_classes_are_loaded(release, part, named):
+    rename(release, part, named)
+    with pytest.raises(ValueError, match=r"model_index\.json.*" + part):
+        load_text(release, "cpu", torch.float32)
+    with pytest.raises(ValueError, match=r"model_index\.json.*" + part):
+        check_text(release)
+
+
+def test_the_known_classes_run_no_code_of_a_folder():
+    import transformers
+
+    for name in (*TOKENIZERS, *TEXT_ENCODERS):
+        assert not name.startswith("Auto")
+        assert name == "TokenizersBackend" or isinstance(getattr(transformers, name), type)
+
+
+def test_code_in_a_folder_is_not_run_and_nobody_is_asked(release, tmp_path, monkeypatch):
+    """With a class that is known, over files that ask for code of their own."""
+    mark = tmp_path / "ran"
+    for part in ("tokenizer", "text_encoder"):
+        (release / part / "own.py").write_text(f"open({str(mark)!r}, 'w')\nclass Own: pass\n")
+    for part, file, auto in (
+        ("tokenizer", "tokenizer_config.json", {"AutoTokenizer": ["own.Own", "own.Own"]}),
+        ("text_encoder", "config.json", {"AutoModel": "own.Own", "AutoConfig": "own.Own"}),
+    ):
+        path = release / part / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": auto}))
+
+    def asked(*_):
+        raise AssertionError("asked on stdin")
+
+    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.setattr(sys.stdin, "readline", asked, raising=False)
+    assert load_text(release, "cpu", torch.float32)(["a red square"])
+    assert not mark.exists()
+
+
+def test_weights_that_are_pickles_are_not_loaded(release):
+    """A pickle may run code when it is read."""
+    folder = release / "text_encoder"
+    torch.save({"a": torch.zeros(1)}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        load_text(release, "cpu", torch.float32)
+
+
+def test_files_of_a_mac_are_not_part_of_the_identity(release):
+    from train.text import text_identity
+
+    before = text_identity(release)
+    (release / "text_encoder" / "._model.safetensors").write_bytes(b"Mac OS X")
+    assert text_identity(release) == before
