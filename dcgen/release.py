@@ -42,6 +42,14 @@ KL_FIELDS: dict[str, Check] = {
 }
 
 
+def same_shape(found: tuple[int, ...], wanted: tuple[int, ...] | None) -> bool:
+    """Whether a weight has the shape of its table; a 1x1 convolution may be stored as the matrix it is.
+
+    ComfyUI's Model Save writes those of SANA so: our network has Linear layers for them.
+    """
+    return found == wanted or (wanted is not None and len(wanted) == 4 and (*found, 1, 1) == wanted)
+
+
 @dataclass
 class Model:
     """A denoising network on disk, whatever its layout, seen under its diffusers names; nothing is read until asked.
@@ -115,7 +123,7 @@ class Model:
             bent = [
                 f"{key} is {entry.dtype} {entry.shape}, expected floating point {wanted.get(key, 'of no shape')}"
                 for key, entry in entries.items()
-                if entry.shape != wanted.get(key) or not entry.dtype.is_floating_point
+                if not same_shape(entry.shape, wanted.get(key)) or not entry.dtype.is_floating_point
             ]
             bent += [f"{key} is absent" for key in self.backbone.other_shapes(self.config) if key not in entries]
             if bent:
