@@ -24,6 +24,12 @@ def find_chromium() -> str | None:
     return named or next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
+FORGET_TABS = """
+sessionStorage.clear();
+Object.keys(localStorage).filter((key) => /workflow/i.test(key)).forEach((key) => localStorage.removeItem(key));
+"""
+
+
 class WebSocket:
     """A websocket client: connect, send text, receive whole messages."""
 
@@ -114,10 +120,9 @@ class Browser:
         return self.count
 
     def open(self, url: str) -> None:
-        """Go there as a new user does: with the tabs of earlier pages open again, each page is slower than the last."""
-        self.call("Storage.clearDataForOrigin", origin=url.rstrip("/"), storageTypes="local_storage,indexeddb")
-        with contextlib.suppress(RuntimeError):  # before the first page there is nothing to clear
-            self.js("sessionStorage.clear()")
+        """Go there without the tabs of earlier pages, which would be opened again and slow the page down."""
+        with contextlib.suppress(RuntimeError):  # the first page has nothing to forget
+            self.js(FORGET_TABS)
         self.call("Page.navigate", url=url)
 
     def js(self, expression: str):

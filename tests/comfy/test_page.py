@@ -541,6 +541,7 @@ HELPED = """
 def test_help_page(page, file):
     """It opens in the page's own panel, with its picture."""
     page.browser.errors.clear()
+    page.load(EMPTY)  # a page that has just come up would close the panel again
     title = file.read_text().splitlines()[0].removeprefix("# ")
     page.run(OPEN_HELP.replace("NAME", json.dumps(file.stem)))
     page.until(HELPED.replace("TITLE", json.dumps(title)))
