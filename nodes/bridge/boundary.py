@@ -1,12 +1,13 @@
-"""Where files of strangers come in: whatever a damaged one makes stumble becomes an error that names it."""
+"""Where files of strangers come in: whatever a damaged one makes stumble becomes an error that names it.
+
+JSON is read by dcgen.jsons, everywhere.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from .vae import out_of_memory
 
@@ -28,14 +29,3 @@ def reading(part: Path) -> Iterator[None]:
         if part.name in str(error):
             raise
         raise ValueError(f"{part}: {error}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; ValueError names the file."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error}). {AGAIN}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected a JSON object, found {type(values).__name__}. {AGAIN}.")
-    return values

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...dcgen.backbones import Backbone
 from ...dcgen.backbones.base import patch_size
+from ...dcgen.jsons import parse_object
 from ...dcgen.latent import METADATA_KEY, LatentSpace
 from ...dcgen.release import CONFIG_KEY, SCHEDULE_KEY
 from ...dcgen.tensors import Tensors
@@ -58,12 +59,16 @@ def load_quantized(
     notes = _notes(tensors)
     _check_formats(notes, path)
     logical = _logical(tensors, notes)
-    config = json.loads(metadata[CONFIG_KEY]) if CONFIG_KEY in metadata else backbone.detect(logical)
+    config = (
+        parse_object(metadata[CONFIG_KEY], f"{path}: {CONFIG_KEY}")
+        if CONFIG_KEY in metadata
+        else backbone.detect(logical)
+    )
     space = LatentSpace.from_metadata(metadata) if METADATA_KEY in metadata else space
     if space is None:
         raise ValueError(f"{path} does not say which autoencoder its latents come from. Choose it in `autoencoder`.")
     stored = metadata.get(SCHEDULE_KEY)
-    schedule = json.loads(stored) if stored else backbone.default_schedule(space, config)
+    schedule = parse_object(stored, f"{path}: {SCHEDULE_KEY}") if stored else backbone.default_schedule(space, config)
     size = patch_size(backbone.packed_channels(config), space.channels, str(path))
     info = ModelInfo(space, size, schedule, latent_layers=family.LATENT_LAYERS)
     # The marks of quantized layers stay among the shapes: by them the core chooses its operations.
@@ -92,7 +97,7 @@ def _bare_notes(metadata: dict[str, str], backbone: Backbone) -> dict[str, str]:
     """Layer names in the metadata without the prefix that some files put before every key."""
     if NOTES not in metadata:
         return metadata
-    notes = json.loads(metadata[NOTES])
+    notes = parse_object(metadata[NOTES], NOTES)
     return {**metadata, NOTES: json.dumps({**notes, "layers": dict(backbone.bare_keys(notes["layers"]))})}
 
 
@@ -101,7 +106,7 @@ def _notes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     found = {}
     for key, tensor in tensors.items():
         if key.endswith(NOTE):
-            found[key.removesuffix(NOTE)] = str(json.loads(tensor.numpy().tobytes()).get("format"))
+            found[key.removesuffix(NOTE)] = str(parse_object(tensor.numpy().tobytes(), key).get("format"))
     return found
 
 

@@ -14,9 +14,10 @@ import comfy.sd
 import folder_paths
 import torch
 
+from ...dcgen.jsons import read_object
 from ...dcgen.latent import SPACES
 from ...dcgen.release import Model, open_model
-from .boundary import read_json, reading
+from .boundary import reading
 from .flux import FLUX
 from .flux_loader import load_flux
 from .kl_vae import load_kl_vae
@@ -72,7 +73,7 @@ def load_release(
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """MODEL, CLIP and VAE of a FLUX or SANA release folder, DC-Gen or base."""
     folder = find_release(name)
-    index = read_json(folder / INDEX)
+    index = read_object(folder / INDEX)
     with reading(folder / INDEX):
         kind = index.get("transformer", [None, None])[1]
     if kind not in (FLUX.diffusers_class, SANA.diffusers_class):
@@ -83,7 +84,7 @@ def load_release(
 
 def load_text(folder: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """CLIP of a release folder."""
-    index = read_json(folder / INDEX)
+    index = read_object(folder / INDEX)
     with reading(folder):
         load = load_sana_text if index["transformer"][1] == SANA.diffusers_class else load_flux_text
         clip = load(folder, index, disable_dynamic)
@@ -107,7 +108,7 @@ def load_vae(folder: Path, index: dict[str, Any]) -> comfy.sd.VAE:
     file = folder / "vae" / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} has no vae/config.json, so it is not a whole release. Download it again.")
-    config = read_json(file)
+    config = read_object(file)
     with reading(folder / "vae"):
         if config.get("_class_name") == "AutoencoderKL":
             return load_kl_vae(folder / "vae", config)
@@ -117,7 +118,7 @@ def load_vae(folder: Path, index: dict[str, Any]) -> comfy.sd.VAE:
 def native_pixels(folder: Path) -> int | None:
     """Image side that a release's autoencoder names as its own, if it does (FLUX's says 1024)."""
     file = folder / "vae" / "config.json"
-    size = read_json(file).get("sample_size") if file.is_file() else None
+    size = read_object(file).get("sample_size") if file.is_file() else None
     return size if isinstance(size, int) else None
 
 

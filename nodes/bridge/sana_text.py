@@ -15,8 +15,8 @@ import torch
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel
 from torch import Tensor, nn
 
+from ...dcgen.jsons import read_object
 from ...dcgen.tensors import Tensors
-from .boundary import read_json
 from .guard import TEXT_KEY
 from .loading import by_layer, fill, is_dynamic
 from .sana import SANA
@@ -158,7 +158,7 @@ def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing; a SANA release has Gemma 2 there. Download the release again.")
-    config = read_json(file)
+    config = read_object(file)
     kind, head = config.get("model_type"), config.get("head_dim", 256)
     found = (kind, config.get("attn_logit_softcapping", SOFTCAP), config.get("query_pre_attn_scalar", 256))
     if found != ("gemma2", SOFTCAP, head):

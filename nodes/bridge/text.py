@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ import torch
 import transformers
 from comfy.sd1_clip import SDClipModel, SDTokenizer
 
+from ...dcgen.jsons import read_object
 from ...dcgen.tensors import Tensors
-from .boundary import read_json
 from .loading import Parts, by_layer, fill, is_dynamic
 
 # transformers' names for the activations that ComfyUI's encoders have.
@@ -121,7 +120,7 @@ def _check_files(folder: Path) -> None:
 def _plain_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
     """tokenizer.json as it is, with the special tokens and the length that tokenizer_config.json names."""
     file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = read_object(file) if file.is_file() else {}
     names = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
     found = {name: config[name] for name in names if config.get(name)}
     settings = {name: token["content"] if isinstance(token, dict) else token for name, token in found.items()}
@@ -140,7 +139,7 @@ def _config(folder: Path, kind: str) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing; a FLUX release has a {kind.upper()} text encoder there.")
-    config = read_json(file)
+    config = read_object(file)
     config = config.get("text_config", config) if kind == "clip" else config
     if kind == "t5":
         gated, _, act = config.get("feed_forward_proj", "relu").rpartition("-")

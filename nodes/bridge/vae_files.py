@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import folder_paths
 
+from ...dcgen.jsons import read_object
 from .toy import TOY, listing_root
 from .vae import DCAEVAE, make_vae
 
@@ -39,7 +39,7 @@ def _with_config(root: Path) -> Iterator[Path]:
 
 def _is_dcae(config: Path) -> bool:
     try:
-        values = json.loads(config.read_text(encoding="utf-8"))
+        values = read_object(config)
         # diffusers' class, or the name that mit-han-lab and dc-ai repositories give
         return values.get("_class_name") == "AutoencoderDC" or str(values.get("model_name")).startswith("dc-ae")
     except (OSError, ValueError, AttributeError):
