@@ -64,7 +64,7 @@ def damaged(comfy, tmp_path_factory):
     parts = {
         "flux": {
             "transformer": "transformer_blocks.0.ff.net.2.weight",
-            "text_encoder": "encoder.layers.0.mlp.fc1.weight",
+            "text_encoder": "text_model.encoder.layers.0.mlp.fc1.weight",
             "text_encoder_2": "encoder.block.0.layer.1.DenseReluDense.wo.weight",
             "vae": "decoder.conv_in.weight",
         },
