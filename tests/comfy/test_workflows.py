@@ -1,7 +1,7 @@
 """The shipped workflows: complete, consistent with their API twins, and alive in the real frontend."""
 
-import importlib.util
 import contextlib
+import importlib.util
 import json
 from pathlib import Path
 
