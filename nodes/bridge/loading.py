@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -11,7 +11,6 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-T = TypeVar("T")
 Parts = Iterable[dict[str, Tensor]]
 LISTED = 8
 

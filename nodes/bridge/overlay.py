@@ -31,6 +31,7 @@ import comfy.patcher_extension
 from torch import Tensor, nn
 
 from . import lora
+from .loading import is_dynamic
 from .owners import ATTRIBUTES, OWNERS
 
 BASE = "dcgen_base"  # key of the base's patcher among the additional models
@@ -319,7 +320,7 @@ def overlay_patcher(
     config.unet_config = {k: v for k, v in config.unet_config.items() if k != "disable_unet_model_creation"}
     model.model_config = config
     model.diffusion_model = network
-    kind = core.ModelPatcherDynamic if _is_dynamic(base) else core.ModelPatcher
+    kind = core.ModelPatcherDynamic if is_dynamic(base) else core.ModelPatcher
     patcher = kind(model, base.load_device, base.offload_device)
     patcher.__class__ = _overlay_kind(kind)
     for name in ATTRIBUTES["carried"]:
@@ -331,10 +332,6 @@ def overlay_patcher(
     below.remove_additional_models("multigpu")  # copies of the base, which nothing of the overlay could use
     patcher.set_additional_models(BASE, [below])
     return patcher
-
-
-def _is_dynamic(patcher: Any) -> bool:
-    return bool(getattr(patcher, "is_dynamic", bool)())
 
 
 def linear(weights: Mapping[str, Tensor], dtype: Any, device: Any) -> nn.Module:
