@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,16 +21,21 @@ from .backbones import BACKBONES, Backbone
 from .backbones.base import PATCH
 from .backbones.keymap import describe_keys
 from .fields import shown
+from .identity import BaseIdentity, bits_of
 from .jsons import parse_object
 from .kinds import what_it_may_be
 from .latent import METADATA_KEY, LatentSpace
-from .schedule import check_schedule
+from .release import Model
+from .schedule import Schedule
 
-FORMAT = "1"
+FORMAT = "2"
+READ = ("1", "2")  # 1: without the base's latent and identity
 LORA_PREFIX = "transformer."
 ALPHA_LIMIT = 1e6
 OURS = "Choose a file that DC-Gen training wrote."
-_RESERVED = ("dcgen.format", "dcgen.backbone", METADATA_KEY, "dcgen.patch_size", "dcgen.base", "dcgen.schedule")
+BASE_WEIGHTS, BASE_LATENT = "dcgen.base_weights", "dcgen.base_latent"
+_NEEDED = ("dcgen.format", "dcgen.backbone", METADATA_KEY, "dcgen.patch_size", "dcgen.base", "dcgen.schedule")
+_RESERVED = (*_NEEDED, BASE_WEIGHTS, BASE_LATENT)
 _LORA_PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".alpha": "alpha"}
 
 
@@ -70,9 +76,9 @@ class Adapter:
     """What moves a base model onto another latent space.
 
     backbone: key of BACKBONES; tensors: embedder and head (and, when trained, the norm before the head) by diffusers
-    name; lora: by diffusers module path without prefix; latent: the space it samples in; base: Backbone.fingerprint of
-    the base it was trained on; schedule: {"rule": ...} with optional "mu" or "shift" (dcgen.schedule);
-    metadata: free strings, `modelspec.*` among them.
+    name; lora: by diffusers module path without prefix; latent: the space it samples in; base: Backbone.base_signature
+    of the base it was trained on; schedule: a Schedule, or {"rule": ...} as in a file; base_weights, base_latent: which
+    weights that base had and which latent it worked on, where known; metadata: free strings, `modelspec.*` among them.
     """
 
     backbone: str
@@ -80,17 +86,22 @@ class Adapter:
     lora: dict[str, LoraPair]
     latent: LatentSpace
     base: dict[str, Any]
-    schedule: dict[str, Any]
+    schedule: Schedule
     patch_size: int = 1
     metadata: dict[str, str] = field(default_factory=dict)
+    base_weights: BaseIdentity | None = None
+    base_latent: LatentSpace | None = None
+
+    def __post_init__(self) -> None:
+        self.schedule = Schedule.parse(self.schedule)
 
     @property
     def model(self) -> Backbone:
         return _backbone(self.backbone)
 
-    def check_base(self, fingerprint: Mapping[str, Any], source_name: str) -> None:
-        """ValueError when a base with this fingerprint (of the same backbone) is not the one this was trained on."""
-        found, wanted = _plain(fingerprint), _plain(self.base)
+    def check_base(self, signature: Mapping[str, Any], source_name: str) -> None:
+        """ValueError when a base with this signature (of the same backbone) is not the one this was trained on."""
+        found, wanted = _plain(signature), _plain(self.base)
         differing = [
             f"{key}: {found.get(key, 'absent')} (this adapter needs {wanted.get(key, 'absent')})"
             for key in sorted({*found, *wanted})
@@ -100,6 +111,38 @@ class Adapter:
             raise ValueError(
                 f"{source_name} is not a base for this {self.backbone} adapter: {'; '.join(differing)}. "
                 "Load the base that the adapter was trained on, or an adapter made for this base."
+            )
+
+    def check_weights(self, weights: BaseIdentity, bits: int, source_name: str) -> None:
+        """ValueError when a base's weights, of so many bits, are others than this was trained on; a warning in the
+        log where nothing tells.
+        """
+        same = None if self.base_weights is None else self.base_weights.is_of(weights, bits)
+        title = self.metadata.get("modelspec.title", "this adapter")
+        if same is None:
+            whose = title if self.base_weights is None else source_name
+            logging.warning("DC-Gen: %s does not say which base's weights it has; use the base of %s", whose, title)
+        if same is False:
+            raise ValueError(
+                f"{title} was trained over other weights than those of {source_name}, and would make noise of them. "
+                "Load the base that it was trained over: for a second step (1K over 512) that is the first step's "
+                "merged model. Or take the adapter that `export` writes for the first base, or make it: "
+                "python -m dcgen.convert extract MERGED BASE OUT."
+            )
+
+    def check_base_latent(self, space: LatentSpace, source_name: str) -> None:
+        """ValueError when a base that works on `space` is not one this was trained on, as far as that is known."""
+        if self.base_latent is not None:
+            wrong = self.base_latent.differences(space)
+        else:
+            factor = self.model.base_spatial_factor
+            wrong = [f"f{space.spatial_factor} against f{factor}"] if factor not in (None, space.spatial_factor) else []
+            if not self.latent.differences(space):
+                wrong = ["the adapter's own"]
+        if wrong:
+            raise ValueError(
+                f"{source_name} already runs on {space.name or 'another latent'}, which is not the latent of the base "
+                f"that this adapter was trained on ({'; '.join(wrong)}). Connect the base's own loader."
             )
 
     def check_latent(self, space: LatentSpace, source_name: str = "the latent") -> None:
@@ -118,9 +161,8 @@ class Adapter:
         if self.patch_size < 1:
             raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
         PATCH("patch_size", self.patch_size)
-        check_schedule(self.schedule)
         model = self.model
-        model.check_fingerprint(self.base)
+        model.check_base_signature(self.base)
         needed = model.latent_shapes(self.base, self.latent.channels, self.patch_size)
         allowed = {**needed, **model.extra_shapes(self.base)}
         linears = model.linears(self.base)
@@ -172,20 +214,36 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     return adapter
 
 
+def check_model(adapter: Adapter, model: Model) -> None:
+    """ValueError unless a model on disk is the base that the adapter was trained on."""
+    path = str(model.tensors.path)
+    adapter.check_base(model.signature, path)
+    if model.latent is not None:
+        adapter.check_base_latent(model.latent, path)
+    adapter.check_weights(model.identity(), bits_of(model.tensors.dtype), path)
+
+
 def merge(base: Mapping[str, Tensor], adapter: Adapter, strength: float = 1.0) -> dict[str, Tensor]:
     """Base weights (diffusers names) with the adapter in them: W + strength*(alpha/r) B@A in fp32, cast to W's dtype.
 
     The new embedder and head go in whole at any strength; 0 is "alignment only". Untouched tensors are shared with
     `base`. ValueError when a tensor that the adapter changes is not in `base` or has another shape.
     """
+    ends = adapter.model.ends({**adapter.base, "patch_size": adapter.patch_size})
+    added = [key for key in adapter.tensors if key not in base]
     absent = [f"{path}.weight" for path in adapter.lora if f"{path}.weight" not in base]
-    absent += [key for key in adapter.tensors if key not in base]
+    absent += [key for key in added if not (adapter.model.matches(base) and key.startswith(ends.prefixes))]
     if absent:
         raise ValueError(
             f"the base lacks what this {adapter.backbone} adapter changes: {describe_keys(absent, [])}. Give it the "
             "base it was trained on, with diffusers names (Backbone.to_diffusers)."
         )
-    return {key: merge_tensor(key, tensor, adapter, strength) for key, tensor in base.items()}
+    # Where the names of the ends depend on the patch size, the base's own have others.
+    gone = adapter.model.ends(adapter.model.detect(base)).prefixes if added else ()
+    kept = {key: tensor for key, tensor in base.items() if key in adapter.tensors or not key.startswith(gone)}
+    dtype = next(iter(base.values())).dtype
+    merged = {key: merge_tensor(key, tensor, adapter, strength) for key, tensor in kept.items()}
+    return merged | {key: adapter.tensors[key].to(dtype) for key in added}
 
 
 def merge_tensor(key: str, tensor: Tensor, adapter: Adapter, strength: float = 1.0) -> Tensor:
@@ -231,19 +289,30 @@ def _to_metadata(adapter: Adapter, title: str) -> dict[str, str]:
         "dcgen.backbone": adapter.backbone,
         "dcgen.patch_size": str(adapter.patch_size),
         "dcgen.base": json.dumps(adapter.base, sort_keys=True),
-        "dcgen.schedule": json.dumps(adapter.schedule, sort_keys=True),
+        "dcgen.schedule": json.dumps(adapter.schedule.to_dict(), sort_keys=True),
         **adapter.latent.to_metadata(),
+        **_base_metadata(adapter),
     }
+
+
+def _base_metadata(adapter: Adapter) -> dict[str, str]:
+    found = {}
+    if adapter.base_weights is not None and adapter.base_weights.values:
+        found[BASE_WEIGHTS] = json.dumps(adapter.base_weights.to_dict(), sort_keys=True)
+    if adapter.base_latent is not None:
+        found[BASE_LATENT] = adapter.base_latent.to_metadata()[METADATA_KEY]
+    return found
 
 
 def _from_metadata(metadata: Mapping[str, str], keys: list[str]) -> dict[str, Any]:
     if "dcgen.format" not in metadata:
         raise ValueError(f"not a DC-Gen adapter (no dcgen.format in its metadata). {what_it_may_be(keys, OURS)}")
-    if metadata["dcgen.format"] != FORMAT:
+    if metadata["dcgen.format"] not in READ:
         raise ValueError(
-            f"adapter format {metadata['dcgen.format']!r}, this version of DC-Gen reads {FORMAT!r}: update DC-Gen"
+            f"adapter format {shown(metadata['dcgen.format'])}, this version of DC-Gen reads {' and '.join(READ)}: "
+            "update DC-Gen"
         )
-    absent = [key for key in _RESERVED if key not in metadata]
+    absent = [key for key in _NEEDED if key not in metadata]
     if absent:
         raise ValueError(f"damaged adapter, its metadata lacks {', '.join(absent)}: download it again")
     _backbone(metadata["dcgen.backbone"])
@@ -257,7 +326,14 @@ def _from_metadata(metadata: Mapping[str, str], keys: list[str]) -> dict[str, An
         "base": _json_object(metadata, "dcgen.base"),
         "schedule": _json_object(metadata, "dcgen.schedule"),
         "metadata": {key: value for key, value in metadata.items() if key not in _RESERVED},
+        "base_weights": BaseIdentity.parse(_json_object(metadata, BASE_WEIGHTS)) if BASE_WEIGHTS in metadata else None,
+        "base_latent": _base_latent(metadata) if BASE_LATENT in metadata else None,
     }
+
+
+def _base_latent(metadata: Mapping[str, str]) -> LatentSpace:
+    with files.naming(BASE_LATENT):
+        return LatentSpace.from_metadata({METADATA_KEY: metadata[BASE_LATENT]})
 
 
 def _from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

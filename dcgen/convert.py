@@ -24,28 +24,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, load_adapter, merge_tensor, save_adapter
+from .adapter import Adapter, check_model, load_adapter, merge_tensor, save_adapter
 from .dcae import load_dcae, save_dcae
 from .extract import Kept, extract
 from .files import SUFFIXES, Entry, naming, opened, write_stream
+from .folder import TRANSFORMER, note_schedule
 from .jsons import parse_json
 from .latent import SPACES, LatentSpace
 from .preview import fit_preview
-from .release import TRANSFORMER, Model, model_metadata, note_schedule, open_model
+from .release import Model, model_metadata, open_model
+from .schedule import Schedule
 from .tensors import INDEX_SUFFIX, total_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NAMES = ("native", "diffusers")
+NAMES = ("original", "diffusers")
 SHARD_BYTES = 5_000_000_000
 WEIGHTS = "diffusion_pytorch_model"
 
 Get = Callable[[str], Tensor]
 
 
-def pack(model: Model, out: str | os.PathLike[str], *, names: str = "native", dtype: torch.dtype | None = None) -> Path:
+def pack(
+    model: Model, out: str | os.PathLike[str], *, names: str = "original", dtype: torch.dtype | None = None
+) -> Path:
     """Write the model as one .safetensors with its config, latent space, previews and schedule in the metadata.
 
-    names: "native" (the original ones, which ComfyUI uses) or "diffusers". dtype: of floating tensors, None = kept.
+    names: "original" (which ComfyUI uses) or "diffusers". dtype: of floating tensors, None = kept.
     """
     return _write(model, Path(out), names, dtype, model.get, model_metadata(model, Path(out).stem))
 
@@ -56,20 +60,27 @@ def merge_file(
     out: str | os.PathLike[str],
     *,
     strength: float = 1.0,
-    names: str = "native",
+    names: str = "original",
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write base + adapter as one .safetensors, as pack() does. ValueError when the adapter is for another base."""
     if adapter.backbone != base.backbone.name:
         raise ValueError(f"this is a {adapter.backbone} adapter, {base.tensors.path} is a {base.backbone.name} model")
-    adapter.check_base(base.backbone.fingerprint(base.config), str(base.tensors.path))
+    check_model(adapter, base)
     config = base.backbone.config_with_latent(base.config, adapter.latent.channels, adapter.patch_size)
     merged = replace(base, config=config, latent=adapter.latent, schedule=adapter.schedule)
+    ends = base.backbone.ends(base.config)
     shapes = {key: Entry(key, entry.dtype, entry.shape) for key, entry in base.entries.items()}
-    shapes |= {key: Entry(key, shapes[key].dtype, tuple(tensor.shape)) for key, tensor in adapter.tensors.items()}
+    dtypes = {key: shapes[key].dtype if key in shapes else base.tensors.dtype for key in adapter.tensors}
+    shapes = {key: entry for key, entry in shapes.items() if not key.startswith(ends.prefixes)}
+    shapes |= {key: Entry(key, dtypes[key], tuple(tensor.shape)) for key, tensor in adapter.tensors.items()}
 
     def get(key: str) -> Tensor:
-        return merge_tensor(key, base.get(key), adapter, strength)
+        return (
+            adapter.tensors[key].to(dtypes[key])
+            if key in dtypes
+            else merge_tensor(key, base.get(key), adapter, strength)
+        )
 
     return _write(merged, Path(out), names, dtype, get, model_metadata(merged, Path(out).stem), shapes)
 
@@ -117,7 +128,7 @@ def describe(path: str | os.PathLike[str]) -> str:
         f"{model.backbone.name} ({model.backbone.diffusers_class}), {total_bytes(model.entries.values()) / 1e9:.2f} GB",
         *(f"  {key}: {value}" for key, value in sorted(model.config.items())),
     ]
-    return "\n".join([*lines, _describe_latent(model.latent), f"schedule: {model.schedule or 'not said'}"])
+    return "\n".join([*lines, _describe_latent(model.latent), f"schedule: {_describe_schedule(model.schedule)}"])
 
 
 def _write(
@@ -139,10 +150,10 @@ def _write(
             wanted = [_cast_entry(entry, dtype) for entry in entries.values()]
             stream: Iterable[tuple[str, Tensor]] = ((entry.name, get(entry.name)) for entry in wanted)
         else:
-            made, extras = list(model.native_entries(entries)), model.extras
+            made, extras = list(model.original_entries(entries)), model.extras
             wanted = [_cast_entry(entry, dtype) for entry in (*(entry for _, entry in made), *extras.values())]
             stream = chain(
-                ((rule.native, rule.join(get)) for rule, _ in made), ((key, model.get_extra(key)) for key in extras)
+                ((rule.original, rule.join(get)) for rule, _ in made), ((key, model.get_extra(key)) for key in extras)
             )
         write_stream(out, wanted, _cast(stream, dtype), metadata)
     return out
@@ -201,6 +212,10 @@ def _describe_latent(latent: LatentSpace | None) -> str:
     )
 
 
+def _describe_schedule(schedule: Schedule | None) -> str:
+    return "not said" if schedule is None else str(schedule.to_dict())
+
+
 def _report(kept: list[Kept]) -> str:
     lines = [f"{layer.energy:9.6f}  rank {layer.rank:4d}  {layer.path}" for layer in kept]
     if not kept:
@@ -257,7 +272,7 @@ def _open(path: Path, latent: str | None = None, fields: Sequence[str] = ()) -> 
     space = SPACES[latent]
     if model.latent is not None and (differing := space.differences(model.latent)):
         raise ValueError(f"{path} says otherwise than --latent {latent}: {'; '.join(differing)}. Leave --latent out")
-    return replace(model, latent=space, schedule=model.schedule or model.backbone.default_schedule(space, model.config))
+    return model.on_latent(space)
 
 
 def _fields(given: Sequence[str], model: Model) -> dict[str, Any]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .adapter import Adapter, LoraPair
-from .backbones.base import patch_size
 from .backbones.keymap import describe_keys
 from .latent import LatentSpace
 from .release import Model
@@ -53,16 +52,16 @@ def extract(
         raise ValueError(f"{merged.tensors.path} does not say which autoencoder it belongs to: name it (latent)")
     if rank < 1 or not 0 < energy <= 1:
         raise ValueError(f"rank must be at least 1 and energy in (0, 1], got {rank} and {energy}")
-    model, fingerprint = merged.backbone, merged.backbone.fingerprint(merged.config)
-    size = patch_size(model.packed_channels(merged.config), space.channels, str(merged.tensors.path))
+    model, signature = merged.backbone, merged.signature
+    size = model.patch_size(merged.config, space, str(merged.tensors.path))
     if base.backbone is not model:
         raise ValueError(f"{base.tensors.path} is a {base.backbone.name} model, the merged one {model.name}")
-    adapter = Adapter(
-        model.name, {}, {}, space, fingerprint, merged.schedule or model.default_schedule(space, merged.config), size
-    )
-    adapter.check_base(model.fingerprint(base.config), str(base.tensors.path))
-    ends, extras = model.latent_shapes(fingerprint, space.channels, size), model.extra_shapes(fingerprint)
-    linears, old = model.linears(fingerprint), base.entries
+    schedule = merged.schedule or model.default_schedule(space, merged.config)
+    adapter = Adapter(model.name, {}, {}, space, signature, schedule, size)
+    adapter.check_base(base.signature, str(base.tensors.path))
+    adapter = replace(adapter, base_weights=base.identity(), base_latent=base.latent)
+    ends, extras = model.latent_shapes(signature, space.channels, size), model.extra_shapes(signature)
+    linears, old = model.linears(signature), base.entries
     kept: list[Kept] = []
     lost: list[str] = []
     for step, (key, entry) in enumerate(merged.entries.items()):

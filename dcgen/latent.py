@@ -1,4 +1,4 @@
-# B batch, C latent channels, h w latent rows and columns, f spatial factor
+# B batch, C latent channels, h w latent rows and columns, f spatial factor, ... any grid: (h,w), or (t,h,w) of a video
 """Latent spaces as data: which autoencoder, how many channels, how deep, and how its latent is scaled for a model."""
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 
+import torch
 from torch import Tensor
 
 from .fields import Check, check_fields, items, optional, real, shown, text, whole
@@ -23,7 +24,12 @@ LATENT_FIELDS: dict[str, Check] = {
     "shift_factor": real(-1e6, 1e6),
     "rgb_factors": optional(items(items(real(-1e6, 1e6), 3, 3), 1, 4096)),
     "rgb_bias": optional(items(real(-1e6, 1e6), 3, 3)),
+    "mean": optional(items(real(-1e6, 1e6), 1, 4096)),
+    "std": optional(items(real(1e-6, 1e6), 1, 4096)),
+    "temporal_factor": whole(1, 1024),
 }
+# Left out of metadata where they say nothing: readers of before they existed take such a file.
+LATER_FIELDS = ("mean", "std", "temporal_factor")
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,10 @@ class LatentSpace:
     """The latent space of one autoencoder, as a diffusion model sees it.
 
     name: published name of the autoencoder ("" when unknown); channels: C; spatial_factor: pixels per latent side;
-    scaling_factor, shift_factor: model space = (raw - shift) * scaling;
-    rgb_factors (C rows of 3) and rgb_bias: linear preview of a model-space latent as RGB in -1..1.
+    scaling_factor, shift_factor, and mean, std of each channel where the autoencoder has them:
+    model space = (raw - shift - mean) * scaling / std;
+    rgb_factors (C rows of 3) and rgb_bias: linear preview of a model-space latent as RGB in -1..1;
+    temporal_factor: frames per latent frame after the first, 1 for images.
     """
 
     name: str
@@ -42,28 +50,54 @@ class LatentSpace:
     shift_factor: float = 0.0
     rgb_factors: tuple[tuple[float, float, float], ...] | None = None
     rgb_bias: tuple[float, float, float] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    temporal_factor: int = 1
 
     def __post_init__(self) -> None:
         try:
             check_fields(vars(self), LATENT_FIELDS)
-            if self.rgb_factors is not None and len(self.rgb_factors) != self.channels:
-                raise ValueError(f"rgb_factors must be {self.channels} rows of 3 numbers, got {len(self.rgb_factors)}")
+            for field in ("rgb_factors", "mean", "std"):
+                rows = getattr(self, field)
+                if rows is not None and len(rows) != self.channels:
+                    raise ValueError(f"{field} has {len(rows)} rows, expected one for each of {self.channels} channels")
         except ValueError as error:
             raise ValueError(f"latent space {shown(self.name)}: {error}") from error
         for field in ("scaling_factor", "shift_factor"):
             object.__setattr__(self, field, float(getattr(self, field)))
+        for field in ("rgb_bias", "mean", "std"):
+            values = getattr(self, field)
+            object.__setattr__(self, field, None if values is None else tuple(float(v) for v in values))
         if self.rgb_factors is not None:
             object.__setattr__(self, "rgb_factors", tuple(tuple(float(v) for v in row) for row in self.rgb_factors))
-        if self.rgb_bias is not None:
-            object.__setattr__(self, "rgb_bias", tuple(float(v) for v in self.rgb_bias))
 
     def normalize(self, latent: Tensor) -> Tensor:
-        """Raw autoencoder latent (B,C,h,w) -> model space: (z - shift) * scaling."""
-        return (latent - self.shift_factor) * self.scaling_factor
+        """Raw autoencoder latent (B,C,...) -> model space: (z - shift - mean) * scaling / std."""
+        latent = latent - self.shift_factor
+        if self.mean is not None:
+            latent = latent - _per_channel(self.mean, latent)
+        latent = latent * self.scaling_factor
+        return latent if self.std is None else latent / _per_channel(self.std, latent)
 
     def denormalize(self, latent: Tensor) -> Tensor:
-        """Model-space latent (B,C,h,w) -> raw autoencoder latent: z / scaling + shift."""
-        return latent / self.scaling_factor + self.shift_factor
+        """Model-space latent (B,C,...) -> raw autoencoder latent: z * std / scaling + mean + shift."""
+        if self.std is not None:
+            latent = latent * _per_channel(self.std, latent)
+        latent = latent / self.scaling_factor
+        if self.mean is not None:
+            latent = latent + _per_channel(self.mean, latent)
+        return latent + self.shift_factor
+
+    def grid(self, *size: int) -> tuple[int, ...]:
+        """Latent grid of an image (height, width), or of a video (frames, height, width); ValueError if none fits."""
+        *frames, height, width = size
+        if any(count < 1 or (count - 1) % self.temporal_factor for count in frames):
+            raise ValueError(f"{frames[0]} frames: {self._title} needs a multiple of {self.temporal_factor}, plus 1")
+        return (*((count - 1) // self.temporal_factor + 1 for count in frames), *self.latent_size(height, width))
+
+    @property
+    def _title(self) -> str:
+        return self.name or "this autoencoder"
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Pixels -> latent rows and columns; a size that f does not divide is a ValueError."""
@@ -71,8 +105,7 @@ class LatentSpace:
         if height < f or width < f or height % f or width % f:
             near = (max(1, round(height / f)) * f, max(1, round(width / f)) * f)
             raise ValueError(
-                f"{width}x{height} pixels: {self.name or 'this autoencoder'} needs multiples of {f}. "
-                f"Nearest: {near[1]}x{near[0]}."
+                f"{width}x{height} pixels: {self._title} needs multiples of {f}. Nearest: {near[1]}x{near[0]}."
             )
         return height // f, width // f
 
@@ -83,7 +116,7 @@ class LatentSpace:
         """
         found = [
             f"{field}: {getattr(self, field)} against {getattr(other, field)}"
-            for field in ("channels", "spatial_factor")
+            for field in ("channels", "spatial_factor", "temporal_factor")
             if getattr(self, field) != getattr(other, field)
         ]
         found += [
@@ -91,13 +124,22 @@ class LatentSpace:
             for field in ("scaling_factor", "shift_factor")
             if not math.isclose(getattr(self, field), getattr(other, field), rel_tol=1e-4, abs_tol=1e-6)
         ]
-        if self.name and other.name and self.name != other.name and not _one_encoder(self.name, other.name):
+        found += [f"{field} of the channels" for field in ("mean", "std") if not self._same_rows(other, field)]
+        if self.name and other.name and self.name != other.name and not one_encoder(self.name, other.name):
             found.append(f"autoencoder: {self.name!r} against {other.name!r}")
         return found
 
+    def _same_rows(self, other: LatentSpace, field: str) -> bool:
+        ours, theirs = getattr(self, field), getattr(other, field)
+        if ours is None or theirs is None or len(ours) != len(theirs):
+            return ours is theirs
+        return all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in zip(ours, theirs, strict=True))
+
     def to_metadata(self) -> dict[str, str]:
         """This space as safetensors metadata: one JSON value under METADATA_KEY."""
-        return {METADATA_KEY: json.dumps(asdict(self), sort_keys=True)}
+        unsaid = {field.name for field in fields(self) if getattr(self, field.name) == field.default}
+        entry = {key: value for key, value in asdict(self).items() if key not in unsaid.intersection(LATER_FIELDS)}
+        return {METADATA_KEY: json.dumps(entry, sort_keys=True)}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> LatentSpace:
@@ -115,13 +157,19 @@ class LatentSpace:
             raise ValueError(f"metadata entry {METADATA_KEY!r} is not a latent space: {error}") from error
 
 
+def _per_channel(values: tuple[float, ...], latent: Tensor) -> Tensor:
+    """(C,) beside a latent (B,C,...)."""
+    return torch.tensor(values, dtype=latent.dtype, device=latent.device).view(-1, *[1] * (latent.ndim - 2))
+
+
 # Decoders may differ within a line; the latent is the same.
 SHARED: tuple[frozenset[str], ...] = (
     frozenset({"dc-ae-f32c32-sana-1.0", "dc-ae-f32c32-sana-1.1", "dc-ae-lite-f32c32-sana-1.1"}),
 )
 
 
-def _one_encoder(first: str, second: str) -> bool:
+def one_encoder(first: str, second: str) -> bool:
+    """Whether two published names are of one encoder, so that their latents are the same."""
     return any(first in names and second in names for names in SHARED)
 
 

@@ -13,33 +13,23 @@ from typing import Any
 from torch import Tensor
 
 from .backbones import Backbone, Config, detect_backbone
-from .backbones.base import patch_size
 from .backbones.keymap import Rule
-from .dcae import DCAEConfig
-from .fields import Check, check_fields, flag, items, optional, shown, whole
-from .files import Entry, check_finite, naming, replacing, weight_files
+from .fields import shown
+from .files import Entry, check_finite, naming
+from .folder import TRANSFORMER, VAE, autoencoder_space, stored_schedule
+from .identity import BaseIdentity, identity_of
 from .jsons import parse_object, read_object
 from .kinds import ALL_IN_ONE, is_quantised, what_it_may_be
-from .latent import LATENT_FIELDS, METADATA_KEY, SPACES, LatentSpace
-from .schedule import check_schedule
+from .latent import METADATA_KEY, LatentSpace
+from .schedule import Schedule
 from .tensors import Tensors
 
-TRANSFORMER = "transformer"
 CONFIG_KEY, SCHEDULE_KEY, BACKBONE_KEY, PATCH_KEY = (
     "dcgen.config",
     "dcgen.schedule",
     "dcgen.backbone",
     "dcgen.patch_size",
 )
-# In scheduler_config.json, which has no field for FLUX.2's rule. diffusers skips what begins with an underscore.
-SCHEDULE_FIELD = "_dcgen_schedule"
-# Of an AutoencoderKL's config.json.
-KL_FIELDS: dict[str, Check] = {
-    "block_out_channels": items(whole(1, 1 << 16), 1, 10),
-    "latent_channels": LATENT_FIELDS["channels"],
-    "scaling_factor": LATENT_FIELDS["scaling_factor"],
-    "shift_factor": optional(LATENT_FIELDS["shift_factor"]),
-}
 
 
 def same_shape(found: tuple[int, ...], wanted: tuple[int, ...] | None) -> bool:
@@ -61,7 +51,29 @@ class Model:
     backbone: Backbone
     config: Config
     latent: LatentSpace | None
-    schedule: dict[str, Any] | None
+    schedule: Schedule | None
+
+    @property
+    def patch_size(self) -> int:
+        """p on the latent, which must be known; ValueError when that cannot fill a token."""
+        if self.latent is None:
+            raise ValueError(f"{self.tensors.path} does not say which autoencoder its latents come from")
+        return self.backbone.patch_size(self.config, self.latent, str(self.tensors.path))
+
+    @property
+    def signature(self) -> dict[str, Any]:
+        """Backbone.base_signature of the config."""
+        return self.backbone.base_signature(self.config)
+
+    def identity(self) -> BaseIdentity:
+        """A few values of the weights, which tell this model from others of its architecture."""
+        return identity_of(self.backbone, self.signature, self.get)
+
+    def on_latent(self, latent: LatentSpace) -> Model:
+        """The same model, whose file does not say its latent, on this one; with its published schedule there."""
+        return replace(
+            self, latent=latent, schedule=self.schedule or self.backbone.default_schedule(latent, self.config)
+        )
 
     @cached_property
     def _bare(self) -> dict[str, Entry]:
@@ -81,12 +93,12 @@ class Model:
         if is_quantised(bare):
             raise ValueError(f"{self.tensors.path}: {what_it_may_be(bare, '')}")
         depths, width = self.backbone.depths(self.config), self.backbone.width(self.config)
-        if not self.backbone.is_native(bare):
-            self.backbone.key_map(self.config).native_plan(bare, depths)  # refuses what is not a whole model
+        if not self.backbone.is_original(bare):
+            self.backbone.key_map(self.config).original_plan(bare, depths)  # refuses what is not a whole model
             return {key: (replace(entry, name=key), None, 0, None) for key, entry in bare.items()}
         found: dict[str, tuple[Entry, Rule | None, int, int | None]] = {}
         for rule in self.backbone.key_map(self.config).diffusers_plan(bare, depths):
-            whole = bare[rule.native_key(bare)]
+            whole = bare[rule.original_key(bare)]
             for key, start, stop in rule.rows(whole.shape[0], width):
                 found[key] = (Entry(key, whole.dtype, (stop - start, *whole.shape[1:])), rule, start, stop)
         return found
@@ -101,7 +113,7 @@ class Model:
         _, rule, start, stop = self._sources[key]
         if rule is None:
             return self._read(key)
-        name = rule.native_key(self._bare)
+        name = rule.original_key(self._bare)
         if len(rule.parts) > 1:  # never swapped: the rows can be read alone
             return self._read(name, start, stop)
         return next(iter(rule.split(self._read(name), self.backbone.width(self.config))))[1]
@@ -139,14 +151,14 @@ class Model:
         """A tensor of `extras`, read now."""
         return self._read(key)
 
-    def native_entries(self, entries: Mapping[str, Entry]) -> Iterator[tuple[Rule, Entry]]:
+    def original_entries(self, entries: Mapping[str, Entry]) -> Iterator[tuple[Rule, Entry]]:
         """(rule, what it makes out of `entries`) for every tensor under its original name."""
-        for rule in self.backbone.key_map(self.config).native_plan(entries, self.backbone.depths(self.config)):
+        for rule in self.backbone.key_map(self.config).original_plan(entries, self.backbone.depths(self.config)):
             parts = [entries[key] for key in rule.parts]
             if len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
-                raise ValueError(f"{self.tensors.path}: {rule.native} would join tensors of different types: {parts}")
+                raise ValueError(f"{self.tensors.path}: {rule.original} would join tensors of different types: {parts}")
             rows = parts[0].shape[0] if rule.copied else sum(part.shape[0] for part in parts)
-            yield rule, Entry(rule.native, parts[0].dtype, (rows, *parts[0].shape[1:]))
+            yield rule, Entry(rule.original, parts[0].dtype, (rows, *parts[0].shape[1:]))
 
 
 def open_model(path: str | os.PathLike[str]) -> Model:
@@ -182,86 +194,20 @@ def model_metadata(model: Model, title: str) -> dict[str, str]:
         CONFIG_KEY: json.dumps(model.config, sort_keys=True),
     }
     if model.schedule is not None:
-        metadata[SCHEDULE_KEY] = json.dumps(model.schedule, sort_keys=True)
+        metadata[SCHEDULE_KEY] = json.dumps(model.schedule.to_dict(), sort_keys=True)
     if model.latent is not None:
-        packed = model.backbone.packed_channels(model.config)
-        metadata[PATCH_KEY] = str(patch_size(packed, model.latent.channels, str(model.tensors.path)))
+        metadata[PATCH_KEY] = str(model.patch_size)
         metadata |= model.latent.to_metadata()
     return metadata
-
-
-def note_schedule(release: Path, schedule: Mapping[str, Any] | None) -> None:
-    """Write `schedule` (dcgen.schedule) into a release's scheduler_config.json, if it has one."""
-    file = release / "scheduler" / "scheduler_config.json"
-    if schedule is None or not file.is_file():
-        return
-    config = {**read_object(file), SCHEDULE_FIELD: dict(schedule)}
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def stored_schedule(release: Path) -> dict[str, Any] | None:
-    """The schedule that a release's scheduler_config.json says outright, None when it leaves it to the model."""
-    file = release / "scheduler" / "scheduler_config.json"
-    config = read_object(file) if file.is_file() else {}
-    with naming(file):
-        if SCHEDULE_FIELD in config:
-            check_schedule(config[SCHEDULE_FIELD])
-            return config[SCHEDULE_FIELD]
-        check_fields(config, {"use_flow_sigmas": optional(flag)})
-        if not config.get("use_flow_sigmas"):
-            return None
-        if "flow_shift" not in config:
-            raise ValueError("flow_shift is missing, though use_flow_sigmas is true")
-        schedule = {"rule": "static", "shift": config["flow_shift"]}
-        check_schedule(schedule)
-        return {**schedule, "shift": float(schedule["shift"])}
-
-
-def kl_space(config: Mapping[str, Any]) -> LatentSpace:
-    """Latent space, without a name, of a diffusers AutoencoderKL config."""
-    check_fields(config, KL_FIELDS, ("block_out_channels", "latent_channels", "scaling_factor"))
-    factor = 2 ** (len(config["block_out_channels"]) - 1)
-    shift = config.get("shift_factor") or 0.0
-    return LatentSpace("", config["latent_channels"], factor, config["scaling_factor"], shift)
-
-
-def latent_of_vae(config: Mapping[str, Any]) -> LatentSpace:
-    """Latent space of a diffusers vae/config.json: the config's numbers, under the published name that has them."""
-    if config.get("_class_name") == "AutoencoderKL":
-        space = kl_space(config)
-    else:
-        dcae = DCAEConfig.from_diffusers(config)
-        if dcae.scaling_factor is None:
-            raise ValueError("vae/config.json has no scaling_factor")
-        name = dcae.name.rstrip("/").rsplit("/", 1)[-1].removesuffix("-diffusers")
-        space = LatentSpace(name, dcae.latent_channels, dcae.spatial_factor, dcae.scaling_factor)
-    if space.name in SPACES:
-        return space
-    fits = [name for name, known in SPACES.items() if not known.differences(replace(space, name=""))]
-    return replace(space, name=fits[0]) if fits else space
 
 
 def _latent(metadata: Mapping[str, str], path: Path) -> LatentSpace | None:
     if METADATA_KEY in metadata:
         return LatentSpace.from_metadata(metadata)
-    for part in (path / "vae", path.parent / "vae"):
-        config = part / "config.json"
-        if path.is_dir() and config.is_file():
-            values = read_object(config)
-            with naming(config):
-                space = latent_of_vae(values)
-            return _with_preview(space, part)
+    for folder in (path / VAE, path.parent / VAE):
+        if path.is_dir() and (folder / "config.json").is_file():
+            return autoencoder_space(folder)
     return None
-
-
-def _with_preview(space: LatentSpace, folder: Path) -> LatentSpace:
-    """The space with the preview factors that the autoencoder's own file may carry."""
-    metadata = Tensors.open(folder).metadata if weight_files(folder) else {}
-    stored = LatentSpace.from_metadata(metadata) if METADATA_KEY in metadata else None
-    if stored is None or stored.channels != space.channels:
-        return space
-    return replace(space, rgb_factors=stored.rgb_factors, rgb_bias=stored.rgb_bias)
 
 
 def _stored_config(tensors: Tensors, folder: Path, backbone: Backbone) -> Config:
@@ -279,9 +225,7 @@ def _stored_config(tensors: Tensors, folder: Path, backbone: Backbone) -> Config
     return {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
 
 
-def _schedule(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
-    if SCHEDULE_KEY not in metadata:
-        return stored_schedule(path)
-    schedule = parse_object(metadata[SCHEDULE_KEY], SCHEDULE_KEY)
-    check_schedule(schedule)
-    return schedule
+def _schedule(metadata: Mapping[str, str], path: Path) -> Schedule | None:
+    if SCHEDULE_KEY in metadata:
+        return Schedule.parse(parse_object(metadata[SCHEDULE_KEY], SCHEDULE_KEY))
+    return stored_schedule(path)

@@ -5,79 +5,179 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .fields import Check, check_fields, optional, real, shown, words
+from .fields import Check, check_fields, flag, optional, real, shown, text, whole, words
 
 RULES = ("flux", "flux2", "static", "sprint")
-
-# FLUX.1's scheduler config: base/max shift at base/max image sequence length.
-FLUX_TOKENS = (256, 4096)
-FLUX_SHIFTS = (0.5, 1.15)
+SHIFT = real(1e-8, 1e8)
 # What a stored schedule may hold: e^mu = shift is 3 to 6 for the published models.
 SCHEDULE_FIELDS: dict[str, Check] = {
     "rule": words(*RULES),
     "mu": optional(real(-20, 20)),
-    "shift": optional(real(1e-8, 1e8)),
+    "shift": optional(SHIFT),
+    "base_shift": real(-20, 20),
+    "max_shift": real(-20, 20),
+    "base_image_seq_len": whole(1, 1 << 24),
+    "max_image_seq_len": whole(1, 1 << 24),
+    "sigma_max": optional(real(0, 1)),
 }
+# Of diffusers' scheduler_config.json, which has no field for FLUX.2's rule: ours begins with an underscore, and
+# diffusers skips such fields.
+SCHEDULE_KEY = "_dcgen_schedule"
+SCHEDULER_FIELDS: dict[str, Check] = {
+    "use_dynamic_shifting": optional(flag),
+    "use_flow_sigmas": optional(flag),
+    "flow_shift": optional(SHIFT),
+    "shift": optional(SHIFT),
+    "base_shift": optional(SCHEDULE_FIELDS["base_shift"]),
+    "max_shift": optional(SCHEDULE_FIELDS["max_shift"]),
+    "base_image_seq_len": optional(SCHEDULE_FIELDS["base_image_seq_len"]),
+    "max_image_seq_len": optional(SCHEDULE_FIELDS["max_image_seq_len"]),
+    "time_shift_type": optional(text(100)),
+    "shift_terminal": optional(real(0, 1)),
+}
+DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 # Latent elements C*h*w at which the FLUX.2-style rule does not shift.
 FLUX2_ELEMENTS = 4096
-# DPMSolverMultistep's flow grid starts at 1 - 1/1000 (num_train_timesteps), FLUX's at 1.
+# DPMSolverMultistep's flow grid starts at 1 - 1/1000 (num_train_timesteps), FlowMatchEuler's at 1.
 STATIC_SIGMA_MAX = 0.999
 # SANA-Sprint's angle between its two steps.
 SPRINT_MIDDLE = 1.3
 
 
-def flux_mu(tokens: int) -> float:
-    """FLUX.1's mu, linear in the number of image tokens: 0.5 at 256, 1.15 at 4096."""
-    slope = (FLUX_SHIFTS[1] - FLUX_SHIFTS[0]) / (FLUX_TOKENS[1] - FLUX_TOKENS[0])
-    return FLUX_SHIFTS[0] + slope * (tokens - FLUX_TOKENS[0])
+@dataclass(frozen=True)
+class Schedule:
+    """How a checkpoint's noise levels are shifted: sigma' = r*sigma / (1 + (r-1)*sigma), with r by a rule.
+
+    rule "flux": r = e^mu, mu linear in the number of image tokens from base_shift at base_image_seq_len to max_shift
+    at max_image_seq_len (names and defaults of FLUX.1's scheduler_config.json);
+    "flux2": r = sqrt(tokens*channels/4096);
+    "static": r is `shift` and nothing else (SANA: 3.0, at 4K 6.0);
+    "sprint": r = tan(1.3), with which an even grid of two steps is that of SANA-Sprint.
+    `mu` (= ln r) or `shift` (= r) overrides any rule; giving both is a ValueError.
+    sigma_max: where the grid starts before the shift; None = 1, and 0.999 for "static", as DPMSolverMultistep has it.
+    """
+
+    rule: str
+    mu: float | None = None
+    shift: float | None = None
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    sigma_max: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"schedule rule {shown(self.rule)} is unknown; use one of {', '.join(RULES)}")
+        if self.shift is not None and not (isinstance(self.shift, (int, float)) and 0 < self.shift < math.inf):
+            raise ValueError(f"the shift must be finite and above 0, got {shown(self.shift)}")
+        if self.sigma_max is not None and not (isinstance(self.sigma_max, (int, float)) and 0 < self.sigma_max <= 1):
+            raise ValueError(f"sigma_max must be above 0 and at most 1, got {shown(self.sigma_max)}")
+        check_fields(vars(self), SCHEDULE_FIELDS)
+        if self.mu is not None and self.shift is not None:
+            raise ValueError(f"give mu or shift, not both (got mu={self.mu}, shift={self.shift}; shift = e^mu)")
+        if self.rule == "static" and self.mu is None and self.shift is None:
+            raise ValueError('schedule rule "static" needs its shift (SANA: 3.0; SANA 4K: 6.0)')
+        if self.base_image_seq_len >= self.max_image_seq_len:
+            raise ValueError(
+                f"base_image_seq_len is {self.base_image_seq_len}, expected less than max_image_seq_len "
+                f"({self.max_image_seq_len})"
+            )
+
+    @classmethod
+    def parse(cls, values: Any) -> Schedule:
+        """A stored schedule, {"rule": ...} with any other field of this class; ValueError names what is wrong."""
+        if isinstance(values, Schedule):
+            return values
+        known = [field.name for field in fields(cls)]
+        try:
+            if not isinstance(values, Mapping) or set(values) - set(known):
+                raise ValueError(f"got {shown(values)}")
+            check_fields(values, {}, needed=("rule",))
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f'schedule must be {{"rule": ...}} with {", ".join(known[1:])} if any: {error}') from error
+
+    @classmethod
+    def from_scheduler_config(cls, config: Mapping[str, Any]) -> Schedule | None:
+        """What a diffusers scheduler_config.json says; None when it leaves the shift to the model (DDPM, no config).
+
+        ValueError for a rule that is not known here.
+        """
+        if SCHEDULE_KEY in config:
+            return cls.parse(config[SCHEDULE_KEY])
+        check_fields(config, SCHEDULER_FIELDS)
+        kind, terminal = config.get("time_shift_type"), config.get("shift_terminal")
+        if kind not in (None, "exponential") or terminal:
+            raise ValueError(
+                f"time_shift_type {shown(kind)} with shift_terminal {shown(terminal)} is a shift that is not known "
+                "here; expected exponential without a terminal shift"
+            )
+        if config.get("use_dynamic_shifting"):
+            return cls("flux", **{name: config[name] for name in DYNAMIC if config.get(name) is not None})
+        if config.get("use_flow_sigmas"):
+            if config.get("flow_shift") is None:
+                raise ValueError("flow_shift is missing, though use_flow_sigmas is true")
+            return cls("static", shift=float(config["flow_shift"]))
+        if config.get("shift") is not None:
+            return cls("static", shift=float(config["shift"]), sigma_max=1.0)
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: what differs from the defaults, and the rule."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+
+    def shifted_by(self, shift: float) -> Schedule:
+        """The same with another ratio r."""
+        return replace(self, mu=None, shift=shift)
+
+    def ratio(self, *, tokens: int, channels: int) -> float:
+        """r for a latent of `tokens` tokens of `channels` numbers each, which are at least 1."""
+        if tokens < 1 or channels < 1:
+            raise ValueError(
+                f"a schedule needs at least 1 token and 1 channel, got tokens={tokens}, channels={channels}"
+            )
+        if self.shift is not None:
+            return float(self.shift)
+        if self.rule == "flux2" and self.mu is None:
+            return math.sqrt(tokens * channels / FLUX2_ELEMENTS)
+        if self.rule == "sprint" and self.mu is None:
+            return math.tan(SPRINT_MIDDLE)
+        mu = self.mu if self.mu is not None else self._linear_mu(tokens)
+        ratio = math.exp(mu) if mu < 700 else math.inf  # exp of more than 709 overflows
+        if not math.isfinite(ratio):
+            raise ValueError(f"the shift of {tokens} tokens must be finite, got e^{mu:g}")
+        return ratio
+
+    def _linear_mu(self, tokens: int) -> float:
+        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        return self.base_shift + slope * (tokens - self.base_image_seq_len)
+
+    def sigmas(self, steps: int, *, tokens: int, channels: int) -> Tensor:
+        """Noise levels of `steps` sampling steps, (steps+1,) float32, falling to 0.
+
+        Before the shift the grid is even from sigma_max to sigma_max/steps. Rule "sprint" is sprint_sigmas, unless mu
+        or shift asks for a shifted grid.
+        """
+        if steps < 1:
+            raise ValueError(f"a schedule needs at least 1 step, got {steps}")
+        if self.rule == "sprint" and self.mu is None and self.shift is None:
+            return sprint_sigmas(steps)
+        ratio = self.ratio(tokens=tokens, channels=channels)
+        top = self.sigma_max if self.sigma_max is not None else (STATIC_SIGMA_MAX if self.rule == "static" else 1.0)
+        grid = top * torch.arange(steps, -1, -1, dtype=torch.float64) / steps
+        return shifted(grid, ratio).float()
 
 
 def shift_ratio(*, tokens: int, channels: int, rule: str, mu: float | None = None, shift: float | None = None) -> float:
-    """The ratio r of sigma' = r*sigma / (1 + (r-1)*sigma) that a rule gives.
-
-    rule "flux": r = e^mu with FLUX.1's mu of the token count; "flux2": r = sqrt(tokens*channels/4096);
-    "static": r is `shift` and nothing else (SANA: 3.0, at 4K 6.0); "sprint": r = tan(1.3), with which an even grid of
-    two steps is that of SANA-Sprint. `mu` (= ln r) or `shift` (= r) overrides any rule; giving both is a ValueError.
-    """
-    if rule not in RULES:
-        raise ValueError(f"schedule rule {rule!r} is unknown; use one of {', '.join(RULES)}")
-    if tokens < 1 or channels < 1:
-        raise ValueError(f"a schedule needs at least 1 token and 1 channel, got tokens={tokens}, channels={channels}")
-    if mu is not None and shift is not None:
-        raise ValueError(f"give mu or shift, not both (got mu={mu}, shift={shift}; shift = e^mu)")
-    if mu is not None:
-        ratio = math.exp(mu) if mu < 700 else math.inf  # exp of more than 709 overflows
-    elif shift is not None:
-        ratio = float(shift)
-    elif rule == "flux":
-        ratio = math.exp(flux_mu(tokens))
-    elif rule == "flux2":
-        ratio = math.sqrt(tokens * channels / FLUX2_ELEMENTS)
-    elif rule == "sprint":
-        ratio = math.tan(SPRINT_MIDDLE)
-    else:
-        raise ValueError('schedule rule "static" needs its shift (SANA: 3.0; SANA 4K: 6.0)')
-    if not (math.isfinite(ratio) and ratio > 0):
-        raise ValueError(f"the shift must be finite and above 0, got {ratio}")
-    return ratio
-
-
-def check_schedule(schedule: Mapping[str, Any]) -> None:
-    """ValueError unless this is {"rule": ...} with a "mu" or "shift" if any, from which sigmas can be computed."""
-    if not isinstance(schedule, Mapping) or set(schedule) - set(SCHEDULE_FIELDS):
-        raise ValueError(
-            f'schedule must be {{"rule": ...}} with a number "mu" or "shift" if any, got {shown(schedule)}'
-        )
-    try:
-        check_fields(schedule, SCHEDULE_FIELDS, needed=("rule",))
-    except ValueError as error:
-        raise ValueError(f'schedule must be {{"rule": ...}} with "mu" or "shift" if any: {error}') from error
-    shift_ratio(tokens=1, channels=1, **schedule)
+    """The ratio r that a rule gives; see Schedule."""
+    return Schedule(rule, mu, shift).ratio(tokens=tokens, channels=channels)
 
 
 def shifted(sigma: Tensor, ratio: float) -> Tensor:
@@ -95,22 +195,11 @@ def sigmas(
     shift: float | None = None,
     sigma_max: float | None = None,
 ) -> Tensor:
-    """Noise levels of `steps` sampling steps, (steps+1,) float32, falling to 0.
+    """Noise levels of `steps` sampling steps, (steps+1,) float32, falling to 0; see Schedule and Schedule.sigmas.
 
-    tokens and channels are those of the latent that is sampled; see shift_ratio for the rules. Before the shift the
-    grid is even from sigma_max to sigma_max/steps; sigma_max is 1, and 0.999 for "static", where DPMSolverMultistep's
-    flow sigmas start. Rule "sprint" is sprint_sigmas, unless mu or shift asks for a shifted grid.
+    tokens and channels are those of the latent that is sampled.
     """
-    if steps < 1:
-        raise ValueError(f"a schedule needs at least 1 step, got {steps}")
-    if rule == "sprint" and mu is None and shift is None:
-        return sprint_sigmas(steps)
-    ratio = shift_ratio(tokens=tokens, channels=channels, rule=rule, mu=mu, shift=shift)
-    top = sigma_max if sigma_max is not None else (STATIC_SIGMA_MAX if rule == "static" else 1.0)
-    if not 0 < top <= 1:
-        raise ValueError(f"sigma_max must be above 0 and at most 1, got {top}")
-    grid = top * torch.arange(steps, -1, -1, dtype=torch.float64) / steps
-    return shifted(grid, ratio).float()
+    return Schedule(rule, mu, shift, sigma_max=sigma_max).sigmas(steps, tokens=tokens, channels=channels)
 
 
 def sprint_sigmas(steps: int) -> Tensor:

@@ -69,6 +69,14 @@ class Tensors:
         """A tensor, or its rows start:stop, read from disk now into memory of its own."""
         return self._readers[name](start, stop)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that most values are stored in."""
+        sizes: dict[torch.dtype, int] = {}
+        for entry in self.entries.values():
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
     def meta(self) -> dict[str, Tensor]:
         """All tensors as meta tensors: shapes and types without memory."""
         return files.meta_tensors(self.entries.values())

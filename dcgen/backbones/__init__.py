@@ -1,4 +1,4 @@
-"""The base models that the method knows. A new one is a file here and a line in BACKBONES."""
+"""The base models that the method knows, by what their files look like. A new one is a module here with a BACKBONE."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ..fields import shown
 from ..kinds import what_it_may_be
-from .base import Backbone, Config
-from .dit import DiT
-from .flux import Flux
-from .sana import Sana
+from ..registry import modules_with
+from .base import Backbone, Config, Ends
 
-BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in (Flux(), Sana(), DiT())}
+BACKBONES: dict[str, Backbone] = {
+    module.BACKBONE.name: module.BACKBONE for module in modules_with("BACKBONE", __name__, __path__)
+}
 
 
 def detect_backbone(state_dict: Mapping[str, Tensor]) -> tuple[Backbone, Config]:
@@ -26,4 +26,4 @@ def detect_backbone(state_dict: Mapping[str, Tensor]) -> tuple[Backbone, Config]
     raise ValueError(f"no known model has these keys (first: {first}). {advice}")
 
 
-__all__ = ["BACKBONES", "Backbone", "Config", "detect_backbone"]
+__all__ = ["BACKBONES", "Backbone", "Config", "Ends", "detect_backbone"]

@@ -1,19 +1,23 @@
-# B batch, C latent channels, h w latent rows and columns, p patch size, D width, f spatial factor
-"""What the method needs to know of a base model. One subclass per model, one file per subclass."""
+# C latent channels, p patch size, D width, f spatial factor
+"""The file formats of a base model: names, shapes, config. One subclass per family, one module per subclass.
+
+How the network of a family is called and trained is in train/families, how ComfyUI runs it in nodes/bridge/families.
+"""
 
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..fields import Check, check_fields, flag, optional, real, whole
 from ..latent import LatentSpace
-from .keymap import MAX_BLOCKS, KeyMap, count_blocks, strip_prefix
+from ..schedule import Schedule
+from .keymap import MAX_BLOCKS, KeyMap, Rule, count_blocks, strip_prefix
 
 Config = dict[str, Any]
 T = TypeVar("T")
@@ -39,96 +43,111 @@ FIELDS: dict[str, Check] = {
 }
 
 
-class Backbone(ABC):
-    """A base model as the method sees it: where the latent enters and leaves it, and how it is called.
+@dataclass(frozen=True)
+class Ends:
+    """The two layers that are tied to the latent, by module path in the diffusers network."""
 
-    Configs are those of the diffusers class (its config.json, names and all). Models are modules with that class's
-    signature; they may be peft-injected or sharded, so nothing here looks at more than named children and `config`.
+    embedder: str
+    head: str
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((self.embedder, self.head))
+
+    @property
+    def prefixes(self) -> tuple[str, str]:
+        """What the names of their tensors begin with."""
+        return f"{self.embedder}.", f"{self.head}."
+
+
+class Backbone(ABC):
+    """A family of base models on disk: where the latent enters and leaves it, names and shapes of its tensors.
+
+    Configs are those of the diffusers class (its config.json, names and all).
     """
 
     name: str
+    title: ClassVar[str]
+    """As messages name it."""
     diffusers_class: str
     modelspec: str
-    embedder: str
-    head: str
-    native_embedder: str
-    native_head: str
     keys: KeyMap
     prefixes: tuple[str, ...] = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "module.")
-    lora_targets: tuple[str, ...]
-    """Regular expressions on whole module paths, joined by | for peft's target_modules."""
-    signatures: tuple[tuple[str, ...], ...]
-    """Sets of keys, in either naming; a state dict that has all of one set is this model's."""
+    original_signature: tuple[str, ...]
+    diffusers_signature: tuple[str, ...]
+    """Keys in either naming; a state dict that has all of one set is this family's."""
     probes: ClassVar[Mapping[str, tuple[str, str, int]]]
     """What tensor shapes tell: field -> (diffusers tensor, original tensor, dimension)."""
     stacks: ClassVar[Mapping[str, tuple[str, str, str]]]
     """Lists of blocks in the order they run: kind in `keys` -> (config field with their number, both names)."""
     extras: tuple[str, ...] = ()
     """Trained tensors that original files have and diffusers has no name for; kept where original names are written."""
-    fingerprint_fields: tuple[str, ...]
+    signature_fields: tuple[str, ...]
     """Config fields that, beside the width, two models share if they fit one adapter."""
+    identity_layers: ClassVar[Mapping[str, str]]
+    """Kind of block in `stacks` -> a layer in it that every LoRA of the method changes: see dcgen.identity."""
+    base_spatial_factor: int | None = None
+    """f of the latents that the published bases of this family work on; None where it differs among them."""
+    temporal_patch: int = 1
     fields: ClassVar[Mapping[str, Check]] = FIELDS
     """What a config field may hold, as far as anything here reads it."""
     needed_fields: tuple[str, ...]
     """Config fields without which no shape is known."""
     told_fields: tuple[str, ...] = ()
-    """What the fingerprint holds beside the width and fingerprint_fields."""
+    """What the base signature holds beside the width and signature_fields."""
+
+    @abstractmethod
+    def ends(self, config: Mapping[str, Any]) -> Ends:
+        """Patch embedder and output head of a model with this config, or with this base signature and patch_size."""
 
     @abstractmethod
     def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:
         """The config of the same network on a latent of `channels` channels cut into patches of `patch_size`."""
 
-    @abstractmethod
-    def embed(self, model: nn.Module, latents: Tensor, config: Config) -> Tensor:
-        """Patch embedding (B,h/p,w/p,D) of model-space latents (B,C,h,w): what Eq. 1 compares."""
-
-    @abstractmethod
-    def velocity(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        sigma: Tensor,
-        cond: Mapping[str, Tensor],
-        guidance: Tensor | None = None,
-    ) -> Tensor:
-        """Velocity noise - x0 (B,C,h,w) at noised model-space latents (B,C,h,w) and sigma (B,) in 0..1."""
-
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The repeated blocks in the order they run: units of sharding and checkpointing."""
-        return [block for _, name, _ in self.stacks.values() for block in child(model, name)]
-
-    def fingerprint(self, config: Config) -> dict[str, Any]:
+    def base_signature(self, config: Config) -> dict[str, Any]:
         """The parts of the config that do not depend on the latent: two models fit one adapter if these agree."""
-        return {"width": self.width(config), **{field: config[field] for field in self.fingerprint_fields}}
+        return {"width": self.width(config), **{field: config[field] for field in self.signature_fields}}
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         """ValueError that names the first field which no model of this kind can have."""
         check_fields(config, self.fields, self.needed_fields)
 
-    def check_fingerprint(self, base: Mapping[str, Any]) -> None:
-        """ValueError unless this is the fingerprint of a model of this kind."""
+    def check_base_signature(self, base: Mapping[str, Any]) -> None:
+        """ValueError unless this is the base signature of a model of this kind."""
         try:
-            check_fields(base, self.fields, ("width", *self.fingerprint_fields, *self.told_fields))
+            check_fields(base, self.fields, ("width", *self.signature_fields, *self.told_fields))
         except ValueError as error:
-            raise ValueError(f"the base fingerprint is not one of a {self.name} model: {error}") from error
+            raise ValueError(f"the base signature is not one of a {self.name} model: {error}") from error
 
     def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that a model with this (checked) config can have, by diffusers name."""
         found = self.end_shapes(config)
-        for path, shape in self.linears(self.fingerprint(dict(config))).items():
+        for path, shape in self.linears(self.base_signature(dict(config))).items():
             found |= {f"{path}.weight": shape, f"{path}.bias": shape[:1]}
         return found | self.other_shapes(config)
 
     def end_shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Shapes of embedder and head on the latent that the config says."""
-        width, p, channels = self.width(config), config["patch_size"], config["in_channels"]
+        p, channels = config["patch_size"], config["in_channels"]
         outputs = (config.get("out_channels") or channels) * p * p
+        return self._end_shapes(self.ends(config), self.width(config), channels, p, outputs)
+
+    def latent_shapes(self, base: Mapping[str, Any], channels: int, patch_size: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of embedder and head, by name, of a base with this signature on another latent."""
+        outputs = channels * patch_size**2 * (2 if base.get("learned_sigma") else 1)
+        ends = self.ends({**base, "patch_size": patch_size})
+        return self._end_shapes(ends, base["width"], channels, patch_size, outputs)
+
+    def _end_shapes(self, ends: Ends, width: int, channels: int, p: int, outputs: int) -> dict[str, tuple[int, ...]]:
         return {
-            f"{self.embedder}.weight": (width, channels, p, p),
-            f"{self.embedder}.bias": (width,),
-            f"{self.head}.weight": (outputs, width),
-            f"{self.head}.bias": (outputs,),
+            f"{ends.embedder}.weight": self.embedder_shape(width, channels, p),
+            f"{ends.embedder}.bias": (width,),
+            f"{ends.head}.weight": (outputs, width),
+            f"{ends.head}.bias": (outputs,),
         }
+
+    def embedder_shape(self, width: int, channels: int, p: int) -> tuple[int, ...]:
+        """Shape of the embedder's weight: here a convolution over patches."""
+        return width, channels, p, p
 
     def other_shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Shapes of what is neither an end nor in linears(): norms, tables, spatial convolutions."""
@@ -143,20 +162,6 @@ class Backbone(ABC):
     def others(self, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
         """As other_shapes, but of one block of each kind in `stacks`, and under "" of what stands around the blocks."""
 
-    def latent_shapes(self, base: Mapping[str, Any], channels: int, patch_size: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors tied to the latent, by name, for a base with this fingerprint: embedder and head.
-
-        This is for an embedder that is a convolution over patches.
-        """
-        width, p = base["width"], patch_size
-        outputs = channels * p * p * (2 if base.get("learned_sigma") else 1)
-        return {
-            f"{self.embedder}.weight": (width, channels, p, p),
-            f"{self.embedder}.bias": (width,),
-            f"{self.head}.weight": (outputs, width),
-            f"{self.head}.bias": (outputs,),
-        }
-
     @abstractmethod
     def extra_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Tensors beside the head that an adapter may replace whole: the norm or modulation before it."""
@@ -166,7 +171,7 @@ class Backbone(ABC):
         """As linears, but of one block of each kind in `stacks`, and under "" of what stands around the blocks."""
 
     def linears(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Weight shape of every layer that a LoRA may sit on, by module path, for a base with this fingerprint.
+        """Weight shape of every layer that a LoRA may sit on, by module path, for a base with this signature.
 
         (out, in) of a Linear, (out, in, 1, 1) of a 1x1 convolution.
         """
@@ -180,7 +185,7 @@ class Backbone(ABC):
     def matches(self, state_dict: Mapping[str, Tensor]) -> bool:
         """Whether the keys look like this model, in either naming (cheap; detect() does the checking)."""
         keys = self.bare_keys(state_dict)
-        return any(all(key in keys for key in names) for names in self.signatures)
+        return any(all(key in keys for key in names) for names in (self.original_signature, self.diffusers_signature))
 
     @abstractmethod
     def detect(self, state_dict: Mapping[str, Tensor]) -> Config:
@@ -188,10 +193,10 @@ class Backbone(ABC):
 
     def read(self, keys: Mapping[str, Tensor]) -> dict[str, int]:
         """Every probe's number, and how many blocks there are by config field; keys without prefix."""
-        native = self.is_native(keys)
-        found = {field: count_blocks(keys, f"{names[native]}.") for field, *names in self.stacks.values()}
-        for field, (diffusers_key, native_key, dim) in self.probes.items():
-            key = native_key if native else diffusers_key
+        original = self.is_original(keys)
+        found = {field: count_blocks(keys, f"{names[original]}.") for field, *names in self.stacks.values()}
+        for field, (diffusers_key, original_key, dim) in self.probes.items():
+            key = original_key if original else diffusers_key
             if key not in keys:
                 raise ValueError(f"this is not a {self.keys.model} state dict: it has no {key}")
             found[field] = dimension(keys[key], dim, key)
@@ -213,9 +218,29 @@ class Backbone(ABC):
         """Values per token: C * p * p."""
         return config["in_channels"] * config.get("patch_size", 1) ** 2
 
+    def patch_size(self, config: Mapping[str, Any], latent: LatentSpace, what: str) -> int:
+        """p, latent pixels along a side of a token; ValueError, naming `what`, when none fits the latent's channels."""
+        return patch_size(self.packed_channels(config), latent.channels, what)
+
     @abstractmethod
-    def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The schedule (see dcgen.schedule) of the published models on this latent, for files that do not say."""
+    def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> Schedule:
+        """The schedule of the published models on this latent, for files that do not say."""
+
+    def identity_names(self, base: Mapping[str, Any]) -> list[str]:
+        """Weights, by diffusers name, whose values tell one base of this signature from another."""
+        names = []
+        for kind, layer in self.identity_layers.items():
+            field, path, _ = self.stacks[kind]
+            last = base[field] - 1
+            names += [f"{path}.{i}.{layer}.weight" for i in sorted({0, last // 2, last}) if i >= 0]
+        return names
+
+    def rule_of(self, name: str, config: Mapping[str, Any]) -> Rule:
+        """The rule of the key map that a tensor, by diffusers name, is in; KeyError for a name that it has not."""
+        for rule in self.key_map(config).rules(self.depths(config)):
+            if name in rule.parts:
+                return rule
+        raise KeyError(name)
 
     def key_map(self, config: Mapping[str, Any]) -> KeyMap:
         """The key map of the variant that the config describes."""
@@ -225,11 +250,11 @@ class Backbone(ABC):
         """The state dict without the prefix that some files put before every key."""
         return strip_prefix(state_dict, self.prefixes)
 
-    def is_native(self, state_dict: Mapping[str, Any]) -> bool:
+    def is_original(self, state_dict: Mapping[str, Any]) -> bool:
         """Whether keys without prefix are the original ones rather than diffusers'."""
-        return f"{self.native_embedder}.weight" in state_dict
+        return all(key in state_dict for key in self.original_signature)
 
-    def to_native(
+    def to_original(
         self, state_dict: Mapping[str, Tensor], config: Config | None = None, *, partial: bool = False
     ) -> dict[str, Tensor]:
         """Diffusers names -> original names, bit-exact. partial: some tensors only (an adapter's).
@@ -238,19 +263,15 @@ class Backbone(ABC):
         """
         keys = self.bare_keys(state_dict)
         config = config or self.detect(keys)
-        return self.key_map(config).to_native(keys, self.depths(config), partial=partial)
+        return self.key_map(config).to_original(keys, self.depths(config), partial=partial)
 
     def to_diffusers(
         self, state_dict: Mapping[str, Tensor], config: Config | None = None, *, partial: bool = False
     ) -> dict[str, Tensor]:
-        """Original names -> diffusers names, bit-exact; tensors are views. Arguments and errors as in to_native."""
+        """Original names -> diffusers names, bit-exact; tensors are views. Arguments and errors as in to_original."""
         keys = self.bare_keys(state_dict)
         config = config or self.detect(keys)
         return self.key_map(config).to_diffusers(keys, self.depths(config), self.width(config), partial=partial)
-
-    def is_lora_target(self, path: str) -> bool:
-        """Whether the module at this path (no prefix) gets a LoRA: lora_targets match whole paths."""
-        return any(re.fullmatch(target, path) for target in self.lora_targets)
 
     def tokens(self, height_px: int, width_px: int, f: int, p: int = 1) -> int:
         """Tokens of an image: (H / fp) * (W / fp), arXiv:2509.25180 section 3.1.1; sizes must be multiples of fp."""
@@ -265,29 +286,6 @@ def dimension(tensor: Tensor, dim: int, key: str) -> int:
     if tensor.ndim <= dim or tensor.shape[dim] < 1:
         raise ValueError(f"{key} has shape {tuple(tensor.shape)}, which no such tensor has: the file is damaged")
     return tensor.shape[dim]
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The module under DistributedDataParallel or torch.compile, for reading attributes (not for calling)."""
-    for wrapper in ("module", "_orig_mod"):
-        inner = getattr(model, wrapper, None)
-        if isinstance(inner, nn.Module):
-            return bare(inner)
-    return model
-
-
-def model_config(model: nn.Module) -> Config:
-    """The diffusers config that the model carries, wrapped or not."""
-    config: Any = bare(model).config
-    return config
-
-
-def child(model: nn.Module, path: str) -> Any:
-    """Submodule by dotted path, through wrappers that forward attributes (PeftModel, DDP, torch.compile)."""
-    module: Any = bare(model)
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
 
 
 def patch_size(packed_channels: int, channels: int, what: str) -> int:

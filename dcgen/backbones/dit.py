@@ -1,32 +1,25 @@
-# B batch, C latent channels, h w latent rows and columns, p patch size, D width, t DDPM step
-"""DiT-XL/2 (class-conditional): diffusers DiTTransformer2DModel and the original facebookresearch names.
-
-DiT predicts noise along the DDPM path sqrt(abar)*x0 + sqrt(1-abar)*noise. A flow's x_sigma is the same point up to
-its length, so velocity() finds the step with the same ratio of signal and noise and turns the noise into a velocity.
-"""
+# C latent channels, p patch size, D width
+"""DiT-XL/2 (class-conditional): diffusers DiTTransformer2DModel and the original facebookresearch names."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..fields import Check, whole
 from ..latent import LatentSpace
-from .base import FIELDS, Backbone, Config, child, model_config
+from ..schedule import Schedule
+from .base import FIELDS, Backbone, Config, Ends
 from .keymap import KeyMap, Row
 
-STEPS = 1000
-BETAS = (1e-4, 0.02)  # linear
 HEAD_DIM = 72
-_BLOCK, _NATIVE = "transformer_blocks.{i}", "blocks.{i}"
+_BLOCK, _ORIGINAL = "transformer_blocks.{i}", "blocks.{i}"
 
 
-def _row(native: str, *parts: str) -> Row:
-    return Row(f"{_NATIVE}.{native}", tuple(f"{_BLOCK}.{part}" for part in parts))
+def _row(original: str, *parts: str) -> Row:
+    return Row(f"{_ORIGINAL}.{original}", tuple(f"{_BLOCK}.{part}" for part in parts))
 
 
 KEYS = KeyMap(
@@ -59,21 +52,15 @@ KEYS = KeyMap(
 
 
 class DiT(Backbone):
-    """DiT. cond: labels (B,) int64, num_embeds_ada_norm (1000) for none; guidance is not for this model."""
+    """DiT on disk."""
 
     name = "dit"
+    title = "DiT"
     diffusers_class = "DiTTransformer2DModel"
     modelspec = "dit"
-    embedder = "pos_embed.proj"
-    head = "proj_out_2"
-    native_embedder = "x_embedder.proj"
-    native_head = "final_layer.linear"
     keys = KEYS
-    lora_targets = (r"transformer_blocks\.\d+\.(attn1\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))",)
-    signatures = (
-        ("pos_embed.proj.weight", "proj_out_2.weight"),
-        ("x_embedder.proj.weight", "y_embedder.embedding_table.weight"),
-    )
+    original_signature = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight")
+    diffusers_signature = ("pos_embed.proj.weight", "proj_out_2.weight")
     probes: ClassVar[dict[str, tuple[str, str, int]]] = {
         "width": ("pos_embed.proj.weight", "x_embedder.proj.weight", 0),
         "in_channels": ("pos_embed.proj.weight", "x_embedder.proj.weight", 1),
@@ -86,10 +73,15 @@ class DiT(Backbone):
         ),
     }
     stacks: ClassVar[dict[str, tuple[str, str, str]]] = {"block": ("num_layers", "transformer_blocks", "blocks")}
-    fingerprint_fields = ("num_layers", "num_attention_heads", "num_embeds_ada_norm")
+    identity_layers: ClassVar[dict[str, str]] = {"block": "attn1.to_q"}
+    base_spatial_factor = 8
+    signature_fields = ("num_layers", "num_attention_heads", "num_embeds_ada_norm")
     told_fields = ("learned_sigma",)
     fields: ClassVar[dict[str, Check]] = {**FIELDS, "num_embeds_ada_norm": whole(0, 1 << 20)}
-    needed_fields = ("in_channels", "attention_head_dim", "patch_size", "sample_size", *fingerprint_fields)
+    needed_fields = ("in_channels", "attention_head_dim", "patch_size", "sample_size", *signature_fields)
+
+    def ends(self, config: Mapping[str, Any]) -> Ends:
+        return Ends("pos_embed.proj", "proj_out_2")
 
     def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:
         """The head keeps predicting a variance if it did. sample_size, which positions refer to, keeps its tokens."""
@@ -103,40 +95,8 @@ class DiT(Backbone):
             "sample_size": size,
         }
 
-    def embed(self, model: nn.Module, latents: Tensor, config: Config) -> Tensor:
-        """With positions, as the released recipe compares them."""
-        p = config["patch_size"]
-        return child(model, "pos_embed")(latents).unflatten(1, (latents.shape[2] // p, latents.shape[3] // p))
-
-    def velocity(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        sigma: Tensor,
-        cond: Mapping[str, Tensor],
-        guidance: Tensor | None = None,
-    ) -> Tensor:
-        """noise - x0 by way of the noise; sigma is held within what DDPM's steps reach (0.0099 to 0.9937)."""
-        levels = flow_sigmas().to(sigma.device)
-        held = sigma.float().clamp(levels[0], levels[-1])
-        step = _interpolate(held, levels)
-        level = held[:, None, None, None].to(latents.dtype)
-        length = ((1 - level).square() + level.square()).sqrt()
-        noise = self.predict_noise(model, latents / length, step, cond)
-        return (noise - latents) / (1 - level)
-
-    def predict_noise(self, model: nn.Module, latents: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Noise (B,C,h,w) in DDPM latents sqrt(abar)*x0 + sqrt(1-abar)*noise at step (B,) in 0..999."""
-        config = model_config(model)
-        if latents.shape[1] != config["in_channels"] or latents.shape[2] != latents.shape[3]:
-            raise ValueError(
-                f"this DiT takes square latents of {config['in_channels']} channels, got {tuple(latents.shape[1:])}"
-            )
-        found = model(latents, timestep=timestep, class_labels=cond["labels"], return_dict=False)[0]
-        return found[:, : latents.shape[1]]  # a learned variance follows the noise
-
-    def fingerprint(self, config: Config) -> dict[str, Any]:
-        return {**super().fingerprint(config), "learned_sigma": _learned_sigma(config)}
+    def base_signature(self, config: Config) -> dict[str, Any]:
+        return {**super().base_signature(config), "learned_sigma": _learned_sigma(config)}
 
     def extra_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         width = base["width"]
@@ -174,31 +134,14 @@ class DiT(Backbone):
             "sample_size": 16 * p,
         }
 
-    def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> dict[str, Any]:
+    def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> Schedule:
         """DiT was trained on all steps alike: no shift."""
-        return {"rule": "static", "shift": 1.0}
-
-
-@lru_cache(maxsize=1)
-def alphas_cumprod() -> Tensor:
-    """abar of DDPM's steps 0..999, (1000,) float64: linear betas."""
-    return (1 - torch.linspace(*BETAS, STEPS, dtype=torch.float64)).cumprod(0)
-
-
-@lru_cache(maxsize=1)
-def flow_sigmas() -> Tensor:
-    """sigma of DDPM's steps 0..999, (1000,) float32, rising: the flow point with the same ratio of signal and noise."""
-    signal, noise = alphas_cumprod().sqrt(), (1 - alphas_cumprod()).sqrt()
-    return (noise / (signal + noise)).float()
-
-
-def _interpolate(sigma: Tensor, levels: Tensor) -> Tensor:
-    """Fractional DDPM step (B,) of sigma (B,) within levels (1000,) rising: linear between two steps."""
-    above = torch.searchsorted(levels, sigma).clamp(1, len(levels) - 1)
-    low, high = levels[above - 1], levels[above]
-    return above - 1 + (sigma - low) / (high - low)
+        return Schedule("static", shift=1.0)
 
 
 def _learned_sigma(config: Mapping[str, Any]) -> bool:
     outputs = config.get("out_channels") or config["in_channels"]
     return outputs == 2 * config["in_channels"]
+
+
+BACKBONE = DiT()

@@ -1,4 +1,4 @@
-# B batch, C latent channels, h w latent rows and columns, p patch size, N image tokens, T text tokens, D width
+# C latent channels, p patch size, D width
 """FLUX.1 (dev, Krea, schnell): diffusers FluxTransformer2DModel and the original BFL/ComfyUI names."""
 
 from __future__ import annotations
@@ -6,13 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..fields import Check, items
 from ..latent import LatentSpace
-from .base import BLOCKS, FIELDS, SIZE, Backbone, Config, child, dimension, model_config, patch_size
+from ..schedule import Schedule
+from .base import BLOCKS, FIELDS, SIZE, Backbone, Config, Ends, dimension
 from .keymap import REST, KeyMap, Row
 
 _QKV = ("to_q", "to_k", "to_v")
@@ -23,18 +22,18 @@ def _block(prefix: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{prefix}.{{i}}.{name}" for name in names)
 
 
-def _norm(native: str, part: str) -> Row:
+def _norm(original: str, part: str) -> Row:
     # ComfyUI renamed the norms' `scale` to `weight` in 2026; both are read, `scale` is written.
-    return Row(f"{native}.scale", (f"{part}.weight",), suffixes=("",), alias=f"{native}.weight")
+    return Row(f"{original}.scale", (f"{part}.weight",), suffixes=("",), alias=f"{original}.weight")
 
 
-def _double(native: str, *parts: str) -> Row:
-    return Row(f"double_blocks.{{i}}.{native}", _block("transformer_blocks", *parts))
+def _double(original: str, *parts: str) -> Row:
+    return Row(f"double_blocks.{{i}}.{original}", _block("transformer_blocks", *parts))
 
 
-def _mlp(native: str, part: str, **kwargs: Any) -> tuple[Row, ...]:
+def _mlp(original: str, part: str, **kwargs: Any) -> tuple[Row, ...]:
     return tuple(
-        Row(f"{native}.{layer}", (f"time_text_embed.{part}.linear_{n}",), **kwargs)
+        Row(f"{original}.{layer}", (f"time_text_embed.{part}.linear_{n}",), **kwargs)
         for n, layer in ((1, "in_layer"), (2, "out_layer"))
     )
 
@@ -91,26 +90,15 @@ KEYS = KeyMap(
 
 
 class Flux(Backbone):
-    """FLUX.1. cond: prompt_embeds (B,T,Dt) and pooled (B,Dp); guidance is g = 1 + w in plain units."""
+    """FLUX.1 on disk."""
 
     name = "flux"
+    title = "FLUX.1"
     diffusers_class = "FluxTransformer2DModel"
     modelspec = "flux-1-dev"
-    embedder = "x_embedder"
-    head = "proj_out"
-    native_embedder = "img_in"
-    native_head = "final_layer.linear"
     keys = KEYS
-    # The layers of the official recipe: attention and MLP of every block, no modulation, not the top-level proj_out.
-    lora_targets = (
-        r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
-        r"transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)",
-        r"single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)",
-    )
-    signatures = (
-        ("img_in.weight", "vector_in.in_layer.weight"),
-        ("x_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"),
-    )
+    original_signature = ("img_in.weight", "vector_in.in_layer.weight")
+    diffusers_signature = ("x_embedder.weight", "time_text_embed.text_embedder.linear_1.weight")
     probes: ClassVar[dict[str, tuple[str, str, int]]] = {
         "width": ("x_embedder.weight", "img_in.weight", 0),
         "in_channels": ("x_embedder.weight", "img_in.weight", 1),
@@ -122,7 +110,9 @@ class Flux(Backbone):
         "double": ("num_layers", "transformer_blocks", "double_blocks"),
         "single": ("num_single_layers", "single_transformer_blocks", "single_blocks"),
     }
-    fingerprint_fields = (
+    identity_layers: ClassVar[dict[str, str]] = {"double": "attn.to_q", "single": "attn.to_q"}
+    base_spatial_factor = 8
+    signature_fields = (
         "num_attention_heads",
         "num_layers",
         "num_single_layers",
@@ -138,43 +128,15 @@ class Flux(Backbone):
         "pooled_projection_dim": SIZE,
         "axes_dims_rope": items(SIZE, 3, 3),
     }
-    needed_fields = ("in_channels", "attention_head_dim", *fingerprint_fields)
+    needed_fields = ("in_channels", "attention_head_dim", *signature_fields)
+
+    def ends(self, config: Mapping[str, Any]) -> Ends:
+        return Ends("x_embedder", "proj_out")
 
     def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:
         """The diffusers class sees packed tokens, so its own patch_size stays 1."""
         packed = channels * patch_size * patch_size
         return {**config, "in_channels": packed, "out_channels": packed, "patch_size": 1}
-
-    def embed(self, model: nn.Module, latents: Tensor, config: Config) -> Tensor:
-        p = patch_size(_packed_channels(model, config), latents.shape[1], "This FLUX")
-        rows = latents.shape[2] // p
-        return rearrange(child(model, self.embedder)(pack(latents, p)), "B (h w) D -> B h w D", h=rows)
-
-    def velocity(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        sigma: Tensor,
-        cond: Mapping[str, Tensor],
-        guidance: Tensor | None = None,
-    ) -> Tensor:
-        """As diffusers' FluxPipeline calls it; guidance is ignored by a model that has no embedding for it."""
-        takes_guidance = model_config(model)["guidance_embeds"]
-        if takes_guidance and guidance is None:
-            raise ValueError("this FLUX has a guidance embedding: pass guidance (B,), the scale g = 1 + w")
-        p = patch_size(_packed_channels(model), latents.shape[1], "This FLUX")
-        rows, columns = latents.shape[2] // p, latents.shape[3] // p
-        tokens = model(
-            hidden_states=pack(latents, p),
-            timestep=sigma,  # diffusers multiplies by 1000 inside
-            guidance=guidance if takes_guidance else None,
-            pooled_projections=cond["pooled"],
-            encoder_hidden_states=cond["prompt_embeds"],
-            txt_ids=torch.zeros(cond["prompt_embeds"].shape[1], 3, device=latents.device),
-            img_ids=position_ids(rows, columns, latents.device),
-            return_dict=False,
-        )[0]
-        return unpack(tokens, rows, columns, p)
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         super().check_config(config)
@@ -182,14 +144,9 @@ class Flux(Backbone):
         if sum(axes) != head_dim or any(axis % 2 for axis in axes):
             raise ValueError(f"axes_dims_rope is {list(axes)}, expected even numbers that add up to {head_dim}")
 
-    def end_shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """The embedder is a Linear on packed tokens; a model that edits may take more channels than it gives."""
-        width, inputs = self.width(config), config["in_channels"]
-        outputs = config.get("out_channels") or inputs
-        ends = {self.embedder: (width, inputs), self.head: (outputs, width)}
-        return {f"{path}.weight": shape for path, shape in ends.items()} | {
-            f"{path}.bias": shape[:1] for path, shape in ends.items()
-        }
+    def embedder_shape(self, width: int, channels: int, p: int) -> tuple[int, ...]:
+        """A Linear on packed tokens."""
+        return width, channels * p * p
 
     def others(self, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
         norm = (config["attention_head_dim"],)
@@ -199,14 +156,8 @@ class Flux(Backbone):
             "single": {f"attn.{name}.weight": norm for name in names[:2]},
         }
 
-    def fingerprint(self, config: Config) -> dict[str, Any]:
-        return {**super().fingerprint(config), "axes_dims_rope": list(_axes(config))}
-
-    def latent_shapes(self, base: Mapping[str, Any], channels: int, patch_size: int) -> dict[str, tuple[int, ...]]:
-        """The embedder is a Linear on packed tokens."""
-        shapes = super().latent_shapes(base, channels * patch_size**2, 1)
-        weight = f"{self.embedder}.weight"
-        return {**shapes, weight: shapes[weight][:2]}
+    def base_signature(self, config: Config) -> dict[str, Any]:
+        return {**super().base_signature(config), "axes_dims_rope": list(_axes(config))}
 
     def extra_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         width = base["width"]
@@ -256,27 +207,9 @@ class Flux(Backbone):
     def packed_channels(self, config: Mapping[str, Any]) -> int:
         return config["in_channels"]
 
-    def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> dict[str, Any]:
+    def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> Schedule:
         """DC-Gen's f32 models follow FLUX.2's rule, its f64 models and FLUX itself FLUX.1's."""
-        return {"rule": "flux2" if latent.spatial_factor == 32 else "flux"}
-
-
-def pack(latents: Tensor, p: int) -> Tensor:
-    """(B,C,h,w) -> tokens (B, h/p * w/p, C*p*p), channel-major within a patch as FluxPipeline packs."""
-    if latents.shape[2] % p or latents.shape[3] % p:
-        raise ValueError(f"latent of {tuple(latents.shape[2:])} rows and columns does not divide into {p}x{p} patches")
-    return rearrange(latents, "B C (h ph) (w pw) -> B (h w) (C ph pw)", ph=p, pw=p)
-
-
-def unpack(tokens: Tensor, rows: int, columns: int, p: int) -> Tensor:
-    """Inverse of pack: tokens (B, rows*columns, C*p*p) -> (B,C,rows*p,columns*p)."""
-    return rearrange(tokens, "B (h w) (C ph pw) -> B C (h ph) (w pw)", h=rows, w=columns, ph=p, pw=p)
-
-
-def position_ids(rows: int, columns: int, device: torch.device | str | None = None) -> Tensor:
-    """RoPE ids (rows*columns, 3) = (0, row, column), float32: one step per token whatever the latent's depth."""
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack((torch.zeros_like(row), row, column), dim=-1).reshape(-1, 3).float().to(device)
+        return Schedule("flux2" if latent.spatial_factor == 32 else "flux")
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
@@ -316,7 +249,4 @@ def _head_dim(keys: Mapping[str, Tensor]) -> int:
     raise ValueError("this is not a FLUX.1 state dict: no block has a query norm")
 
 
-def _packed_channels(model: nn.Module, config: Config | None = None) -> int:
-    """Values per token: what the embedder says, which training may have replaced, before what the config says."""
-    embedder = child(model, Flux.embedder)
-    return getattr(embedder, "in_features", None) or (config or model_config(model))["in_channels"]
+BACKBONE = Flux()

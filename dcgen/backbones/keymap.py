@@ -1,6 +1,6 @@
-"""Key maps between the diffusers names of a model and its original ("native") ones, as data, run both ways.
+"""Key maps between the diffusers names of a model and its original ones, as data, run both ways.
 
-A map is a list of rows. A row says: this native tensor is these diffusers tensors, joined along dim 0. Running a row
+A map is a list of rows. A row says: this original tensor is these diffusers tensors, joined along dim 0. Running a row
 moves whole slices and never computes, so both directions are exact to the bit. Every key must be used by one row.
 """
 
@@ -25,14 +25,14 @@ T = TypeVar("T")
 class Row:
     """One line of a map; `{i}` stands for the block number.
 
-    native: native module (or, with suffixes ("",), tensor) name; parts: diffusers names that make it, in order;
+    original: original module (or, with suffixes ("",), tensor) name; parts: diffusers names that make it, in order;
     sizes: rows of each part in units of the model width, REST for what remains; empty = equal parts;
-    swap: the two halves along dim 0 change places; alias: another native spelling that files use;
+    swap: the two halves along dim 0 change places; alias: another original spelling that files use;
     optional: name of a group of rows that a model has all of or none of; "" = every model has this row;
-    copied: one native tensor that diffusers repeats in every block (the parts are these equal copies).
+    copied: one original tensor that diffusers repeats in every block (the parts are these equal copies).
     """
 
-    native: str
+    original: str
     parts: tuple[str, ...]
     sizes: tuple[int, ...] = ()
     swap: bool = False
@@ -46,7 +46,7 @@ class Row:
 class Rule:
     """A Row for one block and one suffix: full key names."""
 
-    native: str
+    original: str
     parts: tuple[str, ...]
     sizes: tuple[int, ...]
     swap: bool
@@ -54,9 +54,11 @@ class Rule:
     optional: str
     copied: bool
 
-    def native_key(self, keys: Mapping[str, Any]) -> str:
-        """The spelling of the native key that `keys` has (the usual one when it has neither)."""
-        return self.alias if self.alias is not None and self.alias in keys and self.native not in keys else self.native
+    def original_key(self, keys: Mapping[str, Any]) -> str:
+        """The spelling of the original key that `keys` has (the usual one when it has neither)."""
+        return (
+            self.alias if self.alias is not None and self.alias in keys and self.original not in keys else self.original
+        )
 
     def join(self, get: Callable[[str], Tensor]) -> Tensor:
         """Native tensor from its diffusers parts."""
@@ -67,16 +69,16 @@ class Rule:
         return _swap_halves(joined, self.parts[0]) if self.swap else joined
 
     def split(self, tensor: Tensor, width: int) -> Iterator[tuple[str, Tensor]]:
-        """(diffusers key, tensor) for each part of a native tensor; the tensors are views."""
+        """(diffusers key, tensor) for each part of a original tensor; the tensors are views."""
         if self.swap:
-            tensor = _swap_halves(tensor, self.native)
+            tensor = _swap_halves(tensor, self.original)
         if len(self.parts) == 1 or self.copied:
             yield from ((part, tensor) for part in self.parts)
             return
         yield from zip(self.parts, torch.split(tensor, self._rows(tensor.shape[0], width)), strict=True)
 
     def rows(self, total: int, width: int) -> list[tuple[str, int, int]]:
-        """(diffusers key, first row, last row + 1) of each part in a native tensor of `total` rows; not for swap."""
+        """(diffusers key, first row, last row + 1) of each part in a original tensor of `total` rows; not for swap."""
         if self.copied:
             return [(key, 0, total) for key in self.parts]
         counts = [total] if len(self.parts) == 1 else self._rows(total, width)
@@ -89,7 +91,7 @@ class Rule:
             differing = [key for key in self.parts[1:] if not torch.equal(get(key), first)]
             if differing:
                 raise ValueError(
-                    f"{self.native} is one tensor in the original format, but {differing[0]} is not {self.parts[0]}"
+                    f"{self.original} is one tensor in the original format, but {differing[0]} is not {self.parts[0]}"
                 )
         return first
 
@@ -100,7 +102,9 @@ class Rule:
             known = [size * width for size in self.sizes if size != REST]
             counts = [rows - sum(known) if size == REST else size * width for size in self.sizes]
         if sum(counts) != rows or min(counts) < 1:
-            raise ValueError(f"{self.native}: {rows} rows cannot be split into {', '.join(self.parts)} (width {width})")
+            raise ValueError(
+                f"{self.original}: {rows} rows cannot be split into {', '.join(self.parts)} (width {width})"
+            )
         return counts
 
 
@@ -123,33 +127,35 @@ class KeyMap:
             rules += [rule for row in rows if row.copied for rule in _rules(row, None, range(depths[kind]))]
         return rules
 
-    def native_plan(self, keys: Mapping[str, Any], depths: Mapping[str, int], *, partial: bool = False) -> list[Rule]:
-        """The rules that turn these diffusers keys into native ones; ValueError names missing and unknown keys.
+    def original_plan(self, keys: Mapping[str, Any], depths: Mapping[str, int], *, partial: bool = False) -> list[Rule]:
+        """The rules that turn these diffusers keys into original ones; ValueError names missing and unknown keys.
 
-        partial: only some tensors of the model are given, but each native tensor is given whole or not at all.
+        partial: only some tensors of the model are given, but each original tensor is given whole or not at all.
         """
         return self._plan(keys, self.rules(depths), lambda rule: rule.parts, partial)
 
     def diffusers_plan(
         self, keys: Mapping[str, Any], depths: Mapping[str, int], *, partial: bool = False
     ) -> list[Rule]:
-        """The rules that turn these native keys into diffusers ones; errors as in native_plan."""
+        """The rules that turn these original keys into diffusers ones; errors as in original_plan."""
         kept = {key: value for key, value in keys.items() if not key.startswith(self.dropped or ("\0",))}
-        return self._plan(kept, self.rules(depths), lambda rule: (rule.native_key(keys),), partial)
+        return self._plan(kept, self.rules(depths), lambda rule: (rule.original_key(keys),), partial)
 
-    def to_native(
+    def to_original(
         self, state_dict: Mapping[str, Tensor], depths: Mapping[str, int], *, partial: bool = False
     ) -> dict[str, Tensor]:
-        """Diffusers state dict -> native one."""
-        plan = self.native_plan(state_dict, depths, partial=partial)
-        return {rule.native: rule.join(state_dict.__getitem__) for rule in plan}
+        """Diffusers state dict -> original one."""
+        plan = self.original_plan(state_dict, depths, partial=partial)
+        return {rule.original: rule.join(state_dict.__getitem__) for rule in plan}
 
     def to_diffusers(
         self, state_dict: Mapping[str, Tensor], depths: Mapping[str, int], width: int, *, partial: bool = False
     ) -> dict[str, Tensor]:
         """Native state dict -> diffusers one; width is the model's hidden size."""
         plan = self.diffusers_plan(state_dict, depths, partial=partial)
-        return {key: part for rule in plan for key, part in rule.split(state_dict[rule.native_key(state_dict)], width)}
+        return {
+            key: part for rule in plan for key, part in rule.split(state_dict[rule.original_key(state_dict)], width)
+        }
 
     def _plan(
         self,
@@ -214,7 +220,7 @@ def _rules(row: Row, index: int | None, copies: range = range(0)) -> Iterator[Ru
     for suffix in row.suffixes:
         parts = [name(part, i) for part in row.parts for i in (copies or [index])]
         yield Rule(
-            native=name(row.native) + suffix,
+            original=name(row.original) + suffix,
             parts=tuple(part + suffix for part in parts),
             sizes=row.sizes,
             swap=row.swap,

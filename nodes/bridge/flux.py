@@ -57,7 +57,7 @@ def check_base(model: comfy.model_patcher.ModelPatcher, _adapter: Adapter, name:
 
 def ends(model: comfy.model_patcher.ModelPatcher, adapter: Adapter, info: ModelInfo) -> Ends:
     """What the DC-Gen network has in place of the base's, by path: the adapter's layers, and sizes."""
-    native = FLUX.to_native(adapter.tensors, base_config(model), partial=True)
+    native = FLUX.to_original(adapter.tensors, base_config(model), partial=True)
     dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in native.items():

@@ -36,7 +36,7 @@ def load_flux(
     """
     size = patch_size(FLUX.packed_channels(source.config), source.latent.channels, str(source.tensors.path))
     info = ModelInfo(source.latent, size, dict(source.schedule), pixels, LATENT_LAYERS)
-    plan = {rule.native: (rule, entry) for rule, entry in source.native_entries(source.entries)}
+    plan = {rule.original: (rule, entry) for rule, entry in source.original_entries(source.entries)}
     shapes = meta_tensors(entry for _, entry in plan.values())
     parts = ({name: plan[name][0].join(source.get) for name in names} for names in by_layer(plan))
     return build(shapes, parts, source.config, info, source.tensors.path, options or {}, disable_dynamic)

@@ -81,7 +81,7 @@ def _family(tensors: Mapping[str, Tensor], path: Path) -> Any:
     """The module of the family whose network has these keys; ValueError when there is none."""
     for family in (flux, sana):
         keys = family.BACKBONE.bare_keys(tensors)
-        if family.BACKBONE.matches(keys) and family.BACKBONE.is_native(keys) is (family is flux):
+        if family.BACKBONE.matches(keys) and family.BACKBONE.is_original(keys) is (family is flux):
             return family
     raise ValueError(
         f"{path}: a quantized model must be a FLUX with the original key names (double_blocks. ...) or a SANA with "

@@ -44,7 +44,7 @@ def flux(folder, tiny, helper):
     helper.make_adapter(folder / "adapter.safetensors", base, new)
     convert("merge", release, folder / "adapter.safetensors", folder / "merged.safetensors")
     backbone = BACKBONES["flux"]
-    native = backbone.to_native(base.state_dict(), dict(base.config))
+    native = backbone.to_original(base.state_dict(), dict(base.config))
     save_file({key: value.contiguous().clone() for key, value in native.items()}, folder / "core.safetensors")
     layers = backbone.linears(dict(base.config) | {"width": 128})
     random_lora(folder / "user.safetensors", {k: v for k, v in layers.items() if backbone.is_lora_target(k)})

@@ -385,7 +385,7 @@ def test_merge_refuses(make_flux):
     with pytest.raises(ValueError, match=r"1 missing: proj_out.bias"):
         merge({key: value for key, value in base.items() if key != "proj_out.bias"}, adapter)
     with pytest.raises(ValueError, match=r"with diffusers names"):
-        merge(BACKBONES["flux"].to_native(base), adapter)
+        merge(BACKBONES["flux"].to_original(base), adapter)
     key = "transformer_blocks.0.attn.to_q.weight"
     with pytest.raises(ValueError, match=r"to_q.weight: the base has \(16, 15\), the adapter's LoRA \(16, 16\)"):
         merge({**base, key: base[key][:, :15]}, adapter)

@@ -53,7 +53,7 @@ def test_release_to_file_and_back(release, tmp_path, names):
     diffusers = pytest.importorskip("diffusers")
     folder, state, space = release
     out = pack(open_model(folder), tmp_path / "one.safetensors", names=names)
-    same(load_file(out), flux.to_native(state) if names == "native" else state)
+    same(load_file(out), flux.to_original(state) if names == "native" else state)
     with safe_open(out, framework="pt") as file:
         metadata = file.metadata()
     assert LatentSpace.from_metadata(metadata) == space
@@ -117,7 +117,7 @@ def test_a_file_keeps_what_tensors_cannot_tell(make_flux, tmp_path):
 @pytest.mark.parametrize("native", [True, False])
 def test_any_single_file(release, tmp_path, prefix, native):
     _, state, _ = release
-    names = flux.to_native(state) if native else state
+    names = flux.to_original(state) if native else state
     save_file({prefix + key: value for key, value in names.items()}, tmp_path / "a.safetensors")
     model = open_model(tmp_path / "a.safetensors")
     same({key: model.get(key) for key in model.entries}, state)

@@ -139,7 +139,7 @@ def test_shape_tables_are_the_models():
 def test_key_maps_both_ways(tmp_path):
     model = make()
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    native = dit.to_native(state)
+    native = dit.to_original(state)
     assert len(native) == 6 + 5 + 3 * 10
     assert torch.equal(
         native["t_embedder.mlp.0.weight"], state["transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.weight"]
@@ -168,4 +168,4 @@ def test_unequal_copies_are_refused():
     state = {key: value.clone() for key, value in model.state_dict().items()}
     state["transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"] += 1
     with pytest.raises(ValueError, match=r"y_embedder.embedding_table.weight is one tensor in the original format"):
-        dit.to_native(state)
+        dit.to_original(state)

@@ -192,7 +192,7 @@ def test_round_trip_and_detection(make_flux, config):
     state = _state(model)
     expected = {key: value for key, value in model.config.items() if not key.startswith("_")}
     expected["out_channels"] = expected["out_channels"] or expected["in_channels"]
-    native = flux.to_native(state)
+    native = flux.to_original(state)
     back = flux.to_diffusers(native)
     assert set(back) == set(state)
     assert all(torch.equal(back[key], state[key]) for key in state)
@@ -207,7 +207,7 @@ def test_round_trip_and_detection(make_flux, config):
 def test_native_layout_slice_by_slice(make_flux):
     """Every slice at the place where the original code reads it (Linear(D,3D) as q|k|v, linear1 as q|k|v|mlp, ...)."""
     state = _state(make_flux())
-    native = flux.to_native(state)
+    native = flux.to_original(state)
     D, M = 48, 192
     for side, names, norm in (
         ("img", ("to_q", "to_k", "to_v"), "norm_"),
@@ -311,7 +311,7 @@ def test_native_weights_compute_the_same(make_flux):
     with torch.no_grad():
         expected = flux.velocity(model, latents, sigma, cond, g)
         found = _native_forward(
-            flux.to_native(_state(model)),
+            flux.to_original(_state(model)),
             latents.flatten(2).transpose(1, 2),
             *(3, 4),
             cond["prompt_embeds"],
@@ -326,7 +326,7 @@ def test_native_weights_compute_the_same(make_flux):
 
 def test_renamed_norms_are_read(make_flux):
     state = _state(make_flux())
-    native = flux.to_native(state)
+    native = flux.to_original(state)
     renamed = {key.replace("_norm.scale", "_norm.weight"): value for key, value in native.items()}
     assert set(renamed) != set(native)
     assert detect_backbone(renamed)[1] == detect_backbone(native)[1]
@@ -338,7 +338,7 @@ def test_partial_maps(make_flux):
     model = make_flux()
     state, config = _state(model), dict(model.config)
     part = {key: value for key, value in state.items() if key.startswith(("x_embedder", "proj_out", "norm_out"))}
-    native = flux.to_native(part, config, partial=True)
+    native = flux.to_original(part, config, partial=True)
     assert set(native) == {
         f"{name}.{suffix}"
         for name in ("img_in", "final_layer.linear", "final_layer.adaLN_modulation.1")
@@ -348,19 +348,19 @@ def test_partial_maps(make_flux):
     assert all(torch.equal(back[key], part[key]) for key in part)
     query = "transformer_blocks.0.attn.to_q.weight"
     with pytest.raises(ValueError, match=r"^(?!.*unknown).*2 missing: .*attn.to_k.weight, .*attn.to_v.weight$"):
-        flux.to_native({query: state[query]}, config, partial=True)
+        flux.to_original({query: state[query]}, config, partial=True)
 
 
 def test_refusals_name_the_keys(make_flux):
     state = _state(make_flux())
-    native = flux.to_native(state)
+    native = flux.to_original(state)
     lacking = {key: value for key, value in state.items() if key != "transformer_blocks.1.attn.to_out.0.bias"}
     with pytest.raises(ValueError, match=r"1 missing: transformer_blocks.1.attn.to_out.0.bias"):
-        flux.to_native(lacking)
+        flux.to_original(lacking)
     with pytest.raises(ValueError, match=r"1 unknown: double_blocks.0.img_attn.qkv.lora_up"):
         flux.to_diffusers({**native, "double_blocks.0.img_attn.qkv.lora_up": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"time_text_embed.guidance_embedder.linear_2.bias"):
-        flux.to_native({key: value for key, value in state.items() if "guidance_embedder.linear_2" not in key})
+        flux.to_original({key: value for key, value in state.items() if "guidance_embedder.linear_2" not in key})
     holed = {key: value for key, value in native.items() if not key.startswith("double_blocks.0.")}
     with pytest.raises(ValueError, match=r"double_blocks.0. is absent"):
         flux.detect(holed)

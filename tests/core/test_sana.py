@@ -456,7 +456,7 @@ def test_key_maps_both_ways(name):
         model = diffusers.SanaTransformer2DModel(**NAMED[name])
     bytes_like(model)
     state, original = model.state_dict(), _original(model)
-    native = sana.to_native(state)
+    native = sana.to_original(state)
     assert set(native) == set(original)
     assert all(torch.equal(native[key], original[key]) for key in original)
     extra = {"y_embedder.y_embedding": torch.zeros(300, 24), "pos_embed": torch.zeros(1, 9, 64)}
@@ -496,8 +496,8 @@ def test_key_refusals():
     state = make(**{**TINY, **NORMED}).state_dict()
     lacking = {key: value for key, value in state.items() if key != "transformer_blocks.1.attn2.norm_k.weight"}
     with pytest.raises(ValueError, match=r"1 missing: transformer_blocks.1.attn2.norm_k.weight"):
-        sana.to_native(lacking)
+        sana.to_original(lacking)
     with pytest.raises(ValueError, match=r"1 unknown: transformer_blocks.0.attn3.to_q.weight"):
-        sana.to_native({**state, "transformer_blocks.0.attn3.to_q.weight": torch.zeros(1)})
+        sana.to_original({**state, "transformer_blocks.0.attn3.to_q.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"it has no proj_out.weight"):
         sana.detect({key: value for key, value in state.items() if key != "proj_out.weight"})

@@ -46,7 +46,7 @@ def test_pth_to_file_to_release(tmp_path):
     caption, which others' converters lose, stays where original names are written."""
     model = make(sample_size=64, interpolation_scale=1.0)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    native = sana.to_native(state)
+    native = sana.to_original(state)
     extra = {"y_embedder.y_embedding": torch.randn(300, 24), "pos_embed": torch.zeros(1, 9, 64)}
     torch.save({"state_dict": {**native, **extra}, "epoch": 3}, tmp_path / "Sana.pth")
     out = tmp_path / "sana.safetensors"
@@ -73,7 +73,7 @@ def test_positions_are_read_from_an_original_file(tmp_path, side, scale, shift, 
     table = torch.zeros(1, side * side, 64)
     if scale is not None:
         table[0] = get_2d_sincos_pos_embed(64, side, interpolation_scale=scale, base_size=side, output_type="pt")
-    native = sana.to_native(model.state_dict())
+    native = sana.to_original(model.state_dict())
     tensors = {f"model.{key}": value.to(dtype) for key, value in {**native, "pos_embed": table}.items()}
     torch.save({"state_dict": tensors}, tmp_path / "Sana.pth")
     opened = open_model(tmp_path / "Sana.pth")

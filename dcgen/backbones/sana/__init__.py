@@ -1,4 +1,4 @@
-# B batch, C latent channels, h w latent rows and columns, p patch size, T text tokens, D width
+# C latent channels, p patch size, D width
 """SANA (0.6B, 1.6B, SANA-1.5, Sprint): diffusers SanaTransformer2DModel, the original .pth names, and the network."""
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...fields import Check, flag, optional, real, words
 from ...latent import LatentSpace
-from ..base import FIELDS, HEADS, SIZE, Backbone, Config, child, model_config
+from ...schedule import Schedule
+from ..base import FIELDS, HEADS, SIZE, Backbone, Config, Ends
 from ..keymap import KeyMap
 from .keys import KEYS, SPRINT_KEYS
 from .network import QK_NORM, SanaConfig, SanaNet
@@ -25,26 +26,16 @@ POSITIONS = "pos_embed"
 
 
 class Sana(Backbone):
-    """SANA. cond: prompt_embeds (B,T,Dc) and mask (B,T), 1 for a token; guidance only for Sprint, in plain units."""
+    """SANA on disk."""
 
     name = "sana"
+    title = "SANA"
     diffusers_class = "SanaTransformer2DModel"
     modelspec = "sana"
-    embedder = "patch_embed.proj"
-    head = "proj_out"
-    native_embedder = "x_embedder.proj"
-    native_head = "final_layer.linear"
     keys = KEYS
-    # Attention and the 1x1 convolutions of the feed-forward, which hold 98% of a block's weights.
-    lora_targets = (
-        r"transformer_blocks\.\d+\.attn[12]\.(to_[qkv]|to_out\.0)",
-        r"transformer_blocks\.\d+\.ff\.conv_(inverted|point)",
-    )
     extras = ("y_embedder.y_embedding",)  # the null caption, which SANA's own training drops captions to
-    signatures = (
-        ("patch_embed.proj.weight", "caption_norm.weight"),
-        ("x_embedder.proj.weight", "attention_y_norm.weight"),
-    )
+    original_signature = ("x_embedder.proj.weight", "attention_y_norm.weight")
+    diffusers_signature = ("patch_embed.proj.weight", "caption_norm.weight")
     probes: ClassVar[dict[str, tuple[str, str, int]]] = {
         "width": ("patch_embed.proj.weight", "x_embedder.proj.weight", 0),
         "in_channels": ("patch_embed.proj.weight", "x_embedder.proj.weight", 1),
@@ -54,7 +45,8 @@ class Sana(Backbone):
         "hidden": ("transformer_blocks.0.ff.conv_point.weight", "blocks.0.mlp.point_conv.conv.weight", 1),
     }
     stacks: ClassVar[dict[str, tuple[str, str, str]]] = {"block": ("num_layers", "transformer_blocks", "blocks")}
-    fingerprint_fields = (
+    identity_layers: ClassVar[dict[str, str]] = {"block": "attn1.to_q"}
+    signature_fields = (
         "num_layers",
         "num_attention_heads",
         "num_cross_attention_heads",
@@ -97,6 +89,9 @@ class Sana(Backbone):
     def key_map(self, config: Mapping[str, Any]) -> KeyMap:
         return SPRINT_KEYS if config.get("guidance_embeds") else KEYS
 
+    def ends(self, config: Mapping[str, Any]) -> Ends:
+        return Ends("patch_embed.proj", "proj_out")
+
     def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:
         """sample_size, which positions refer to, stays: the new grid spans what the old one spanned."""
         old = config.get("patch_size", 1)
@@ -109,35 +104,8 @@ class Sana(Backbone):
             "sample_size": size,
         }
 
-    def embed(self, model: nn.Module, latents: Tensor, config: Config) -> Tensor:
-        """Without positions, which are the same function of the place before and after."""
-        return child(model, self.embedder)(latents).permute(0, 2, 3, 1)
-
-    def velocity(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        sigma: Tensor,
-        cond: Mapping[str, Tensor],
-        guidance: Tensor | None = None,
-    ) -> Tensor:
-        """As SanaPipeline calls it: whole time steps floor(1000 sigma), as in SANA's training; Sprint takes sigma."""
-        config = model_config(model)
-        guided = config.get("guidance_embeds", False)
-        if guided and guidance is None:
-            raise ValueError("this SANA (Sprint) has a guidance embedding: pass guidance (B,)")
-        self._check_latent(config, latents)
-        return model(
-            hidden_states=latents,
-            encoder_hidden_states=cond["prompt_embeds"],
-            encoder_attention_mask=cond.get("mask"),
-            timestep=sigma if guided else network_timestep(sigma, config.get("timestep_scale", 1.0)),
-            guidance=guidance * config["guidance_embeds_scale"] if guided and guidance is not None else None,
-            return_dict=False,
-        )[0]
-
-    def fingerprint(self, config: Config) -> dict[str, Any]:
-        return super().fingerprint(asdict(SanaConfig.from_diffusers(config)))
+    def base_signature(self, config: Config) -> dict[str, Any]:
+        return super().base_signature(asdict(SanaConfig.from_diffusers(config)))
 
     def extra_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         return {"scale_shift_table": (2, base["width"])}
@@ -167,15 +135,15 @@ class Sana(Backbone):
         needs its config.json.
         """
         keys = self.bare_keys(state_dict)
-        native = self.is_native(keys)
+        original = self.is_original(keys)
         found = self.read(keys)
         width, hidden = found.pop("width"), found.pop("hidden")
         if width % HEAD_DIM:
             raise ValueError(f"SANA width {width} is not a multiple of its head dimension {HEAD_DIM}")
         found["out_channels"] //= found["patch_size"] ** 2
         cross = CROSS_HEADS.get(width, width // HEAD_DIM)
-        normed = ("blocks.0.attn.q_norm.weight" if native else "transformer_blocks.0.attn1.norm_q.weight") in keys
-        guided = ("cfg_embedder.mlp.0.weight" if native else "time_embed.guidance_embedder.linear_1.weight") in keys
+        normed = ("blocks.0.attn.q_norm.weight" if original else "transformer_blocks.0.attn1.norm_q.weight") in keys
+        guided = ("cfg_embedder.mlp.0.weight" if original else "time_embed.guidance_embedder.linear_1.weight") in keys
         return {
             **found,
             "num_attention_heads": width // HEAD_DIM,
@@ -212,26 +180,15 @@ class Sana(Backbone):
     def width(self, config: Mapping[str, Any]) -> int:
         return SanaConfig.from_diffusers(config).width
 
-    def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> dict[str, Any]:
+    def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> Schedule:
         """Shift 3; the 4K model (positions at half steps) was trained at 6; Sprint has its own one or two steps."""
         if config.get("guidance_embeds"):
-            return {"rule": "sprint"}
-        return {"rule": "static", "shift": 6.0 if config.get("interpolation_scale") == 2.0 else 3.0}
+            return Schedule("sprint")
+        return Schedule("static", shift=6.0 if config.get("interpolation_scale") == 2.0 else 3.0)
 
     def network(self, config: Mapping[str, Any], **kwargs: Any) -> SanaNet:
         """The network of a diffusers config; kwargs operations, dtype, device as in SanaNet."""
         return SanaNet(SanaConfig.from_diffusers(config), **kwargs)
-
-    @staticmethod
-    def _check_latent(config: Config, latents: Tensor) -> None:
-        if latents.shape[1] != config["in_channels"]:
-            raise ValueError(
-                f"This SANA takes latents of {config['in_channels']} channels, got {latents.shape[1]}: the latent "
-                "belongs to another autoencoder than the model."
-            )
-        p = config.get("patch_size", 1)
-        if latents.shape[2] % p or latents.shape[3] % p:
-            raise ValueError(f"latent of {tuple(latents.shape[2:])} does not divide into {p}x{p} patches")
 
 
 def network_timestep(sigma: Tensor, scale: float = 1.0) -> Tensor:
@@ -239,4 +196,6 @@ def network_timestep(sigma: Tensor, scale: float = 1.0) -> Tensor:
     return (sigma * TIMESTEPS).floor() * scale
 
 
-__all__ = ["KEYS", "SPRINT_KEYS", "Sana", "SanaConfig", "SanaNet", "network_timestep"]
+BACKBONE = Sana()
+
+__all__ = ["BACKBONE", "KEYS", "SPRINT_KEYS", "Sana", "SanaConfig", "SanaNet", "network_timestep"]

@@ -6,12 +6,12 @@ from typing import Any
 
 from ..keymap import KeyMap, Row
 
-_BLOCK, _NATIVE = "transformer_blocks.{i}", "blocks.{i}"
+_BLOCK, _ORIGINAL = "transformer_blocks.{i}", "blocks.{i}"
 _WEIGHT = (".weight",)
 
 
-def _row(native: str, *parts: str, **kwargs: Any) -> Row:
-    return Row(f"{_NATIVE}.{native}", tuple(f"{_BLOCK}.{part}" for part in parts), **kwargs)
+def _row(original: str, *parts: str, **kwargs: Any) -> Row:
+    return Row(f"{_ORIGINAL}.{original}", tuple(f"{_BLOCK}.{part}" for part in parts), **kwargs)
 
 
 _BLOCKS = (
@@ -24,8 +24,8 @@ _BLOCKS = (
     _row("cross_attn.kv_linear", "attn2.to_k", "attn2.to_v"),
     _row("cross_attn.proj", "attn2.to_out.0"),
     *(
-        _row(f"{native}.{n}_norm", f"{part}.norm_{n}", suffixes=_WEIGHT, optional="qk norm")
-        for native, part in (("attn", "attn1"), ("cross_attn", "attn2"))
+        _row(f"{original}.{n}_norm", f"{part}.norm_{n}", suffixes=_WEIGHT, optional="qk norm")
+        for original, part in (("attn", "attn1"), ("cross_attn", "attn2"))
         for n in "qk"
     ),
     _row("mlp.inverted_conv.conv", "ff.conv_inverted"),
@@ -47,8 +47,8 @@ _DROPPED = ("y_embedder.y_embedding", "pos_embed", "logvar_linear.")
 
 def _map(model: str, *embedders: tuple[str, str]) -> KeyMap:
     rows = tuple(
-        Row(f"{native}.mlp.{layer}", (f"time_embed.{part}.linear_{n}",))
-        for native, part in embedders
+        Row(f"{original}.mlp.{layer}", (f"time_embed.{part}.linear_{n}",))
+        for original, part in embedders
         for n, layer in ((1, 0), (2, 2))
     )
     return KeyMap(model=model, top=(*_TOP, *rows), blocks={"block": _BLOCKS}, dropped=_DROPPED)

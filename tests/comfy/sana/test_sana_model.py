@@ -68,7 +68,7 @@ def write_files(folder, tiny, sana, sana_release, base_release):
     """Original names in a .pth with the table of positions at half steps (4K's), an adapter, a LoRA, FLUX's adapter."""
     side, scale = 6, 2.0
     native = sana.transformer(tiny, 32, 51, qk_norm=QK, sample_size=side, interpolation_scale=scale)
-    original = BACKBONES["sana"].to_native(native.state_dict(), dict(native.config))
+    original = BACKBONES["sana"].to_original(native.state_dict(), dict(native.config))
     table = get_2d_sincos_pos_embed(64, side, interpolation_scale=scale, base_size=side)
     original["pos_embed"] = torch.as_tensor(table).float()[None]
     torch.save({"state_dict": original}, folder / "original.pth")

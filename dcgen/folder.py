@@ -1,0 +1,175 @@
+"""What a folder in the diffusers layout says about its model: the one reader of the nodes and of training.
+
+Only JSON files are read, and the headers of weights; dcgen.release reads the weights themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .backbones import BACKBONES, Backbone, Config
+from .dcae import DCAEConfig
+from .fields import Check, check_fields, items, optional, shown, text, whole
+from .files import naming, replacing, weight_files
+from .jsons import read_object
+from .latent import LATENT_FIELDS, METADATA_KEY, SPACES, LatentSpace, one_encoder
+from .schedule import SCHEDULE_KEY, Schedule
+from .tensors import Tensors
+
+TRANSFORMER, VAE = "transformer", "vae"
+SCHEDULER = Path("scheduler", "scheduler_config.json")
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
+# Of an AutoencoderKL's config.json.
+KL_FIELDS: dict[str, Check] = {
+    "block_out_channels": items(whole(1, 1 << 16), 1, 10),
+    "latent_channels": LATENT_FIELDS["channels"],
+    "scaling_factor": LATENT_FIELDS["scaling_factor"],
+    "shift_factor": optional(LATENT_FIELDS["shift_factor"]),
+}
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release folder: its network's family and config, the latent space it works on, and its schedule."""
+
+    path: Path
+    backbone: Backbone
+    config: Config
+    latent: LatentSpace
+    schedule: Schedule
+
+    @property
+    def patch_size(self) -> int:
+        """p of the network on its own latent."""
+        return self.backbone.patch_size(self.config, self.latent, str(self.path / TRANSFORMER))
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the network takes a guidance scale."""
+        return bool(self.config.get("guidance_embeds"))
+
+    @property
+    def signature(self) -> dict[str, Any]:
+        """Backbone.base_signature of the config."""
+        return self.backbone.base_signature(self.config)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The type that most of the network's values are stored in."""
+        return Tensors.open(self.path / TRANSFORMER).dtype
+
+
+def read_release(path: str | os.PathLike[str]) -> Release:
+    """A release folder; FileNotFoundError or ValueError name the file that is absent or damaged."""
+    path = Path(path)
+    backbone, config = network_config(part(path, TRANSFORMER))
+    latent = autoencoder_space(part(path, VAE))
+    return Release(path, backbone, config, latent, stored_schedule(path) or backbone.default_schedule(latent, config))
+
+
+def part(release: str | os.PathLike[str], name: str) -> Path:
+    """Folder of one part of a release; a missing one is an error that names it."""
+    folder = Path(release) / name
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} not found; {release} should be a release folder in the diffusers layout")
+    return folder
+
+
+def network_config(folder: Path) -> tuple[Backbone, Config]:
+    """Family and config of a transformer folder, from its config.json alone, checked."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found; a release's network is config.json + safetensors")
+    config = read_object(file)
+    found = config.get("_class_name")
+    for backbone in BACKBONES.values():
+        if backbone.diffusers_class == found:
+            with naming(file):
+                check_fields(config, backbone.fields)
+            return backbone, {key: value for key, value in config.items() if not key.startswith("_")}
+    known = ", ".join(backbone.diffusers_class for backbone in BACKBONES.values())
+    raise ValueError(f"{file}: class {shown(found)} is no backbone known here; known: {known}")
+
+
+def autoencoder_config(folder: Path) -> dict[str, Any]:
+    """config.json of an autoencoder folder; other classes and missing files are errors that name them."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found; an autoencoder is a diffusers folder (config.json + safetensors)")
+    config = read_object(file)
+    with naming(file):
+        if config.get("_class_name") not in AUTOENCODERS:
+            raise ValueError(f"class {shown(config.get('_class_name'))}; expected {' or '.join(AUTOENCODERS)}")
+        check_fields(config, {"_name_or_path": optional(text(4096))})
+        _numbers(config)
+    return config
+
+
+def autoencoder_space(folder: str | os.PathLike[str]) -> LatentSpace:
+    """Latent space of an autoencoder folder: the numbers of its config.json, whatever our tables say.
+
+    Its name is the one in the config, else the folder's; a published one where numbers fit that alone. Preview factors
+    are those in the metadata of its weights, if there are any.
+    """
+    folder = Path(folder)
+    config = autoencoder_config(folder)
+    own = folder.resolve().name
+    name = config.get("_name_or_path") or ("" if own == VAE else own)
+    space = replace(_numbers(config), name=Path(name).name.removesuffix("-diffusers"))
+    return _with_preview(_published(space), folder)
+
+
+def _numbers(config: Mapping[str, Any]) -> LatentSpace:
+    """The space, without a name, of a (class-checked) config."""
+    if config.get("_class_name") == "AutoencoderKL":
+        check_fields(config, KL_FIELDS, ("block_out_channels", "latent_channels", "scaling_factor"))
+        factor = 2 ** (len(config["block_out_channels"]) - 1)
+        shift = config.get("shift_factor") or 0.0
+        return LatentSpace("", config["latent_channels"], factor, config["scaling_factor"], shift)
+    dcae = DCAEConfig.from_diffusers(config)
+    if dcae.scaling_factor is None:
+        raise ValueError("scaling_factor is missing")
+    return LatentSpace("", dcae.latent_channels, dcae.spatial_factor, dcae.scaling_factor)
+
+
+def _published(space: LatentSpace) -> LatentSpace:
+    """The space under the published name that its numbers fit, unless it has such a name or several encoders fit."""
+    if space.name in SPACES:
+        return space
+    fits = [name for name, known in SPACES.items() if not known.differences(replace(space, name=""))]
+    same = bool(fits) and all(name == fits[0] or one_encoder(name, fits[0]) for name in fits)
+    return replace(space, name=fits[0]) if same else space
+
+
+def _with_preview(space: LatentSpace, folder: Path) -> LatentSpace:
+    metadata = Tensors.open(folder).metadata if weight_files(folder) else {}
+    stored = LatentSpace.from_metadata(metadata) if METADATA_KEY in metadata else None
+    if stored is None or stored.channels != space.channels:
+        return space
+    return replace(space, rgb_factors=stored.rgb_factors, rgb_bias=stored.rgb_bias)
+
+
+def stored_schedule(release: Path) -> Schedule | None:
+    """The schedule that a release's scheduler_config.json says, None when it leaves it to the model."""
+    file = release / SCHEDULER
+    config = read_object(file) if file.is_file() else {}
+    with naming(file):
+        return Schedule.from_scheduler_config(config)
+
+
+def note_schedule(release: Path, schedule: Schedule | None) -> None:
+    """Write `schedule` into a release's scheduler_config.json, if it has one."""
+    file = release / SCHEDULER
+    if schedule is None or not file.is_file():
+        return
+    config = {**read_object(file), SCHEDULE_KEY: schedule.to_dict()}
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

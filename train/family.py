@@ -1,0 +1,172 @@
+"""What training needs to know of a family of base models, beside its file formats. One subclass a family."""
+# B batch, C latent channels, h w latent rows and columns, p patch size, D width, T text tokens
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dcgen.backbones import Backbone, Config
+
+Cond = dict[str, Tensor]
+RawOutput = Callable[[Tensor, Tensor, Cond], Tensor]
+
+
+class Role(Enum):
+    """What a field of a model's conditioning is."""
+
+    TEXT = "text"  # (B,T,D) hidden states
+    MASK = "mask"  # (B,T), 1 for a token
+    POOLED = "pooled"  # (B,D)
+    LABEL = "label"  # (B,) class numbers
+    REFERENCE = "reference"  # (B,C,h,w) latents of an image that is edited
+
+
+@dataclass(frozen=True)
+class CondField:
+    """A field of the conditioning: its role, and whether it belongs to a caption or to a sample.
+
+    ragged: text of which only the tokens that the mask names are kept, and batches are padded to their longest.
+    """
+
+    role: Role
+    of: str = "caption"
+    ragged: bool = False
+
+    def __post_init__(self) -> None:
+        if self.of not in ("caption", "sample"):
+            raise ValueError(f"a field belongs to a caption or to a sample, not to {self.of!r}")
+
+
+class TextEncoder(Protocol):
+    """Captions -> the caption fields of the conditioning, (B,...) float32 on the encoder's device."""
+
+    def __call__(self, captions: Sequence[str]) -> Cond: ...
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A published base model, for planning a run before anything is downloaded; from its config.json."""
+
+    config: Config
+    latent: str
+    patch_size: int
+    text: tuple[int, int] = (0, 0)  # tokens, width
+
+
+@dataclass(frozen=True)
+class TinyRelease:
+    """A random release of a few kilobytes in the diffusers layout: its classes, and what makes its parts."""
+
+    pipeline: str
+    config: Config
+    autoencoder: Callable[[], Any]
+    scheduler: tuple[str, dict[str, Any]]
+    # class of each text encoder -> what writes it and its tokenizer into two folders
+    text: Mapping[str, Callable[[Path, Path], None]] = field(default_factory=dict)
+    index: Mapping[str, Any] = field(default_factory=dict)  # further entries of model_index.json
+    # changes the network before it is saved
+    settle: Callable[[nn.Module], None] = lambda network: None
+
+
+class Family(ABC):
+    """A family as training sees it: how the network is called, what trains, and how its conditioning is made.
+
+    Models are modules with the diffusers class's signature; they may be peft-injected or sharded, so nothing here looks
+    at more than named children and `config`.
+    """
+
+    backbone: ClassVar[Backbone]
+    lora_targets: ClassVar[tuple[str, ...]]
+    """Regular expressions on whole module paths, joined by | for peft's target_modules."""
+    fields: ClassVar[Mapping[str, CondField]]
+    """The conditioning that velocity() takes, by name."""
+    architectures: ClassVar[Mapping[str, Architecture]] = {}
+    text_parts: ClassVar[tuple[str, ...]] = ()
+    """Folders of a release that make the conditioning."""
+    frozen_layers: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def embed(self, model: nn.Module, latents: Tensor, config: Config) -> Tensor:
+        """Patch embedding (B,h/p,w/p,D) of model-space latents (B,C,h,w): what Eq. 1 compares."""
+
+    @abstractmethod
+    def velocity(
+        self,
+        model: nn.Module,
+        latents: Tensor,
+        sigma: Tensor,
+        cond: Mapping[str, Tensor],
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity noise - x0 (B,C,h,w) at noised model-space latents (B,C,h,w) and sigma (B,) in 0..1."""
+
+    @abstractmethod
+    def text_encoder(
+        self, base: Path, device: torch.device | str, dtype: torch.dtype, tokens: int | None = None
+    ) -> TextEncoder:
+        """What makes the conditioning of captions as the base's own pipeline does, from a release folder.
+
+        tokens: length of the text; None = the release's own.
+        """
+
+    @abstractmethod
+    def tiny(self, guidance_embeds: bool) -> TinyRelease:
+        """A random release for tests and the tiny recipe."""
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The repeated blocks in the order they run: units of sharding and checkpointing."""
+        return [block for _, name, _ in self.backbone.stacks.values() for block in child(model, name)]
+
+    def image_tokens(self, output: Any, grid: tuple[int, int]) -> Tensor:
+        """The image's tokens (B,h,w,D) in what a block gives; here the last of its outputs, behind any text."""
+        tokens = output[-1] if isinstance(output, tuple) else output
+        return tokens[:, -grid[0] * grid[1] :].unflatten(1, grid)
+
+    def is_lora_target(self, path: str) -> bool:
+        """Whether the module at this path (no prefix) gets a LoRA: lora_targets match whole paths."""
+        return any(re.fullmatch(target, path) for target in self.lora_targets)
+
+    def raw_output(self, model: nn.Module, x: Tensor, step: Tensor, cond: Cond) -> Tensor | None:
+        """What a network trained by DDPM gives for latents (B,C,h,w) at whole steps (B,); None for flow models."""
+        return None
+
+    @property
+    def denoises(self) -> bool:
+        """Whether the family was trained by DDPM, so that objective.loss: ddpm applies."""
+        return type(self).raw_output is not Family.raw_output
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """A network just loaded, ready for training: without randomness of its own."""
+        return model
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The module under DistributedDataParallel or torch.compile, for reading attributes (not for calling)."""
+    for wrapper in ("module", "_orig_mod"):
+        inner = getattr(model, wrapper, None)
+        if isinstance(inner, nn.Module):
+            return bare(inner)
+    return model
+
+
+def model_config(model: nn.Module) -> Config:
+    """The diffusers config that the model carries, wrapped or not."""
+    config: Any = bare(model).config
+    return config
+
+
+def child(model: nn.Module, path: str) -> Any:
+    """Submodule by dotted path, through wrappers that forward attributes (PeftModel, DDP, torch.compile)."""
+    module: Any = bare(model)
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
