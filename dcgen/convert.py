@@ -38,6 +38,7 @@ from .tensors import INDEX_SUFFIX, total_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = ("original", "diffusers")
+FORMER_NAMES = {"native": "original"}
 SHARD_BYTES = 5_000_000_000
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -142,6 +143,7 @@ def _write(
 ) -> Path:
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: the result is a .safetensors file; give it that ending")
+    names = FORMER_NAMES.get(names, names)
     if names not in NAMES:
         raise ValueError(f"names must be one of {', '.join(NAMES)}, got {names!r}")
     with naming(model.tensors.path):
@@ -241,7 +243,13 @@ def _parser() -> argparse.ArgumentParser:
     command("preview", "DC-AE -> one .safetensors with preview factors for live previews", "autoencoder", "out")
     command("info", "say what a file or folder is", "model")
     for one in (packing, merging):
-        one.add_argument("--names", choices=NAMES, default=NAMES[0], help="key names (default: %(default)s)")
+        one.add_argument(
+            "--names",
+            type=lambda name: FORMER_NAMES.get(name, name),
+            choices=NAMES,
+            default=NAMES[0],
+            help="key names (default: %(default)s, which ComfyUI uses)",
+        )
     merging.add_argument("--strength", type=float, default=1.0, help="of the LoRA; 0 = alignment only")
     unpacking.add_argument("--parts", type=Path, help="release folder whose other parts are copied beside")
     extracting.add_argument("--rank", type=int, default=256, help="largest rank of a layer (default: %(default)s)")

@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.latent_formats
 import comfy.model_management
+import comfy.model_sampling
 import torch
 from torch import Tensor
 
 from ...dcgen.latent import SPACES, LatentSpace
+from ...dcgen.schedule import Schedule
 
 # Each latent is one dot of the preview; from f32 on that is too small to see, so the dots are drawn this far apart.
 PREVIEW_DOT = 8
 STAMP = "dcgen_space"
+TEXT_KEY = "dcgen_text"  # in a CONDITIONING's dict: the family whose text encoding it is, where a node of ours made it
 
 
 class DCGenLatentFormat(comfy.latent_formats.LatentFormat):
@@ -54,15 +57,18 @@ def latent_format(space: LatentSpace) -> comfy.latent_formats.LatentFormat:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a MODEL is sampled in: its latent space, patch size, the schedule its checkpoint wants (dcgen.schedule),
-    the image side in pixels it was made for, if known, and which layers of its network depend on the latent.
+    """What a MODEL is sampled in: its latent space, patch size, the schedule its checkpoint wants, the image side in
+    pixels it was made for, if known, the name of its family ("" for a foreign MODEL) and its config, and which layers
+    of its network depend on the latent, with their names in LoRA files.
     """
 
     space: LatentSpace
-    patch_size: int = 1
-    schedule: dict[str, Any] = field(default_factory=lambda: {"rule": "flux"})
+    patch_size: int
+    schedule: Schedule | None
     pixels: int | None = None
-    latent_layers: tuple[str, ...] = ()
+    family: str = ""
+    config: dict[str, Any] | None = None
+    latent_layers: dict[str, str] | None = None
 
     @property
     def token_channels(self) -> int:
@@ -110,7 +116,20 @@ def info_of(model: Any) -> ModelInfo:
     space = LatentSpace(
         "", shape.latent_channels, factor, float(shape.scale_factor), float(getattr(shape, "shift_factor", 0.0))
     )
-    return ModelInfo(space, int(getattr(base.diffusion_model, "patch_size", 1) or 1))
+    return ModelInfo(space, int(getattr(base.diffusion_model, "patch_size", 1) or 1), foreign_schedule(model))
+
+
+def foreign_schedule(model: Any) -> Schedule | None:
+    """The schedule of a MODEL that another loader made, by its sampling object; None when that is no flow's.
+
+    The core keeps FLUX's shift at one size there; its rule, at the size of the latent, is meant.
+    """
+    sampling = model.get_model_object("model_sampling")
+    if isinstance(sampling, comfy.model_sampling.ModelSamplingFlux):
+        return Schedule("flux")
+    if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscreteFlow):
+        return Schedule("static", shift=float(sampling.shift), sigma_max=1.0)
+    return None
 
 
 def empty_latent(model: Any, width: int, height: int, batch_size: int) -> dict[str, Any]:

@@ -36,7 +36,6 @@ from .owners import ATTRIBUTES, OWNERS
 
 BASE = "dcgen_base"  # key of the base's patcher among the additional models
 NETWORK = "diffusion_model."
-PACKED = "GGUFModelPatcher"  # ComfyUI-GGUF's, known by name
 Ends = Mapping[str, Any]
 """What an overlay has of its own, by path in the network: layers, parameters and plain attributes."""
 
@@ -183,20 +182,6 @@ class OverlayPatcher(lora.Reporting):
         added = super()._add_patches(ours, *strengths) if ours else []
         return added + (self.base.add_patches(theirs, *strengths) if theirs else [])
 
-    def add_hook_patches(
-        self, hook: Any, patches: Mapping, strength_patch: float = 1.0, strength_model: float = 1.0
-    ) -> list:
-        """As the core's, which finds the base's weights here too and puts them back after sampling.
-
-        ValueError for packed weights (GGUF), which the core would take for numbers.
-        """
-        if type(self.base).__name__ == PACKED:
-            raise ValueError(
-                "LoRA hooks cannot change a GGUF model's packed weights. Load it with an ordinary LoRA loader, or "
-                "use an fp8 or 16-bit file of the base."
-            )
-        return super().add_hook_patches(hook, patches, strength_patch, strength_model)
-
     def get_key_patches(self, filter_prefix: str | None = None) -> dict:
         """Weights with their patches, own and the base's (model merging and saving read these)."""
         found = self.base.get_key_patches(filter_prefix)
@@ -296,7 +281,7 @@ def _of_base(name: str) -> Callable:
 
 
 @cache
-def _overlay_kind(kind: type) -> type:
+def _overlay_kind(kind: type, mixin: type) -> type:
     """The core's patcher class `kind` for an overlay. Methods that OverlayPatcher writes out are left to it."""
     methods: dict[str, Callable] = {}
     for name in OWNERS["own layers"] - {"__del__"} - set(vars(OverlayPatcher)):
@@ -304,13 +289,14 @@ def _overlay_kind(kind: type) -> type:
             methods[name] = _of_own_layers(getattr(kind, name))
     methods |= {name: _of_owner(name, getattr(kind, name)) for name in OWNERS["by name"] if hasattr(kind, name)}
     methods |= {name: _of_base(name) for name in OWNERS["base"]}
-    return type(f"Overlay{kind.__name__}", (OverlayPatcher, kind), methods)
+    return type(f"Overlay{kind.__name__}", (mixin, kind), methods)
 
 
 def overlay_patcher(
-    base: comfy.model_patcher.ModelPatcher, network: nn.Module, config: Any
+    base: comfy.model_patcher.ModelPatcher, network: nn.Module, config: Any, mixin: type = OverlayPatcher
 ) -> comfy.model_patcher.ModelPatcher:
-    """Wrap `network` (an overlay of base's) in a BaseModel of the base's class with `config`, and in a patcher.
+    """Wrap `network` (an overlay of base's) in a BaseModel of the base's class with `config`, and in a patcher of the
+    core's with `mixin`, which is OverlayPatcher or a subclass.
 
     What was set on the base's MODEL before (options, wrappers, callbacks, a sampling object) carries over.
     """
@@ -322,7 +308,7 @@ def overlay_patcher(
     model.diffusion_model = network
     kind = core.ModelPatcherDynamic if is_dynamic(base) else core.ModelPatcher
     patcher = kind(model, base.load_device, base.offload_device)
-    patcher.__class__ = _overlay_kind(kind)
+    patcher.__class__ = _overlay_kind(kind, mixin)
     for name in ATTRIBUTES["carried"]:
         setattr(patcher, name, getattr(below, name))
     patcher.force_cast_weights = below.force_cast_weights
@@ -334,18 +320,33 @@ def overlay_patcher(
     return patcher
 
 
+def own_layers(tensors: Mapping[str, Tensor], dtype: Any, device: Any) -> dict[str, Any]:
+    """Layers of an overlay by path, of the tensors by the network's names: Linear, Conv2d over patches (a weight of
+    four dimensions), and parameters that stand beside the layers. They follow their input's device and dtype.
+    """
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        path, _, end = name.rpartition(".")
+        layers.setdefault(path if end in ("weight", "bias") else name, {})[end] = tensor
+    return {path: _layer(weights, dtype, device) for path, weights in layers.items()}
+
+
+def _layer(weights: Mapping[str, Tensor], dtype: Any, device: Any) -> nn.Module | nn.Parameter:
+    if "weight" not in weights:
+        (tensor,) = weights.values()
+        return nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+    if weights["weight"].ndim == 2:
+        return linear(weights, dtype, device)
+    out_channels, in_channels, p, _ = weights["weight"].shape
+    kwargs = {"stride": p, "bias": "bias" in weights, "dtype": dtype, "device": device}
+    return _filled(comfy.ops.manual_cast.Conv2d(in_channels, out_channels, p, **kwargs), weights, dtype, device)
+
+
 def linear(weights: Mapping[str, Tensor], dtype: Any, device: Any) -> nn.Module:
     """A comfy.ops Linear holding {"weight": (out,in)[, "bias": (out,)]}; it follows its input's device and dtype."""
     out_features, in_features = weights["weight"].shape
     layer = comfy.ops.manual_cast.Linear(in_features, out_features, bias="bias" in weights, dtype=dtype, device=device)
     return _filled(layer, weights, dtype, device)
-
-
-def convolution(weights: Mapping[str, Tensor], dtype: Any, device: Any) -> nn.Module:
-    """A comfy.ops Conv2d over patches {"weight": (out,in,p,p)[, "bias": (out,)]}, likewise."""
-    out_channels, in_channels, p, _ = weights["weight"].shape
-    kwargs = {"stride": p, "bias": "bias" in weights, "dtype": dtype, "device": device}
-    return _filled(comfy.ops.manual_cast.Conv2d(in_channels, out_channels, p, **kwargs), weights, dtype, device)
 
 
 def _filled(layer: nn.Module, weights: Mapping[str, Tensor], dtype: Any, device: Any) -> nn.Module:

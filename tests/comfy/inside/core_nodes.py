@@ -363,7 +363,7 @@ def text_encoders(pack, _tensors, params):
 
         def run(clip, encode=encode):
             if encode == "sana":
-                ((cond, _),) = bridge(pack, "sana_text").encode(clip, "a red cat", "instruction ")
+                ((cond, _),) = bridge(pack, "families.sana.text").encode(clip, "a red cat", "instruction ")
             else:
                 ((cond, _),) = clip.encode_from_tokens_scheduled(clip.tokenize("a red cat"))
             return cond.float()

@@ -54,7 +54,7 @@ def facts(patcher):
         "factor": model.dcgen.space.spatial_factor,
         "scaling": model.latent_format.scale_factor,
         "shift": model.model_sampling.shift,
-        "schedule": model.dcgen.schedule,
+        "schedule": model.dcgen.schedule.to_dict(),
     }
 
 
@@ -129,7 +129,7 @@ def refusals(pack, params, base, deep, adapter):
 def text(pack, _tensors, params):
     """Conditioning of each prompt from the release's Gemma and from core's CLIP."""
     out, said = {}, {}
-    sana_text = bridge(pack, "sana_text")
+    sana_text = bridge(pack, "families.sana.text")
     folder = release_of(pack, params["release"])
     index = json.loads((folder / "model_index.json").read_text())
     clips = {"release": sana_text.load_sana_text(folder, index)}
@@ -148,7 +148,7 @@ def text(pack, _tensors, params):
         try:
             broken = release_of(pack, params[name])
             if name == "flux":
-                flux = bridge(pack, "text").load_flux_text(
+                flux = bridge(pack, "families.flux.text").load_flux_text(
                     broken, json.loads((broken / "model_index.json").read_text())
                 )
                 sana_text.encode(flux, "a red cat", "")
