@@ -29,9 +29,10 @@ from .dcae import load_dcae, save_dcae
 from .extract import Kept, extract
 from .files import SUFFIXES, Entry, naming, opened, write_stream
 from .jsons import parse_json
-from .latent import SPACES, LatentSpace
+from .latent import LatentSpace
 from .preview import fit_preview
 from .release import TRANSFORMER, Model, model_metadata, note_schedule, open_model
+from .spaces import SPACES
 from .tensors import INDEX_SUFFIX, total_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

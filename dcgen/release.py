@@ -20,8 +20,9 @@ from .fields import Check, check_fields, flag, items, optional, shown, whole
 from .files import Entry, check_finite, naming, replacing, weight_files
 from .jsons import parse_object, read_object
 from .kinds import ALL_IN_ONE, is_quantised, what_it_may_be
-from .latent import LATENT_FIELDS, METADATA_KEY, SPACES, LatentSpace
+from .latent import LATENT_FIELDS, METADATA_KEY, LatentSpace
 from .schedule import check_schedule
+from .spaces import SPACES
 from .tensors import Tensors
 
 TRANSFORMER = "transformer"

@@ -15,8 +15,8 @@ import folder_paths
 import torch
 
 from ...dcgen.jsons import read_object
-from ...dcgen.latent import SPACES
 from ...dcgen.release import Model, open_model
+from ...dcgen.spaces import SPACES
 from .boundary import reading
 from .flux import FLUX
 from .flux_loader import load_flux

@@ -11,8 +11,8 @@ from aiohttp import web
 
 from ...dcgen.adapter import load_adapter
 from ...dcgen.backbones.base import patch_size
-from ...dcgen.latent import SPACES
 from ...dcgen.release import open_model
+from ...dcgen.spaces import SPACES
 from .release import find_release, release_names
 
 PATH = "/dcgen/latent"

@@ -17,8 +17,9 @@ from dcgen.adapter import Adapter, LoraPair, load_adapter, merge, save_adapter
 from dcgen.backbones import BACKBONES
 from dcgen.convert import describe, main, merge_file, pack, unpack
 from dcgen.extract import extract, factor, rounding_floor
-from dcgen.latent import SPACES, LatentSpace
+from dcgen.latent import LatentSpace
 from dcgen.release import latent_of_vae, note_schedule, open_model
+from dcgen.spaces import SPACES
 
 flux = BACKBONES["flux"]
 SPACE = SPACES["dc-ae-f32c32-in-1.0"]
