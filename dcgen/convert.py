@@ -30,10 +30,11 @@ from .extract import Kept, extract
 from .files import SUFFIXES, Entry, naming, opened, write_stream
 from .folder import TRANSFORMER, note_schedule
 from .jsons import parse_json
-from .latent import SPACES, LatentSpace
+from .latent import LatentSpace
 from .preview import fit_preview
 from .release import Model, model_metadata, open_model
 from .schedule import Schedule
+from .spaces import SPACES
 from .tensors import INDEX_SUFFIX, total_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -20,8 +20,9 @@ from .dcae import DCAEConfig
 from .fields import Check, check_fields, items, optional, shown, text, whole
 from .files import naming, replacing, weight_files
 from .jsons import read_object
-from .latent import LATENT_FIELDS, METADATA_KEY, SPACES, LatentSpace, one_encoder
+from .latent import LATENT_FIELDS, METADATA_KEY, LatentSpace, one_encoder
 from .schedule import SCHEDULE_KEY, Schedule
+from .spaces import SPACES
 from .tensors import Tensors
 
 TRANSFORMER, VAE = "transformer", "vae"

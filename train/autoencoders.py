@@ -14,8 +14,9 @@ from dcgen.dcae import load_dcae
 from dcgen.dcae.config import DCAEConfig
 from dcgen.fields import check_fields, optional, shown, text
 from dcgen.files import naming, weight_files
-from dcgen.latent import SPACES, LatentSpace
+from dcgen.latent import LatentSpace
 from dcgen.release import kl_space
+from dcgen.spaces import SPACES
 from train.files import read_json, sha256
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from dcgen.backbones import BACKBONES, Backbone
-from dcgen.latent import SPACES, LatentSpace
+from dcgen.latent import LatentSpace
+from dcgen.spaces import SPACES
 from train.architectures import ARCHITECTURES
 from train.autoencoders import latent_space
 from train.config import nearest

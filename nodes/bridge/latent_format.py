@@ -12,8 +12,9 @@ import comfy.model_sampling
 import torch
 from torch import Tensor
 
-from ...dcgen.latent import SPACES, LatentSpace
+from ...dcgen.latent import LatentSpace
 from ...dcgen.schedule import Schedule
+from ...dcgen.spaces import SPACES
 
 # Each latent is one dot of the preview; from f32 on that is too small to see, so the dots are drawn this far apart.
 PREVIEW_DOT = 8

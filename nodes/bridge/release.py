@@ -15,8 +15,8 @@ import torch
 
 from ...dcgen.files import naming
 from ...dcgen.jsons import read_object
-from ...dcgen.latent import SPACES
 from ...dcgen.release import Model, open_model
+from ...dcgen.spaces import SPACES
 from .boundary import reading
 from .families import family_of_class
 from .family import Family

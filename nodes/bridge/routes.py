@@ -10,8 +10,8 @@ import folder_paths
 from aiohttp import web
 
 from ...dcgen.adapter import load_adapter
-from ...dcgen.latent import SPACES
 from ...dcgen.release import open_model
+from ...dcgen.spaces import SPACES
 from .release import find_release, release_names
 
 PATH = "/dcgen/latent"

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from dcgen.adapter import Adapter, LoraPair, load_adapter, merge, save_adapter
 from dcgen.backbones import BACKBONES
-from dcgen.latent import SPACES, LatentSpace
+from dcgen.latent import LatentSpace
+from dcgen.spaces import SPACES
 from train.families import FAMILIES
 
 BASE = {

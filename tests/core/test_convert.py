@@ -18,9 +18,10 @@ from dcgen.backbones import BACKBONES
 from dcgen.convert import describe, main, merge_file, pack, unpack
 from dcgen.extract import extract, factor, rounding_floor
 from dcgen.folder import note_schedule, space_of_config
-from dcgen.latent import SPACES, LatentSpace
+from dcgen.latent import LatentSpace
 from dcgen.release import open_model
 from dcgen.schedule import Schedule
+from dcgen.spaces import SPACES
 from train.families import FAMILIES
 
 flux = BACKBONES["flux"]

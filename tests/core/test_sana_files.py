@@ -10,8 +10,8 @@ from dcgen.adapter import Adapter, LoraPair, load_adapter, merge, save_adapter
 from dcgen.backbones import BACKBONES
 from dcgen.convert import main, merge_file, unpack
 from dcgen.extract import extract
-from dcgen.latent import SPACES
 from dcgen.release import open_model
+from dcgen.spaces import SPACES
 
 diffusers = pytest.importorskip("diffusers")
 get_2d_sincos_pos_embed = diffusers.models.embeddings.get_2d_sincos_pos_embed

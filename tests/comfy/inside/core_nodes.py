@@ -172,7 +172,7 @@ def saved(s, model):
         save_checkpoint(one, filename_prefix=prefix, output_dir=folder_paths.get_output_directory())
         (file,) = Path(folder_paths.get_output_directory(), "saved").glob(f"{id(one)}_*.safetensors")
         # The core's file does not say whose latents they are; the user chooses.
-        importlib.import_module(f"{s.pack}.dcgen.latent").SPACES["chosen"] = (
+        importlib.import_module(f"{s.pack}.dcgen.spaces").SPACES["chosen"] = (
             bridge(s.pack, "latent_format").info_of(one).space
         )
         out[name] = s.sample(s.release.load_weights(file, "default", "chosen"))

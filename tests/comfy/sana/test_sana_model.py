@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from dcgen.adapter import Adapter, LoraPair, save_adapter
 from dcgen.backbones import BACKBONES
-from dcgen.latent import SPACES, LatentSpace
+from dcgen.latent import LatentSpace
+from dcgen.spaces import SPACES
 
 DEEP = LatentSpace("tiny-f64", 16, 64, 0.31)
 QK = "rms_norm_across_heads"
