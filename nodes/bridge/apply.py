@@ -11,7 +11,7 @@ from .family import Family
 from .guard import guarded
 from .host import Host, Patcher
 from .hosts import host_of
-from .latent_format import ModelInfo, info_of
+from .latent_format import FamilyInfo, ModelInfo, info_of
 from .loader import info_for
 
 
@@ -50,7 +50,7 @@ def _base_space(info: ModelInfo, adapter: Adapter) -> LatentSpace:
     own autoencoder is taken for granted.
     """
     known = adapter.base_latent
-    if info.family or known is None:
+    if isinstance(info, FamilyInfo) or known is None:
         return info.space
     if known.channels != info.space.channels:
         return info.space

@@ -15,7 +15,7 @@ import comfy.patcher_extension
 from torch import Tensor
 
 from .families import FAMILIES
-from .latent_format import TEXT_KEY, ModelInfo
+from .latent_format import TEXT_KEY, FamilyInfo, ModelInfo
 
 KEY = "dcgen_guard"
 CORE_PIXELS = 8  # image pixels that core's nodes take a latent pixel for
@@ -35,7 +35,7 @@ def guarded(patcher: Any) -> Any:
 def _sample(executor: Any, noise: Tensor, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Around CFGGuider.outer_sample. noise, latent (B,C,h,w)."""
     guider = executor.class_obj
-    info: ModelInfo = guider.model_patcher.model.dcgen
+    info: FamilyInfo = guider.model_patcher.model.dcgen
     check_frames(noise)
     check_text(guider.conds, info)
     rows, columns = noise.shape[-2:]
@@ -55,7 +55,7 @@ def check_frames(latent: Tensor) -> None:
         )
 
 
-def check_text(conds: Conds, info: ModelInfo) -> None:
+def check_text(conds: Conds, info: FamilyInfo) -> None:
     """ValueError when a conditioning is not one for the model's family."""
     family = FAMILIES[info.family]
     for cond in _all(conds):
@@ -128,7 +128,7 @@ def check_finite(result: Tensor, stage: str, causes: Iterable[str] = ()) -> None
 
 def _causes(noise: Tensor, latent: Tensor, conds: Conds, args: tuple) -> Iterator[str]:
     """Inputs of sampling that had NaN already."""
-    named = {"the latent given to the sampler": latent, "the noise": noise}
+    named: dict[str, Any] = {"the latent given to the sampler": latent, "the noise": noise}
     named |= {f"the {name} conditioning": c.get("cross_attn") for name, group in conds.items() for c in group}
     named |= {"the sampler's sigmas or mask": next((a for a in args[1:3] if isinstance(a, Tensor)), None)}
     for name, value in named.items():

@@ -5,16 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-import comfy.model_patcher
+from comfy.model_patcher import ModelPatcher as Patcher
 from torch import Tensor
 
 from ...dcgen.adapter import Adapter
 from ...dcgen.backbones import Config
 from ...dcgen.identity import BaseIdentity, identity_of
 from .family import Family
-from .latent_format import ModelInfo
-
-Patcher = comfy.model_patcher.ModelPatcher
+from .latent_format import FamilyInfo
 
 
 class Host(ABC):
@@ -42,7 +40,7 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def apply(self, model: Patcher, family: Family, adapter: Adapter, info: ModelInfo, strength: float) -> Patcher:
+    def apply(self, model: Patcher, family: Family, adapter: Adapter, info: FamilyInfo, strength: float) -> Patcher:
         """The DC-Gen MODEL over `model`'s blocks, with the adapter's LoRA at `strength`; not finished."""
 
     def identity(self, model: Patcher, family: Family, config: Config) -> tuple[BaseIdentity, int]:
@@ -59,3 +57,6 @@ class Host(ABC):
         identity = identity_of(family.backbone, family.backbone.base_signature(config), get)
         fewest = min(bits, default=16)
         return identity, 4 if fewest < 7 else 8 if fewest < 12 else 16
+
+
+__all__ = ["Host", "Patcher"]

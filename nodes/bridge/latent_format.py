@@ -12,6 +12,7 @@ import comfy.model_sampling
 import torch
 from torch import Tensor
 
+from ...dcgen.backbones import Config
 from ...dcgen.latent import LatentSpace
 from ...dcgen.schedule import Schedule
 from ...dcgen.spaces import SPACES
@@ -58,18 +59,14 @@ def latent_format(space: LatentSpace) -> comfy.latent_formats.LatentFormat:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a MODEL is sampled in: its latent space, patch size, the schedule its checkpoint wants, the image side in
-    pixels it was made for, if known, the name of its family ("" for a foreign MODEL) and its config, and which layers
-    of its network depend on the latent, with their names in LoRA files.
+    """What a MODEL is sampled in: its latent space, patch size, the schedule its checkpoint wants (None for a foreign
+    MODEL that is no flow model), and the image side in pixels it was made for, if known.
     """
 
     space: LatentSpace
     patch_size: int
     schedule: Schedule | None
     pixels: int | None = None
-    family: str = ""
-    config: dict[str, Any] | None = None
-    latent_layers: dict[str, str] | None = None
 
     @property
     def token_channels(self) -> int:
@@ -81,6 +78,18 @@ class ModelInfo:
         """Tokens of the image it was made for; the published f32 models are made for 32x32 tokens, others for 64x64."""
         side = self.space.spatial_factor * self.patch_size
         return (self.pixels // side if self.pixels else 32 if side == 32 else 64) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyInfo(ModelInfo):
+    """What a MODEL that this pack made tells on top: the name of its family and its config, and which layers of its
+    network depend on the latent, with their names in LoRA files.
+    """
+
+    schedule: Schedule
+    family: str
+    config: Config
+    latent_layers: dict[str, str]
 
 
 def space_of_vae(vae: Any) -> LatentSpace:

@@ -24,7 +24,7 @@ from . import lora
 from .families import FAMILIES, titles
 from .family import Family
 from .guard import guarded
-from .latent_format import ModelInfo, latent_format
+from .latent_format import FamilyInfo, latent_format
 from .loading import Parts, by_layer, fill, is_dynamic, new_patcher, set_dtype
 
 
@@ -52,6 +52,8 @@ def load(
     family = FAMILIES.get(source.backbone.name)
     if family is None:
         raise ValueError(f"{source.tensors.path} is a {source.backbone.name} model; this node loads {titles('and')}.")
+    if source.latent is None or source.schedule is None:
+        raise ValueError(f"{source.tensors.path} does not say which autoencoder its latents come from")
     info = info_for(family, source.latent, source.patch_size, source.schedule, source.config, pixels)
     return build(family, _plain_weights(source, family), info, options or {}, disable_dynamic)
 
@@ -72,14 +74,21 @@ def info_for(
     schedule: Schedule,
     config: Config,
     pixels: int | None = None,
-) -> ModelInfo:
+) -> FamilyInfo:
     """What a MODEL of a family with this config says of itself."""
-    layers = family.network_layers(config)
-    return ModelInfo(space, patch_size, schedule, pixels, family.backbone.name, config, layers)
+    return FamilyInfo(
+        space,
+        patch_size,
+        pixels=pixels,
+        schedule=schedule,
+        family=family.backbone.name,
+        config=config,
+        latent_layers=family.network_layers(config),
+    )
 
 
 def build(
-    family: Family, weights: Weights, info: ModelInfo, options: Mapping[str, Any], disable_dynamic: bool = False
+    family: Family, weights: Weights, info: FamilyInfo, options: Mapping[str, Any], disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
     """The BaseModel with its weights, and its patcher."""
     model_config = family.model_config(weights.shapes, info.config)
@@ -103,7 +112,7 @@ def _renamed(family: Family, parts: Iterable[dict[str, Tensor]], model_config: A
         part.clear()
 
 
-def finish(family: Family, model: comfy.model_base.BaseModel, info: ModelInfo) -> None:
+def finish(family: Family, model: comfy.model_base.BaseModel, info: FamilyInfo) -> None:
     """What the latent decides on a BaseModel beyond its network: memory per latent pixel, shift, and its own info."""
     model.memory_usage_factor = family.memory_factor(model, info.config, info)
     model.dcgen = info

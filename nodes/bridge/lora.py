@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial, wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.lora
 import comfy.model_patcher
@@ -22,8 +22,14 @@ from ...dcgen.adapter import LoraPair
 from ...dcgen.backbones import Config
 from .family import Family
 
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher as PatcherMixin  # whose methods the mixins call
+else:
+    PatcherMixin = object
+
 NETWORK = "diffusion_model."
 LISTED = 8
+MARK = "dcgen"  # on the function of the core that register() wraps
 Patches = dict[Any, Any]
 
 
@@ -39,18 +45,18 @@ class Names:
         (key, (dimension, first row, rows)) of one in which several are joined, or (key, None, function).
         """
         backbone, config = self.family.backbone, self.config
-        linears = backbone.linears(backbone.base_signature(config))
+        shapes = backbone.shapes(config)
         targets: dict[str, Any] = {}
         for rule in backbone.key_map(config).rules(backbone.depths(config)):
-            layers = [part.removesuffix(".weight") for part in rule.parts if part.removesuffix(".weight") in linears]
+            weights = [part for part in rule.parts if part.endswith(".weight") and part in shapes]
             if not self.family.original_names:
-                targets |= {layer: f"{NETWORK}{layer}.weight" for layer in layers}
+                targets |= {_layer(weight): NETWORK + weight for weight in weights}
                 continue
             key, start = NETWORK + rule.original, 0
-            for layer in layers:
-                rows = linears[layer][0]
-                joined = (key, (0, start, rows)) if len(layers) > 1 and not rule.copied else key
-                targets[layer] = (key, None, _swapped) if rule.swap else joined
+            for weight in weights if key.endswith(".weight") else ():
+                rows = shapes[weight][0]
+                joined = (key, (0, start, rows)) if len(rule.parts) > 1 and not rule.copied else key
+                targets[_layer(weight)] = (key, None, _swapped) if rule.swap else joined
                 start += rows
         return targets
 
@@ -86,7 +92,7 @@ def register() -> None:
     asks no model; for any other model its answer is unchanged.
     """
     core = comfy.lora.model_lora_keys_unet
-    if getattr(core, "dcgen", False):
+    if getattr(core, MARK, False):
         return
 
     @wraps(core)
@@ -97,7 +103,7 @@ def register() -> None:
             keys.setdefault(alias, target)
         return keys
 
-    model_lora_keys_unet.dcgen = True
+    setattr(model_lora_keys_unet, MARK, True)
     comfy.lora.model_lora_keys_unet = model_lora_keys_unet
 
 
@@ -202,7 +208,7 @@ def log_merge(misfits: Iterable[str], public: Mapping[str, str]) -> None:
         )
 
 
-class Reporting:
+class Reporting(PatcherMixin):
     """Mixin for the ModelPatcher of a DC-Gen model: LoRA without what was made for another latent, with a report."""
 
     def latent_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -240,7 +246,7 @@ class Reporting:
 
 
 @cache
-def _reporting(kind: type[comfy.model_patcher.ModelPatcher]) -> type[comfy.model_patcher.ModelPatcher]:
+def _reporting(kind: Any) -> type:
     return type(kind.__name__, (Reporting, kind), {})
 
 
@@ -248,7 +254,8 @@ def reported(patcher: Any) -> Any:
     """The same patcher, with a LoRA report from now on."""
     if not isinstance(patcher, Reporting):
         # Not another class at construction: the core's dynamic patcher chooses its own class there.
-        patcher.__class__ = _reporting(type(patcher))
+        kind: Any = type(patcher)
+        patcher.__class__ = _reporting(kind)
     return patcher
 
 

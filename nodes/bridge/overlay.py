@@ -90,7 +90,8 @@ class Overlay(nn.Module):
 
     def state_dict(self, *args: Any, destination: dict | None = None, prefix: str = "", keep_vars: bool = False):
         """All keys, own and the base's: LoRA keys are looked up here, and saving writes a whole model."""
-        own = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        kwargs: Any = {"destination": destination, "prefix": prefix, "keep_vars": keep_vars}
+        own: Any = super().state_dict(*args, **kwargs)
         for key, value in self._base.state_dict(prefix=prefix, keep_vars=keep_vars).items():
             own.setdefault(key, value)
         return own
@@ -112,7 +113,7 @@ class OverlaySequence(Overlay):
 def overlay(base: nn.Module, ends: Ends) -> nn.Module:
     """A module of the base's class: what `ends` names (by dotted path) replaces the base's, the rest is the base's."""
     mixin = OverlaySequence if isinstance(base, (nn.Sequential, nn.ModuleList)) else Overlay
-    kind = type(type(base).__name__, (mixin, type(base)), {})
+    kind: Any = type(type(base).__name__, (mixin, type(base)), {})
     module = kind.__new__(kind)
     nn.Module.__init__(module)
     module.__dict__["_base"] = base  # not a registered child: whoever loads the base moves it
@@ -142,6 +143,7 @@ class OverlayPatcher(lora.Reporting):
 
     load_device: Any
     offload_device: Any
+    size: int
 
     @property
     def base(self) -> comfy.model_patcher.ModelPatcher:
@@ -357,7 +359,8 @@ def _filled(layer: nn.Module, weights: Mapping[str, Tensor], dtype: Any, device:
 
 def copied_config(config: Any) -> Any:
     """A model_config of its own (its class answers any attribute with None, which confuses copy.copy)."""
-    twin = type(config).__new__(type(config))
+    kind: Any = type(config)
+    twin = kind.__new__(kind)
     twin.__dict__.update(config.__dict__)
     twin.unet_config = dict(config.unet_config)
     return twin

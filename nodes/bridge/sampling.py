@@ -110,12 +110,13 @@ def sample(
 ) -> dict[str, Any]:
     """LATENT sampled from `latent` along `sigmas`, as core's SamplerCustomAdvanced does it.
 
-    Without `negative` the model runs once a step; with it and cfg != 1, twice. guidance: FLUX's scale g = 1 + w in
-    place of the conditioning's own.
+    Without `negative` the model runs once a step; with it and cfg != 1, twice. guidance: a distilled model's scale
+    g = 1 + w in place of the conditioning's own.
     """
     check_latent(model, latent)
     if guidance is not None:
-        positive, negative = with_guidance(positive, guidance), with_guidance(negative, guidance)
+        positive = with_guidance(positive, guidance)
+        negative = with_guidance(negative, guidance) if negative else negative
     sampler = sampler_object(sampler_name, model)
     image = latent["samples"]
     noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
@@ -139,6 +140,6 @@ def sample(
     return {**out, "samples": samples.to(comfy.model_management.intermediate_device())}
 
 
-def with_guidance(conditioning: list | None, guidance: float) -> list | None:
-    """CONDITIONING with FLUX's guidance scale g = 1 + w; None stays None."""
-    return conditioning and node_helpers.conditioning_set_values(conditioning, {"guidance": guidance})
+def with_guidance(conditioning: list, guidance: float) -> list:
+    """CONDITIONING with a distilled model's guidance scale g = 1 + w."""
+    return node_helpers.conditioning_set_values(conditioning, {"guidance": guidance})

@@ -53,7 +53,7 @@ def load_tokenizer(folder: Path, entry: list[str] | None) -> transformers.PreTra
 
     A class may fail on a folder that another transformers wrote. tokenizer.json alone then says the same.
     """
-    kind = getattr(transformers, entry[1], None) if entry and entry[0] == "transformers" else None
+    kind: Any = getattr(transformers, entry[1], None) if entry and entry[0] == "transformers" else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)):
         kind = transformers.AutoTokenizer
     _check_files(folder)

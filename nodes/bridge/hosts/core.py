@@ -15,7 +15,7 @@ from ....dcgen.backbones import Config
 from ..families import family_of
 from ..family import Family
 from ..host import Host, Patcher
-from ..latent_format import ModelInfo, latent_format
+from ..latent_format import FamilyInfo, latent_format
 from ..loader import finish
 from ..lora import Names
 from ..overlay import NETWORK, Ends, OverlayPatcher, copied_config, overlay, overlay_patcher, own_layers, replace_ends
@@ -57,7 +57,7 @@ class Core(Host):
             return values, 8 * stored.nbytes / values.numel()
         return (weight, 8 * weight.dtype.itemsize) if weight.is_floating_point() else None
 
-    def apply(self, model: Patcher, family: Family, adapter: Adapter, info: ModelInfo, strength: float) -> Patcher:
+    def apply(self, model: Patcher, family: Family, adapter: Adapter, info: FamilyInfo, strength: float) -> Patcher:
         with torch.inference_mode(False):  # inference tensors could not be trained through (TrainLoraNode)
             network = overlay(model.model.diffusion_model, ends(model, family, adapter, info))
             patcher = overlay_patcher(model, network, deep_config(model, family, info), self.patcher)
@@ -70,7 +70,7 @@ class Core(Host):
         return patcher
 
 
-def ends(model: Patcher, family: Family, adapter: Adapter, info: ModelInfo) -> Ends:
+def ends(model: Patcher, family: Family, adapter: Adapter, info: FamilyInfo) -> Ends:
     """What the DC-Gen network has in place of the base's, by path: the adapter's layers, and plain attributes."""
     tensors = adapter.tensors
     if family.original_names:
@@ -79,7 +79,7 @@ def ends(model: Patcher, family: Family, adapter: Adapter, info: ModelInfo) -> E
     return {**own_layers(tensors, dtype, model.offload_device), **family.attributes(info.config, info)}
 
 
-def deep_config(model: Patcher, family: Family, info: ModelInfo) -> Any:
+def deep_config(model: Patcher, family: Family, info: FamilyInfo) -> Any:
     """The core's model_config of the DC-Gen model."""
     config = copied_config(model.model.model_config)
     config.unet_config.update(family.unet_config(info.config, info))
@@ -87,7 +87,7 @@ def deep_config(model: Patcher, family: Family, info: ModelInfo) -> Any:
     return config
 
 
-def replacing(family: Family, adapter: Adapter, info: ModelInfo) -> Callable[[Patcher], Patcher]:
+def replacing(family: Family, adapter: Adapter, info: FamilyInfo) -> Callable[[Patcher], Patcher]:
     """A function that makes the DC-Gen model out of a base that nothing else uses."""
     adapter = replace(adapter, lora={})  # that part is in the patches
 

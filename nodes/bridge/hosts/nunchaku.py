@@ -26,7 +26,7 @@ from ....dcgen.tensors import Tensors
 from ..families import family_of, family_of_config
 from ..family import Family
 from ..host import Host, Patcher
-from ..latent_format import ModelInfo
+from ..latent_format import FamilyInfo
 from ..loader import finish
 from ..overlay import linear, overlay, overlay_patcher
 from .core import deep_config
@@ -81,14 +81,14 @@ class Nunchaku(Host):
         """None: the blocks are packed for its kernels."""
         return
 
-    def apply(self, model: Patcher, family: Family, adapter: Adapter, info: ModelInfo, strength: float) -> Patcher:
+    def apply(self, model: Patcher, family: Family, adapter: Adapter, info: FamilyInfo, strength: float) -> Patcher:
         with torch.inference_mode(False):
             patcher = overlay_patcher(model, network(model, adapter, info, strength), deep_config(model, family, info))
         finish(family, patcher.model, info)
         return patcher
 
 
-def network(model: Patcher, adapter: Adapter, info: ModelInfo, strength: float) -> torch.nn.Module:
+def network(model: Patcher, adapter: Adapter, info: FamilyInfo, strength: float) -> torch.nn.Module:
     """A wrapper of its own around the same transformer, with the adapter's layers and LoRA."""
     wrapper = model.model.diffusion_model
     # merge_tensor gives an adapter's own tensors back as they are: here they are the base, and its LoRA goes on them.
@@ -171,7 +171,7 @@ def _completed(adapter: Adapter) -> dict[str, LoraPair]:
     shapes = adapter.model.linears(adapter.base)
     for path, pair in list(lora.items()):
         for group in TOGETHER:
-            own = next((name for name in group if BLOCKS in path and path.endswith(f".{name}")), None)
+            own = next((name for name in group if BLOCKS in path and path.endswith(f".{name}")), "")
             for name in group if own else ():
                 partner = path.removesuffix(own) + name
                 if partner in shapes and partner not in lora:

@@ -34,7 +34,7 @@ class Flux(Family):
         return isinstance(network, comfy.ldm.flux.model.Flux) and not network.params.global_modulation
 
     def config(self, network: nn.Module) -> Config:
-        params = network.params
+        params: Any = network.params
         return {
             "num_attention_heads": params.num_heads,
             "attention_head_dim": params.hidden_size // params.num_heads,

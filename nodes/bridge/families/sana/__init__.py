@@ -43,7 +43,7 @@ class Network(SanaNet):
         super().__init__(SanaConfig.from_diffusers(config), operations=operations, dtype=dtype, device=device)
         self.dtype = dtype
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x: Tensor,
         timestep: Tensor,
@@ -131,7 +131,8 @@ class Sana(Family):
         return isinstance(model, SanaModel)
 
     def config(self, network: nn.Module) -> Config:
-        return asdict(network.config)
+        config: Any = network.config
+        return asdict(config)
 
     def model_config(self, shapes: Mapping[str, Tensor], config: Config) -> Any:
         made = SanaModelConfig({"image_model": self.backbone.name})
