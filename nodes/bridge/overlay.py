@@ -37,7 +37,9 @@ from .owners import ATTRIBUTES, OWNERS
 BASE = "dcgen_base"  # key of the base's patcher among the additional models
 NETWORK = "diffusion_model."
 Ends = Mapping[str, Any]
-"""What an overlay has of its own, by path in the network: layers, parameters and plain attributes."""
+"""What an overlay has of its own, by path in the network: layers, parameters and plain attributes. ABSENT takes away
+what the base has there: the ends of some families have other names on another latent."""
+ABSENT = object()
 
 _own_only: ContextVar[bool] = ContextVar("dcgen_own_only", default=False)
 
@@ -62,7 +64,7 @@ class Overlay(nn.Module):
         for store in ("_parameters", "_buffers", "_modules"):
             if name in self.__dict__.get(store, ()):
                 return self.__dict__[store][name]
-        if "_base" not in self.__dict__:
+        if "_base" not in self.__dict__ or name in self.__dict__["_absent"]:
             raise AttributeError(name)
         return getattr(self.__dict__["_base"], name)
 
@@ -75,14 +77,23 @@ class Overlay(nn.Module):
         if _own_only.get():
             return
         for name, module in self._base.named_modules(None, prefix, remove_duplicate):
-            if name not in seen and not (remove_duplicate and module in memo):
+            if name not in seen and not (remove_duplicate and module in memo) and not self._lacks(name, prefix):
                 memo.add(module)
                 yield name, module
 
     def named_children(self):
         yield from super().named_children()
         if not _own_only.get():
-            yield from ((name, module) for name, module in self._base.named_children() if name not in self._modules)
+            rest = (child for child in self._base.named_children() if not self._lacks(child[0]))
+            yield from ((name, module) for name, module in rest if name not in self._modules)
+
+    def _lacks(self, name: str, prefix: str = "") -> bool:
+        """Whether a tensor or module of the base's, by its path behind `prefix`, is one that was taken away."""
+        path = name[len(prefix) :].removeprefix(".")
+        if path.partition(".")[0] in self._absent:
+            return True
+        part = self._modules.get(path.partition(".")[0])
+        return isinstance(part, Overlay) and part._lacks(path.partition(".")[2])
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         with own_layers_only():
@@ -93,7 +104,8 @@ class Overlay(nn.Module):
         kwargs: Any = {"destination": destination, "prefix": prefix, "keep_vars": keep_vars}
         own: Any = super().state_dict(*args, **kwargs)
         for key, value in self._base.state_dict(prefix=prefix, keep_vars=keep_vars).items():
-            own.setdefault(key, value)
+            if not self._lacks(key, prefix):
+                own.setdefault(key, value)
         return own
 
 
@@ -117,11 +129,14 @@ def overlay(base: nn.Module, ends: Ends) -> nn.Module:
     module = kind.__new__(kind)
     nn.Module.__init__(module)
     module.__dict__["_base"] = base  # not a registered child: whoever loads the base moves it
+    module.__dict__["_absent"] = {path for path, value in ends.items() if value is ABSENT}
     inner: dict[str, dict[str, Any]] = {}
     for path, value in ends.items():
         name, _, rest = path.partition(".")
         if rest:
             inner.setdefault(name, {})[rest] = value
+        elif name in module._absent:
+            continue
         elif isinstance(value, nn.Parameter):  # which setattr refuses: the base has one of that name
             module._parameters[name] = value
         else:
@@ -135,7 +150,10 @@ def replace_ends(network: nn.Module, ends: Ends) -> None:
     """Put `ends` into a network that nothing else uses."""
     for path, value in ends.items():
         parent, _, name = path.rpartition(".")
-        setattr(network.get_submodule(parent), name, value)
+        if value is ABSENT:
+            delattr(network.get_submodule(parent), name)
+        else:
+            setattr(network.get_submodule(parent), name, value)
 
 
 class OverlayPatcher(lora.Reporting):

@@ -18,7 +18,17 @@ from ..host import Host, Patcher
 from ..latent_format import FamilyInfo, latent_format
 from ..loader import finish
 from ..lora import Names
-from ..overlay import NETWORK, Ends, OverlayPatcher, copied_config, overlay, overlay_patcher, own_layers, replace_ends
+from ..overlay import (
+    ABSENT,
+    NETWORK,
+    Ends,
+    OverlayPatcher,
+    copied_config,
+    overlay,
+    overlay_patcher,
+    own_layers,
+    replace_ends,
+)
 
 
 class Core(Host):
@@ -72,11 +82,12 @@ class Core(Host):
 
 def ends(model: Patcher, family: Family, adapter: Adapter, info: FamilyInfo) -> Ends:
     """What the DC-Gen network has in place of the base's, by path: the adapter's layers, and plain attributes."""
-    tensors = adapter.tensors
+    tensors, backbone, config = adapter.tensors, family.backbone, family.config(model.model.diffusion_model)
     if family.original_names:
-        tensors = family.backbone.to_original(tensors, info.config, partial=True)
+        tensors = backbone.to_original(tensors, info.config, partial=True)
     dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
-    return {**own_layers(tensors, dtype, model.offload_device), **family.attributes(info.config, info)}
+    replaced = {family.network_name(layer, config): ABSENT for layer in backbone.ends(config)}
+    return replaced | own_layers(tensors, dtype, model.offload_device) | family.attributes(info.config, info)
 
 
 def deep_config(model: Patcher, family: Family, info: FamilyInfo) -> Any:
