@@ -229,21 +229,30 @@ def merge(base: Mapping[str, Tensor], adapter: Adapter, strength: float = 1.0) -
     The new embedder and head go in whole at any strength; 0 is "alignment only". Untouched tensors are shared with
     `base`. ValueError when a tensor that the adapter changes is not in `base` or has another shape.
     """
-    ends = adapter.model.ends({**adapter.base, "patch_size": adapter.patch_size})
+    own = _own_ends(base, adapter)
     added = [key for key in adapter.tensors if key not in base]
     absent = [f"{path}.weight" for path in adapter.lora if f"{path}.weight" not in base]
-    absent += [key for key in added if not (adapter.model.matches(base) and key.startswith(ends.prefixes))]
+    absent += [key for key in added if not own]
     if absent:
         raise ValueError(
             f"the base lacks what this {adapter.backbone} adapter changes: {describe_keys(absent, [])}. Give it the "
             "base it was trained on, with diffusers names (Backbone.to_diffusers)."
         )
-    # Where the names of the ends depend on the patch size, the base's own have others.
-    gone = adapter.model.ends(adapter.model.detect(base)).prefixes if added else ()
-    kept = {key: tensor for key, tensor in base.items() if key in adapter.tensors or not key.startswith(gone)}
+    kept = {key: tensor for key, tensor in base.items() if not (own and key.startswith(own))}
     dtype = next(iter(base.values())).dtype
     merged = {key: merge_tensor(key, tensor, adapter, strength) for key, tensor in kept.items()}
     return merged | {key: adapter.tensors[key].to(dtype) for key in added}
+
+
+def _own_ends(base: Mapping[str, Tensor], adapter: Adapter) -> tuple[str, ...]:
+    """What the names of the base's own ends begin with where those are others than the adapter's: in some families
+    the names depend on the patch size.
+    """
+    model = adapter.model
+    if not model.matches(base):
+        return ()
+    own, new = model.ends(model.detect(base)), model.ends({**adapter.base, "patch_size": adapter.patch_size})
+    return own.prefixes if own != new else ()
 
 
 def merge_tensor(key: str, tensor: Tensor, adapter: Adapter, strength: float = 1.0) -> Tensor:

@@ -27,17 +27,19 @@ from torch import Tensor
 from .adapter import Adapter, check_model, load_adapter, merge_tensor, save_adapter
 from .dcae import load_dcae, save_dcae
 from .extract import Kept, extract
-from .files import SUFFIXES, Entry, naming, opened, write_stream
+from .files import SUFFIXES, Entry, naming, opened, replacing_folder, write_stream
 from .folder import TRANSFORMER, note_schedule
 from .jsons import parse_json
-from .latent import SPACES, LatentSpace
+from .latent import LatentSpace
 from .preview import fit_preview
 from .release import Model, model_metadata, open_model
 from .schedule import Schedule
+from .spaces import SPACES
 from .tensors import INDEX_SUFFIX, total_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = ("original", "diffusers")
+FORMER_NAMES = {"native": "original"}
 SHARD_BYTES = 5_000_000_000
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -99,19 +101,21 @@ def unpack(
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists; name a folder that does not, or remove it")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with replacing_folder(out) as temporary:
         if parts is not None:
-            shutil.copytree(parts, temporary, ignore=lambda folder, _: [TRANSFORMER] if folder == str(parts) else [])
+            top = str(parts)
+            shutil.copytree(
+                parts,
+                temporary,
+                ignore=lambda folder, _: [TRANSFORMER] if folder == top else [],
+                dirs_exist_ok=True,
+            )
             note_schedule(temporary, model.schedule)
         folder = temporary / TRANSFORMER
         folder.mkdir(parents=True)
         _write_shards(model, folder, dtype, shard_bytes, model_metadata(model, out.name))
         config = {"_class_name": model.backbone.diffusers_class, **model.config}
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 
@@ -142,6 +146,7 @@ def _write(
 ) -> Path:
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: the result is a .safetensors file; give it that ending")
+    names = FORMER_NAMES.get(names, names)
     if names not in NAMES:
         raise ValueError(f"names must be one of {', '.join(NAMES)}, got {names!r}")
     with naming(model.tensors.path):
@@ -241,7 +246,13 @@ def _parser() -> argparse.ArgumentParser:
     command("preview", "DC-AE -> one .safetensors with preview factors for live previews", "autoencoder", "out")
     command("info", "say what a file or folder is", "model")
     for one in (packing, merging):
-        one.add_argument("--names", choices=NAMES, default=NAMES[0], help="key names (default: %(default)s)")
+        one.add_argument(
+            "--names",
+            type=lambda name: FORMER_NAMES.get(name, name),
+            choices=NAMES,
+            default=NAMES[0],
+            help="key names (default: %(default)s, which ComfyUI uses)",
+        )
     merging.add_argument("--strength", type=float, default=1.0, help="of the LoRA; 0 = alignment only")
     unpacking.add_argument("--parts", type=Path, help="release folder whose other parts are copied beside")
     extracting.add_argument("--rank", type=int, default=256, help="largest rank of a layer (default: %(default)s)")

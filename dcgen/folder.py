@@ -20,8 +20,9 @@ from .dcae import DCAEConfig
 from .fields import Check, check_fields, items, optional, shown, text, whole
 from .files import naming, replacing, weight_files
 from .jsons import read_object
-from .latent import LATENT_FIELDS, METADATA_KEY, SPACES, LatentSpace, one_encoder
+from .latent import LATENT_FIELDS, METADATA_KEY, LatentSpace, one_encoder
 from .schedule import SCHEDULE_KEY, Schedule
+from .spaces import SPACES
 from .tensors import Tensors
 
 TRANSFORMER, VAE = "transformer", "vae"
@@ -109,35 +110,35 @@ def autoencoder_config(folder: Path) -> dict[str, Any]:
         if config.get("_class_name") not in AUTOENCODERS:
             raise ValueError(f"class {shown(config.get('_class_name'))}; expected {' or '.join(AUTOENCODERS)}")
         check_fields(config, {"_name_or_path": optional(text(4096))})
-        _numbers(config)
+        space_of_config(config)
     return config
 
 
 def autoencoder_space(folder: str | os.PathLike[str]) -> LatentSpace:
-    """Latent space of an autoencoder folder: the numbers of its config.json, whatever our tables say.
+    """Latent space of an autoencoder folder, from its config.json.
 
-    Its name is the one in the config, else the folder's; a published one where numbers fit that alone. Preview factors
-    are those in the metadata of its weights, if there are any.
+    Preview factors are those in the metadata of its weights, if there are any.
     """
     folder = Path(folder)
-    config = autoencoder_config(folder)
-    own = folder.resolve().name
-    name = config.get("_name_or_path") or ("" if own == VAE else own)
-    space = replace(_numbers(config), name=Path(name).name.removesuffix("-diffusers"))
-    return _with_preview(_published(space), folder)
+    return _with_preview(space_of_config(autoencoder_config(folder), folder.resolve().name), folder)
 
 
-def _numbers(config: Mapping[str, Any]) -> LatentSpace:
-    """The space, without a name, of a (class-checked) config."""
+def space_of_config(config: Mapping[str, Any], folder: str = "") -> LatentSpace:
+    """Latent space of an autoencoder's config: its own numbers, whatever our tables say.
+
+    Its name is the one in the config, else the folder's; a published one where the numbers fit that alone.
+    """
     if config.get("_class_name") == "AutoencoderKL":
         check_fields(config, KL_FIELDS, ("block_out_channels", "latent_channels", "scaling_factor"))
         factor = 2 ** (len(config["block_out_channels"]) - 1)
-        shift = config.get("shift_factor") or 0.0
-        return LatentSpace("", config["latent_channels"], factor, config["scaling_factor"], shift)
-    dcae = DCAEConfig.from_diffusers(config)
-    if dcae.scaling_factor is None:
-        raise ValueError("scaling_factor is missing")
-    return LatentSpace("", dcae.latent_channels, dcae.spatial_factor, dcae.scaling_factor)
+        numbers = (config["latent_channels"], factor, config["scaling_factor"], config.get("shift_factor") or 0.0)
+    else:
+        dcae = DCAEConfig.from_diffusers(config)
+        if dcae.scaling_factor is None:
+            raise ValueError("scaling_factor is missing")
+        numbers = (dcae.latent_channels, dcae.spatial_factor, dcae.scaling_factor, 0.0)
+    name = Path(config.get("_name_or_path") or folder).name.removesuffix("-diffusers")
+    return _published(LatentSpace("" if name == VAE else name, *numbers))
 
 
 def _published(space: LatentSpace) -> LatentSpace:

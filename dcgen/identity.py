@@ -87,9 +87,11 @@ def bits_of(dtype: torch.dtype) -> int:
 
 def _decoded(name: str, value: str) -> Tensor:
     try:
-        found = torch.frombuffer(bytearray(base64.b64decode(value, validate=True)), dtype=torch.float16).float()
+        values = torch.frombuffer(bytearray(base64.b64decode(value, validate=True)), dtype=torch.float16).float()
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"base_weights[{shown(name)}] is not base64 of float16 values: {error}") from error
-    if not math.isfinite(float(found.sum())):
+    if len(values) != VALUES:
+        raise ValueError(f"base_weights[{shown(name)}] has {len(values)} values, expected {VALUES}")
+    if not math.isfinite(float(values.sum())):
         raise ValueError(f"base_weights[{shown(name)}] has values that are NaN or infinite")
-    return found
+    return values

@@ -171,21 +171,3 @@ SHARED: tuple[frozenset[str], ...] = (
 def one_encoder(first: str, second: str) -> bool:
     """Whether two published names are of one encoder, so that their latents are the same."""
     return any(first in names and second in names for names in SHARED)
-
-
-# A DC-AE's entry is in dcae.variants. That package imports LatentSpace from here, so it can only be read now.
-from .dcae.variants import VARIANTS  # noqa: E402
-
-# Scaling and shift from the vae/config.json of FLUX.1 and SD; a DC-AE without a published factor is left out.
-SPACES: dict[str, LatentSpace] = {
-    space.name: space
-    for space in (
-        LatentSpace("flux-f8c16", 16, 8, 0.3611, 0.1159),
-        LatentSpace("sd-f8c4", 4, 8, 0.18215),
-        *(
-            LatentSpace(ae.name, ae.latent_channels, ae.spatial_factor, ae.scaling_factor)
-            for ae in VARIANTS.values()
-            if ae.scaling_factor is not None
-        ),
-    )
-}

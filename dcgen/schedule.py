@@ -108,7 +108,8 @@ class Schedule:
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> Schedule | None:
         """What a diffusers scheduler_config.json says; None when it leaves the shift to the model (DDPM, no config).
 
-        ValueError for a rule that is not known here.
+        So does dynamic shifting with FLUX.1's own numbers: the published DC-Gen releases have that config whichever
+        rule their pipelines then follow. ValueError for a rule that is not known here.
         """
         if SCHEDULE_KEY in config:
             return cls.parse(config[SCHEDULE_KEY])
@@ -120,7 +121,8 @@ class Schedule:
                 "here; expected exponential without a terminal shift"
             )
         if config.get("use_dynamic_shifting"):
-            return cls("flux", **{name: config[name] for name in DYNAMIC if config.get(name) is not None})
+            dynamic = cls("flux", **{name: config[name] for name in DYNAMIC if config.get(name) is not None})
+            return dynamic if dynamic != cls("flux") else None
         if config.get("use_flow_sigmas"):
             if config.get("flow_shift") is None:
                 raise ValueError("flow_shift is missing, though use_flow_sigmas is true")

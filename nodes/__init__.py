@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .bridge import routes, toy
+from . import families
+from .bridge import lora, routes, toy
 from .compare import DCGenCompare
 from .dcae import DCAEDecode, DCAEDifference, DCAEEncode, DCAELoader
 from .latent import DCGenEmptyLatent, DCGenLatentComposite
 from .model import DCGenApply, DCGenModelLoader, DCGenReleaseLoader
 from .sampling import DCGen4KSampler, DCGenScheduler
-from .sana import DCGenSanaTextEncode
 
 NODES: list[type[io.ComfyNode]] = [
     DCGenReleaseLoader,
@@ -24,7 +24,7 @@ NODES: list[type[io.ComfyNode]] = [
     DCGenLatentComposite,
     DCGenScheduler,
     DCGen4KSampler,
-    DCGenSanaTextEncode,
+    *families.NODES,
     DCGenCompare,
 ]
 
@@ -35,4 +35,5 @@ class DCGenExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         toy.register()  # here and not in on_load, which 0.8.0 never calls
         routes.register()
+        lora.register()
         return NODES

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,84 @@ def test_pack_imports_its_own_packages_relatively():
     files.append(ROOT / "__init__.py")
     bad = [str(p.relative_to(ROOT)) for p in files if imported_roots(p) & {"dcgen"}]
     assert not bad
+
+
+# Imports (of the first module, of the second) without which there would be no circle. A line goes with its circle; none
+# is added.
+CIRCLES = {
+    ("train.config", "train.stages"),  # a recipe is checked by its stages' own configs, which subclass StageConfig
+}
+
+
+def imported_modules(module: str, path: Path, modules: Collection[str]) -> set[str]:
+    """The modules among `modules` that the file imports, wherever in it the import stands.
+
+    An import in a function or under TYPE_CHECKING counts too: it hides a circle but does not break it. Importing `a.b`
+    runs `a` first, so it is an import of `a` as well, except for modules inside `a`.
+    """
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    needed: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            needed |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *filter(None, [node.module])])
+            submodules = {f"{source}.{alias.name}".lstrip(".") for alias in node.names}
+            needed |= submodules if submodules <= set(modules) else submodules | {source}
+    parents = {".".join(name.split(".")[:depth]) for name in needed for depth in range(1, name.count(".") + 1)}
+    enclosing = {".".join(package[:depth]) for depth in range(1, len(package) + 1)}
+    return (needed | (parents - enclosing)) & set(modules) - {module}
+
+
+def import_circle(graph: dict[str, set[str]], allowed: Collection[tuple[str, str]] = ()) -> list[str]:
+    """The modules of one circle of imports, in order; [] when there is none. Allowed imports do not count."""
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        done.add(name)
+        others = sorted(other for other in graph[name] if (name, other) not in allowed)
+        return next((found for other in others if (found := visit(other, [*path, name]))), [])
+
+    return next((found for name in sorted(graph) if (found := visit(name, []))), [])
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    files = {
+        ".".join(parts).removesuffix(".__init__"): path
+        for path in tracked("*.py")
+        if (parts := path.relative_to(ROOT).with_suffix("").parts)[0] in {"dcgen", "train", "nodes"}
+    }
+    graph = {name: imported_modules(name, path, files) for name, path in files.items()}
+    assert not import_circle(graph, CIRCLES)
+    assert [pair for pair in sorted(CIRCLES) if not import_circle(graph, CIRCLES - {pair})] == [], "no circle any more"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("from . import second", "from .first import x"),
+        ("import pack.second", "def f():\n    from pack.first import x"),
+        ("from .second import x", "if TYPE_CHECKING:\n    import pack.first"),
+        ("from .inner.deep import x", ""),  # which runs inner/__init__.py, and that imports first
+    ],
+)
+def test_circles_of_imports_are_found(tmp_path, first, second):
+    sources = {"__init__": "", "first": first, "second": second, "inner/__init__": "from ..first import x"}
+    sources["inner/deep"] = ""
+    files = {}
+    for name, text in sources.items():
+        path = tmp_path / f"pack/{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        files[f"pack/{name}".replace("/", ".").removesuffix(".__init__")] = path
+    assert "pack.first" in import_circle({name: imported_modules(name, path, files) for name, path in files.items()})
+    files["pack.first"].write_text("import os")
+    assert not import_circle({name: imported_modules(name, path, files) for name, path in files.items()})
 
 
 BLOCKER = """

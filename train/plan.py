@@ -13,7 +13,8 @@ from torch import nn
 
 from dcgen.backbones import BACKBONES, Backbone
 from dcgen.folder import TRANSFORMER, VAE, autoencoder_space
-from dcgen.latent import SPACES, LatentSpace
+from dcgen.latent import LatentSpace
+from dcgen.spaces import SPACES
 from train.config import nearest
 from train.families import ARCHITECTURES
 from train.family import Family

@@ -2,8 +2,9 @@
 
 from .config import DCAEConfig, DCAEError
 from .files import load_dcae, save_dcae
+from .memory import choose_strip, peak_bytes
 from .model import DCAE
-from .plan import Strip, choose_strip, free_memory, peak_bytes
+from .plan import Strip, free_memory
 from .variants import VARIANTS
 
 __all__ = [

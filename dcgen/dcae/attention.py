@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import FP16_MAX, Layer, RMSNorm, activate, conv3x3, finite, make_norm, plain, pointwise
-from .plan import KEEP_SHARE
+from .layers import FP16_MAX, KEEP_SHARE, Layer, RMSNorm, activate, conv3x3, finite, make_norm, plain, pointwise
 from .stream import Chunks, Collector, Window, drain, in_rows
 
 

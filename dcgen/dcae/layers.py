@@ -20,6 +20,7 @@ from .stream import Chunks, Window, in_rows
 
 FP16_MAX = 65504.0
 FOLD_MOST = 512 * 512
+KEEP_SHARE = 2
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,

@@ -8,8 +8,6 @@ usual whole-image forward pass (and what training uses).
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +19,10 @@ from .config import DCAEConfig, DCAEError
 from .layers import Conv, Down, Head, Layer, ResBlock, RMSNorm, Up, conv3x3
 from .plan import (
     CPU_WORKING_BYTES,
+    Chain,
     Meter,
     OnStrip,
     budget,
-    choose_strip,
     free_memory,
     local_part,
     run,
@@ -138,12 +136,6 @@ class DCAE(nn.Module):
             c.name, c.latent_channels, c.spatial_factor, c.scaling_factor, 0.0, self.rgb_factors, self.rgb_bias
         )
 
-    def save(self, path: str | os.PathLike[str], format: str = "diffusers") -> Path:
-        """Write weights (and config.json if `path` is a folder); see save_dcae."""
-        from .files import save_dcae
-
-        return save_dcae(self, path, format=format)
-
     def encode(
         self,
         image: Tensor,
@@ -180,18 +172,20 @@ class DCAE(nn.Module):
         """Reconstruct: decode(encode(image))."""
         return self.decode(self.encode(image))
 
-    def layers(self, direction: str) -> list[Layer]:
-        """The chain of layers of "encode" or "decode", in order."""
-        return self.encoder.layers() if direction == "encode" else self.decoder.layers()
+    def chain(self, direction: str) -> Chain:
+        """The layers of "encode" or "decode", in order."""
+        layers = self.encoder.layers() if direction == "encode" else self.decoder.layers()
+        return Chain(self.config, direction, layers)
 
     def _run(
         self, direction: str, x: Tensor, strip: int | str | None, columns: int | None, on_strip: OnStrip | None
     ) -> Tensor:
-        layers = self.layers(direction)
+        chain = self.chain(direction)
+        layers = chain.layers
         h, w = (side // (self.config.spatial_factor if direction == "encode" else 1) for side in x.shape[2:])
         if strip == "auto":
             cache = CPU_WORKING_BYTES if x.device.type == "cpu" else None
-            strip, columns = choose_strip(self.config, h, w, self.dtype, free_memory(x.device), direction, cache)
+            strip, columns = chain.choose_strip(h, w, self.dtype, free_memory(x.device), cache)
             strip = h if strip is None and x.shape[0] > 1 else strip  # the estimate is for one picture
         check_strip(strip, columns)
         if strip is not None and self.training and any(isinstance(m, nn.BatchNorm2d) for m in self.modules()):
@@ -201,19 +195,16 @@ class DCAE(nn.Module):
         meter = Meter(layers, x.shape, 1 if strip is None else x.shape[0], on_strip)
         pictures = [x] if strip is None else x.split(1)
         if len(pictures) == 1:
-            return self._picture(layers, pictures[0], limit, columns, meter, direction)
-        return batched(
-            (self._picture(layers, picture, limit, columns, meter, direction) for picture in pictures), len(pictures)
-        )
+            return self._picture(chain, pictures[0], limit, columns, meter)
+        return batched((self._picture(chain, picture, limit, columns, meter) for picture in pictures), len(pictures))
 
-    def _picture(
-        self, layers: list[Layer], x: Tensor, limit: int, columns: int | None, meter: Meter, direction: str
-    ) -> Tensor:
+    def _picture(self, chain: Chain, x: Tensor, limit: int, columns: int | None, meter: Meter) -> Tensor:
+        layers = chain.layers
         if columns is None:
             return run(layers, x, self.dtype, limit, meter)
         factor = self.config.spatial_factor
-        cut = local_part(layers, x.shape[3], direction, factor)
-        if direction == "decode":
+        cut = local_part(layers, x.shape[3], chain.direction, factor)
+        if chain.direction == "decode":
             middle = run(layers[:cut], x, self.dtype, limit, meter) if cut else x
             return run_panels(layers[cut:], middle, self.dtype, limit, columns * middle.shape[3] // x.shape[3], meter)
         middle = run_panels(layers[:cut], x, self.dtype, limit, columns * factor, meter)

@@ -5,27 +5,23 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import DCAEConfig
+from .layers import KEEP_SHARE, Layer
 from .stream import Chunks, Collector, regroup, source_rows
-
-if TYPE_CHECKING:
-    from .layers import Layer
 
 OnStrip = Callable[[int, int, "Tensor | None"], None]  # (work done, work in all, finished rows)
 
 INDEX_LIMIT = 2**31 - 1  # many kernels count elements in int32
 PROGRESS_TOTAL = 1000
 CPU_WORKING_BYTES = 256 << 20
-KEEP_SHARE = 2
 MIN_COLUMNS = 8
 MIN_STEP_ROWS = 2  # a downsampling layer needs two rows for one
 
@@ -164,52 +160,80 @@ def _through(layers: Sequence[Layer], pixels: int) -> int:
     return pixels
 
 
-@functools.lru_cache(maxsize=32)
-def _layers_of(config: DCAEConfig, direction: str) -> tuple[Layer, ...]:
-    from .model import DCAE
+class Chain(NamedTuple):
+    """The layers of "encode" or "decode" of one DC-AE, in order, and what they take. h, w: the size of the latent."""
 
-    return tuple(DCAE(config, device="meta").layers(direction))
+    config: DCAEConfig
+    direction: str
+    layers: Sequence[Layer]
 
+    def peak_bytes(self, h: int, w: int, dtype: torch.dtype, strip: Strip, batch: int = 1) -> int:
+        """Upper estimate of the activation memory, in bytes.
 
-def peak_bytes(
-    config: DCAEConfig, h: int, w: int, dtype: torch.dtype, strip: Strip, direction: str, batch: int = 1
-) -> int:
-    """Upper estimate of the activation memory of "encode" or "decode" at a latent size of h x w, in bytes.
+        A picture runs from one attention layer to the next, since each needs all of its input before it yields
+        anything. The estimate is the largest over these stretches of: held by the attention at either end (its whole
+        input, its joined projection) + rows and folded kernels carried by the layers between + K * working set; plus
+        the result in the last. The working set is `budget`, or what the layers of the stretch take for a whole picture
+        if that is less. K = 2 (chunks of several layers wait while the deepest one works; measured up to 1.5), or 1
+        for a whole picture. Weights, the input and a kernel's scratch space are not in it.
+        """
+        factor = self.config.spatial_factor
+        height, width = (h * factor, w * factor) if self.direction == "encode" else (h, w)
+        result = 3 * h * w * factor**2 if self.direction == "decode" else self.config.latent_channels * h * w
+        part = width if strip.columns is None else min(width, strip.columns * width // w)
+        if strip.rows is None:
+            limit = whole_budget(self.layers, torch.Size((1, 3, height, width)))
+        else:
+            limit = budget(self.layers, part, strip.rows)
+        cut = None if strip.columns is None else local_part(self.layers, width, self.direction, factor)
+        places = []
+        for index, (layer, columns, _) in enumerate(_sizes(self.layers, width)):
+            panels = cut is not None and (index >= cut if self.direction == "decode" else index < cut)
+            in_panel = columns * part // width if panels else columns
+            places.append(Place(layer, columns, columns * height // width, in_panel))
+        middle = places[cut].pixels * places[cut].layer.channels if cut and cut < len(places) else 0
+        # a picture beyond the index limit is worked on in strips even if none are asked for
+        whole = strip.rows is None and limit >= max(place.layer.live * place.pixels for place in places)
+        peak = 0
+        for stretch in _stretches(places):
+            working = min(limit, max(place.layer.live * place.pixels for place in stretch))
+            held = sum(place.held(limit) for place in (stretch[0], stretch[-1]))
+            carried = 0 if whole else sum(place.layer.carried * place.part for place in stretch)
+            fixed = sum(place.layer.fixed for place in stretch if not place.layer.held)
+            last = result if stretch[-1] is places[-1] else 0
+            peak = max(peak, last + held + fixed + carried + (working if whole else 2 * working))
+        # pictures that are worked on one by one share all but the results
+        return dtype.itemsize * (batch * peak if whole else peak + middle + (batch - 1) * result)
 
-    A picture runs from one attention layer to the next, since each needs all of its input before it yields anything.
-    The estimate is the largest over these stretches of: held by the attention at either end (its whole input, its
-    joined projection) + rows and folded kernels carried by the layers between + K * working set; plus the result in
-    the last. The working set is `budget`, or what the layers of the stretch take for a whole picture if that is less.
-    K = 2 (chunks of several layers wait while the deepest one works; measured up to 1.5), or 1 for a whole picture.
-    Weights, the input and a kernel's scratch space are not in it.
-    """
-    layers = _layers_of(config, direction)
-    factor = config.spatial_factor
-    height, width = (h * factor, w * factor) if direction == "encode" else (h, w)
-    result = 3 * h * w * factor**2 if direction == "decode" else config.latent_channels * h * w
-    part = width if strip.columns is None else min(width, strip.columns * width // w)
-    if strip.rows is None:
-        limit = whole_budget(layers, torch.Size((1, 3, height, width)))
-    else:
-        limit = budget(layers, part, strip.rows)
-    cut = None if strip.columns is None else local_part(layers, width, direction, factor)
-    places = []
-    for index, (layer, columns, _) in enumerate(_sizes(layers, width)):
-        panels = cut is not None and (index >= cut if direction == "decode" else index < cut)
-        places.append(Place(layer, columns, columns * height // width, columns * part // width if panels else columns))
-    middle = places[cut].pixels * places[cut].layer.channels if cut and cut < len(places) else 0
-    # a picture beyond the index limit is worked on in strips even if none are asked for
-    whole = strip.rows is None and limit >= max(place.layer.live * place.pixels for place in places)
-    peak = 0
-    for stretch in _stretches(places):
-        working = min(limit, max(place.layer.live * place.pixels for place in stretch))
-        held = sum(place.held(limit) for place in (stretch[0], stretch[-1]))
-        carried = 0 if whole else sum(place.layer.carried * place.part for place in stretch)
-        fixed = sum(place.layer.fixed for place in stretch if not place.layer.held)
-        last = result if stretch[-1] is places[-1] else 0
-        peak = max(peak, last + held + fixed + carried + (working if whole else 2 * working))
-    # pictures that are worked on one by one share all but the results
-    return dtype.itemsize * (batch * peak if whole else peak + middle + (batch - 1) * result)
+    def choose_strip(
+        self, h: int, w: int, dtype: torch.dtype, free_bytes: int, working_bytes: int | None = None
+    ) -> Strip:
+        """The largest strip (latent rows, columns) whose peak_bytes fits in 90% of free_bytes.
+
+        working_bytes also bounds the working set: on a CPU small strips are faster because they stay in its caches.
+        When nothing fits, the smallest strip there is: then the caller runs out of memory, or just gets by.
+        """
+        room = int(0.9 * free_bytes)
+        width = w * self.config.spatial_factor if self.direction == "encode" else w
+        unit = budget(self.layers, width, 1) * dtype.itemsize
+        most = h if working_bytes is None else max(1, min(h, working_bytes // unit))
+        if most == h and self.peak_bytes(h, w, dtype, Strip(None)) <= room:
+            return Strip(None)
+        if self.peak_bytes(h, w, dtype, Strip(1)) <= room:
+            low = 1
+            while low < most:  # bisection: more rows never take less memory
+                middle = (low + most + 1) // 2
+                if self.peak_bytes(h, w, dtype, Strip(middle)) <= room:
+                    low = middle
+                else:
+                    most = middle - 1
+            return Strip(low)
+        columns = w
+        while columns > MIN_COLUMNS:
+            columns = max(MIN_COLUMNS, columns // 2)
+            if self.peak_bytes(h, w, dtype, Strip(1, columns)) <= room:
+                break
+        return Strip(1, columns) if columns < w else Strip(1)
 
 
 class Place(NamedTuple):
@@ -235,44 +259,6 @@ def _stretches(places: Sequence[Place]) -> list[Sequence[Place]]:
     """Cut at attention layers; such a layer ends one stretch and begins the next."""
     cuts = [0, *(index for index, place in enumerate(places) if place.layer.held), len(places) - 1]
     return [places[first : last + 1] for first, last in itertools.pairwise(cuts) if last > first]
-
-
-def choose_strip(
-    config: DCAEConfig,
-    h: int,
-    w: int,
-    dtype: torch.dtype,
-    free_bytes: int,
-    direction: str,
-    working_bytes: int | None = None,
-) -> Strip:
-    """The largest strip (latent rows, columns) whose peak_bytes fits in 90% of free_bytes, for a latent of h x w.
-
-    working_bytes also bounds the working set: on a CPU small strips are faster because they stay in its caches.
-    When nothing fits, the smallest strip there is: then the caller runs out of memory, or just gets by.
-    """
-    room = int(0.9 * free_bytes)
-    layers = _layers_of(config, direction)
-    width = w * config.spatial_factor if direction == "encode" else w
-    unit = budget(layers, width, 1) * dtype.itemsize
-    most = h if working_bytes is None else max(1, min(h, working_bytes // unit))
-    if most == h and peak_bytes(config, h, w, dtype, Strip(None), direction) <= room:
-        return Strip(None)
-    if peak_bytes(config, h, w, dtype, Strip(1), direction) <= room:
-        low = 1
-        while low < most:  # bisection: more rows never take less memory
-            middle = (low + most + 1) // 2
-            if peak_bytes(config, h, w, dtype, Strip(middle), direction) <= room:
-                low = middle
-            else:
-                most = middle - 1
-        return Strip(low)
-    columns = w
-    while columns > MIN_COLUMNS:
-        columns = max(MIN_COLUMNS, columns // 2)
-        if peak_bytes(config, h, w, dtype, Strip(1, columns), direction) <= room:
-            break
-    return Strip(1, columns) if columns < w else Strip(1)
 
 
 def free_memory(device: torch.device) -> int:

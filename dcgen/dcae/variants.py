@@ -1,7 +1,7 @@
 """Every published DC-AE as data. A new autoencoder is one entry here.
 
 Scaling factor = 1 / RMS of the raw latent: diffusers' convert_dcae_to_diffusers script and the dc-ai model zoo. None =
-no published figure. `latent.SPACES` is made from this table.
+no published figure. `spaces.SPACES` is made from this table.
 """
 
 from __future__ import annotations

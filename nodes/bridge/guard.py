@@ -14,11 +14,11 @@ from typing import Any
 import comfy.patcher_extension
 from torch import Tensor
 
-from .latent_format import ModelInfo
+from .families import FAMILIES
+from .latent_format import TEXT_KEY, FamilyInfo, ModelInfo
 
 KEY = "dcgen_guard"
 CORE_PIXELS = 8  # image pixels that core's nodes take a latent pixel for
-TEXT_KEY = "dcgen_text"  # in a CONDITIONING's dict: the family whose text encoding it is, where a node of ours made it
 LARGE = 4  # an image of more than this many times the pixels that a model was made for is said aloud
 
 Conds = dict[str, list[dict[str, Any]]]
@@ -35,9 +35,9 @@ def guarded(patcher: Any) -> Any:
 def _sample(executor: Any, noise: Tensor, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Around CFGGuider.outer_sample. noise, latent (B,C,h,w)."""
     guider = executor.class_obj
-    info: ModelInfo = guider.model_patcher.model.dcgen
+    info: FamilyInfo = guider.model_patcher.model.dcgen
     check_frames(noise)
-    check_text(guider.conds, guider.model_patcher.model)
+    check_text(guider.conds, info)
     rows, columns = noise.shape[-2:]
     set_areas(guider.conds, info, rows, columns)
     say_size(info, rows, columns)
@@ -55,22 +55,13 @@ def check_frames(latent: Tensor) -> None:
         )
 
 
-def check_text(conds: Conds, model: Any) -> None:
-    """ValueError when a conditioning was encoded for another family of models."""
-    made_for = model.dcgen_family
+def check_text(conds: Conds, info: FamilyInfo) -> None:
+    """ValueError when a conditioning is not one for the model's family."""
+    family = FAMILIES[info.family]
     for cond in _all(conds):
-        made_by = cond.get(TEXT_KEY)
-        if made_by is not None and made_by != made_for:
-            raise ValueError(
-                f"this conditioning was encoded for {made_by.upper()}, and the model is a {made_for.upper()}. Encode "
-                "the prompt with the model's own text encoder (CLIPTextEncode for FLUX, DCGenSanaTextEncode for SANA)."
-            )
-        text, width = cond.get("cross_attn"), getattr(model, "dcgen_text_width", None)
-        if width is not None and text is not None and text.shape[-1] != width:
-            raise ValueError(
-                f"this conditioning has text features of {text.shape[-1]} channels, from another text encoder than the "
-                f"model's, which has {width}. Encode the prompt with the model's own (for FLUX: CLIP-L and T5-XXL)."
-            )
+        text = cond.get("cross_attn")
+        if text is not None:
+            family.check_text(text, cond, cond.get(TEXT_KEY), info.config)
 
 
 def set_areas(conds: Conds, info: ModelInfo, rows: int, columns: int) -> None:
@@ -137,7 +128,7 @@ def check_finite(result: Tensor, stage: str, causes: Iterable[str] = ()) -> None
 
 def _causes(noise: Tensor, latent: Tensor, conds: Conds, args: tuple) -> Iterator[str]:
     """Inputs of sampling that had NaN already."""
-    named = {"the latent given to the sampler": latent, "the noise": noise}
+    named: dict[str, Any] = {"the latent given to the sampler": latent, "the noise": noise}
     named |= {f"the {name} conditioning": c.get("cross_attn") for name, group in conds.items() for c in group}
     named |= {"the sampler's sigmas or mask": next((a for a in args[1:3] if isinstance(a, Tensor)), None)}
     for name, value in named.items():

@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.latent_formats
 import comfy.model_management
+import comfy.model_sampling
 import torch
 from torch import Tensor
 
-from ...dcgen.latent import SPACES, LatentSpace
+from ...dcgen.backbones import Config
+from ...dcgen.latent import LatentSpace
+from ...dcgen.schedule import Schedule
+from ...dcgen.spaces import SPACES
 
 # Each latent is one dot of the preview; from f32 on that is too small to see, so the dots are drawn this far apart.
 PREVIEW_DOT = 8
 STAMP = "dcgen_space"
+TEXT_KEY = "dcgen_text"  # in a CONDITIONING's dict: the family whose text encoding it is, where a node of ours made it
 
 
 class DCGenLatentFormat(comfy.latent_formats.LatentFormat):
@@ -54,15 +59,14 @@ def latent_format(space: LatentSpace) -> comfy.latent_formats.LatentFormat:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a MODEL is sampled in: its latent space, patch size, the schedule its checkpoint wants (dcgen.schedule),
-    the image side in pixels it was made for, if known, and which layers of its network depend on the latent.
+    """What a MODEL is sampled in: its latent space, patch size, the schedule its checkpoint wants (None for a foreign
+    MODEL that is no flow model), and the image side in pixels it was made for, if known.
     """
 
     space: LatentSpace
-    patch_size: int = 1
-    schedule: dict[str, Any] = field(default_factory=lambda: {"rule": "flux"})
+    patch_size: int
+    schedule: Schedule | None
     pixels: int | None = None
-    latent_layers: tuple[str, ...] = ()
 
     @property
     def token_channels(self) -> int:
@@ -74,6 +78,18 @@ class ModelInfo:
         """Tokens of the image it was made for; the published f32 models are made for 32x32 tokens, others for 64x64."""
         side = self.space.spatial_factor * self.patch_size
         return (self.pixels // side if self.pixels else 32 if side == 32 else 64) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyInfo(ModelInfo):
+    """What a MODEL that this pack made tells on top: the name of its family and its config, and which layers of its
+    network depend on the latent, with their names in LoRA files.
+    """
+
+    schedule: Schedule
+    family: str
+    config: Config
+    latent_layers: dict[str, str]
 
 
 def space_of_vae(vae: Any) -> LatentSpace:
@@ -110,7 +126,20 @@ def info_of(model: Any) -> ModelInfo:
     space = LatentSpace(
         "", shape.latent_channels, factor, float(shape.scale_factor), float(getattr(shape, "shift_factor", 0.0))
     )
-    return ModelInfo(space, int(getattr(base.diffusion_model, "patch_size", 1) or 1))
+    return ModelInfo(space, int(getattr(base.diffusion_model, "patch_size", 1) or 1), foreign_schedule(model))
+
+
+def foreign_schedule(model: Any) -> Schedule | None:
+    """The schedule of a MODEL that another loader made, by its sampling object; None when that is no flow's.
+
+    The core keeps FLUX's shift at one size there; its rule, at the size of the latent, is meant.
+    """
+    sampling = model.get_model_object("model_sampling")
+    if isinstance(sampling, comfy.model_sampling.ModelSamplingFlux):
+        return Schedule("flux")
+    if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscreteFlow):
+        return Schedule("static", shift=float(sampling.shift), sigma_max=1.0)
+    return None
 
 
 def empty_latent(model: Any, width: int, height: int, batch_size: int) -> dict[str, Any]:

@@ -9,47 +9,131 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial, wraps
+from typing import TYPE_CHECKING, Any
 
 import comfy.lora
 import comfy.model_patcher
 import torch
+from torch import Tensor
+
+from ...dcgen.adapter import LoraPair
+from ...dcgen.backbones import Config
+from .family import Family
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher as PatcherMixin  # whose methods the mixins call
+else:
+    PatcherMixin = object
 
 NETWORK = "diffusion_model."
-WRAPPER = "ComfyFluxWrapper"  # nunchaku's network, by name
-# Core's name of a layer that depends on the latent -> the name that LoRA files use.
-PUBLIC = {"img_in": "x_embedder", "final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear"}
 LISTED = 8
+MARK = "dcgen"  # on the function of the core that register() wraps
 Patches = dict[Any, Any]
+
+
+class Names:
+    """How LoRA files name the layers of a family's network, from the rows of its key map."""
+
+    def __init__(self, family: Family, config: Config) -> None:
+        self.family, self.config = family, config
+
+    @cached_property
+    def targets(self) -> dict[str, Any]:
+        """Module path in the diffusers network -> the weight it is in, as the core's patches name that: its key, or
+        (key, (dimension, first row, rows)) of one in which several are joined, or (key, None, function).
+        """
+        backbone, config = self.family.backbone, self.config
+        shapes = backbone.shapes(config)
+        targets: dict[str, Any] = {}
+        for rule in backbone.key_map(config).rules(backbone.depths(config)):
+            weights = [part for part in rule.parts if part.endswith(".weight") and part in shapes]
+            if not self.family.original_names:
+                targets |= {_layer(weight): NETWORK + weight for weight in weights}
+                continue
+            key, start = NETWORK + rule.original, 0
+            for weight in weights if key.endswith(".weight") else ():
+                rows = shapes[weight][0]
+                joined = (key, (0, start, rows)) if len(rule.parts) > 1 and not rule.copied else key
+                targets[_layer(weight)] = (key, None, _swapped) if rule.swap else joined
+                start += rows
+        return targets
+
+    @cached_property
+    def aliases(self) -> dict[str, Any]:
+        """The names in LoRA files of trainers that follow diffusers -> the same."""
+        aliases: dict[str, Any] = {}
+        for layer, target in self.targets.items():
+            flat = layer.replace(".", "_")
+            names = (layer, f"transformer.{layer}", f"lycoris_{flat}", f"lora_transformer_{flat}")
+            aliases |= dict.fromkeys(names, target)
+        return aliases
+
+    def patches(self, lora: Mapping[str, LoraPair]) -> Patches:
+        """An adapter's LoRA as the core's patches; ValueError names modules that the network does not have."""
+        unknown = [module for module in lora if module not in self.targets]
+        if unknown:
+            raise ValueError(f"the adapter's LoRA names modules that this base lacks: {', '.join(sorted(unknown)[:8])}")
+        tensors: dict[str, Tensor] = {}
+        for module, pair in lora.items():
+            tensors |= {f"{module}.lora_A.weight": pair.A, f"{module}.lora_B.weight": pair.B}
+            tensors[f"{module}.alpha"] = torch.tensor(float(pair.alpha))
+        return comfy.lora.load_lora(tensors, {module: self.targets[module] for module in lora})
+
+
+def _swapped(weight: Tensor) -> Tensor:
+    """The halves of a change's rows exchanged, as a row of a key map with `swap` has them."""
+    return torch.cat(weight.chunk(2, dim=0)[::-1], dim=0)
+
+
+def register() -> None:
+    """Let the core's LoRA loaders find our names for models of ours. The core knows those of its own classes only, and
+    asks no model; for any other model its answer is unchanged.
+    """
+    core = comfy.lora.model_lora_keys_unet
+    if getattr(core, MARK, False):
+        return
+
+    @wraps(core)
+    def model_lora_keys_unet(model: Any, key_map: dict[str, Any] | None = None) -> dict[str, Any]:
+        keys = core(model, {} if key_map is None else key_map)
+        names = getattr(model, "dcgen_lora_names", None)
+        for alias, target in names.aliases.items() if names is not None else ():
+            keys.setdefault(alias, target)
+        return keys
+
+    setattr(model_lora_keys_unet, MARK, True)
+    comfy.lora.model_lora_keys_unet = model_lora_keys_unet
 
 
 @dataclass(frozen=True)
 class LoraReport:
-    """Weights by core's name: changed, left out because their shape is another here, not in this model at all."""
+    """Weights by core's name: changed, left out because their shape is another here, not in this model at all.
+
+    public: names in LoRA files of the layers that depend on the latent; hint: what to do where nothing was applied.
+    """
 
     applied: tuple[str, ...]
     misfits: tuple[str, ...]
     unknown: tuple[str, ...]
-    nunchaku: bool = False
+    public: Mapping[str, str] = field(default_factory=dict)
+    hint: str = ""
 
     def __str__(self) -> str:
         whole = len(self.applied) + len(self.misfits) + len(self.unknown)
         if not whole:
-            return f"LoRA on a DC-Gen model: nothing in it fits, it was made for another kind of model.{self._hint()}"
+            return f"LoRA on a DC-Gen model: nothing in it fits, it was made for another kind of model.{self.hint}"
         text = f"LoRA on a DC-Gen model: {len(self.applied)} of {whole} changes applied."
         if self.misfits:
-            text += f" Left out, made for another latent: {', '.join(map(_public, self.misfits))}."
+            text += f" Left out, made for another latent: {', '.join(map(self._named, self.misfits))}."
         if self.unknown:
             more = f" and {len(self.unknown) - LISTED} more" if len(self.unknown) > LISTED else ""
-            text += f" Not in this model: {', '.join(map(_public, self.unknown[:LISTED]))}{more}."
-        return text if self.applied else text + self._hint()
+            text += f" Not in this model: {', '.join(map(self._named, self.unknown[:LISTED]))}{more}."
+        return text if self.applied else text + self.hint
 
-    def _hint(self) -> str:
-        if not self.nunchaku:
-            return ""
-        return " A nunchaku model takes LoRA from nunchaku's own loader only, placed before Apply DC-Gen."
+    def _named(self, name: str) -> str:
+        return public_name(name, self.public)
 
 
 def split_patches(patches: Mapping[Any, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Patches, tuple[str, ...]]:
@@ -105,29 +189,32 @@ def report(patches: Mapping[Any, Any], misfits: Iterable[str], added: Iterable[A
     """What became of `patches`, given what add_patches said it `added`."""
     applied, left = _names(added), tuple(misfits)
     unknown = tuple(name for name in _names(patches) if name not in {*applied, *left})
-    network = getattr(model, "diffusion_model", None)
-    return LoraReport(applied, left, unknown, type(network).__name__ == WRAPPER)
+    info = getattr(model, "dcgen", None)
+    hint = getattr(getattr(model, "diffusion_model", None), "dcgen_lora_hint", "")
+    return LoraReport(applied, left, unknown, getattr(info, "latent_layers", None) or {}, hint)
 
 
-def log(said: LoraReport) -> None:
+def log(report: LoraReport) -> None:
     """One line, a warning when something was left out."""
-    whole = said.applied and not said.misfits and not said.unknown
-    logging.log(logging.INFO if whole else logging.WARNING, "%s", said)
+    whole = report.applied and not report.misfits and not report.unknown
+    logging.log(logging.INFO if whole else logging.WARNING, "%s", report)
 
 
-def log_merge(misfits: Iterable[str]) -> None:
+def log_merge(misfits: Iterable[str], public: Mapping[str, str]) -> None:
     """A merge comes a weight at a time, and most of them fit: one line for each that does not."""
     for name in misfits:
-        logging.warning("Merging into a DC-Gen model: %s is left out, made for another latent.", _public(name))
+        logging.warning(
+            "Merging into a DC-Gen model: %s is left out, made for another latent.", public_name(name, public)
+        )
 
 
-class Reporting:
+class Reporting(PatcherMixin):
     """Mixin for the ModelPatcher of a DC-Gen model: LoRA without what was made for another latent, with a report."""
 
     def latent_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the weights that a LoRA for another latent cannot change."""
-        places = tuple(f"{NETWORK}{layer}." for layer in self.model.dcgen.latent_layers)
-        return {name: tuple(value.shape) for name, value in self.model.named_parameters() if name.startswith(places)}
+        paths = tuple(f"{NETWORK}{layer}." for layer in self.model.dcgen.latent_layers)
+        return {name: tuple(value.shape) for name, value in self.model.named_parameters() if name.startswith(paths)}
 
     def add_patches(self, patches: Mapping, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
         """As the core's; says in the log what was applied and what was left out."""
@@ -151,7 +238,7 @@ class Reporting:
         kept, misfits = split_patches(patches, self.latent_shapes())
         added = add(kept, *strengths)
         if patches and all(map(is_merge, patches.values())):
-            log_merge(misfits)
+            log_merge(misfits, self.model.dcgen.latent_layers)
         else:
             log(report(patches, misfits, added, self.model))
         # The core warns once more of each change that is not in the answer.
@@ -159,7 +246,7 @@ class Reporting:
 
 
 @cache
-def _reporting(kind: type[comfy.model_patcher.ModelPatcher]) -> type[comfy.model_patcher.ModelPatcher]:
+def _reporting(kind: Any) -> type:
     return type(kind.__name__, (Reporting, kind), {})
 
 
@@ -167,7 +254,8 @@ def reported(patcher: Any) -> Any:
     """The same patcher, with a LoRA report from now on."""
     if not isinstance(patcher, Reporting):
         # Not another class at construction: the core's dynamic patcher chooses its own class there.
-        patcher.__class__ = _reporting(type(patcher))
+        kind: Any = type(patcher)
+        patcher.__class__ = _reporting(kind)
     return patcher
 
 
@@ -184,6 +272,7 @@ def _names(keys: Iterable[Any]) -> tuple[str, ...]:
     return tuple(sorted(set(map(weight_name, keys))))  # the core's own order changes from run to run
 
 
-def _public(name: str) -> str:
+def public_name(name: str, public: Mapping[str, str]) -> str:
+    """A layer by the core's name, with the one that LoRA files use where that is another."""
     layer = _layer(name).removeprefix(NETWORK)
-    return f"{layer} ({PUBLIC[layer]})" if layer in PUBLIC else layer
+    return f"{layer} ({public[layer]})" if public.get(layer, layer) != layer else layer

@@ -36,9 +36,10 @@ from .owners import ATTRIBUTES, OWNERS
 
 BASE = "dcgen_base"  # key of the base's patcher among the additional models
 NETWORK = "diffusion_model."
-PACKED = "GGUFModelPatcher"  # ComfyUI-GGUF's, known by name
 Ends = Mapping[str, Any]
-"""What an overlay has of its own, by path in the network: layers, parameters and plain attributes."""
+"""What an overlay has of its own, by path in the network: layers, parameters and plain attributes. ABSENT takes away
+what the base has there: the ends of some families have other names on another latent."""
+ABSENT = object()
 
 _own_only: ContextVar[bool] = ContextVar("dcgen_own_only", default=False)
 
@@ -63,7 +64,7 @@ class Overlay(nn.Module):
         for store in ("_parameters", "_buffers", "_modules"):
             if name in self.__dict__.get(store, ()):
                 return self.__dict__[store][name]
-        if "_base" not in self.__dict__:
+        if "_base" not in self.__dict__ or name in self.__dict__["_absent"]:
             raise AttributeError(name)
         return getattr(self.__dict__["_base"], name)
 
@@ -76,14 +77,23 @@ class Overlay(nn.Module):
         if _own_only.get():
             return
         for name, module in self._base.named_modules(None, prefix, remove_duplicate):
-            if name not in seen and not (remove_duplicate and module in memo):
+            if name not in seen and not (remove_duplicate and module in memo) and not self._lacks(name, prefix):
                 memo.add(module)
                 yield name, module
 
     def named_children(self):
         yield from super().named_children()
         if not _own_only.get():
-            yield from ((name, module) for name, module in self._base.named_children() if name not in self._modules)
+            rest = (child for child in self._base.named_children() if not self._lacks(child[0]))
+            yield from ((name, module) for name, module in rest if name not in self._modules)
+
+    def _lacks(self, name: str, prefix: str = "") -> bool:
+        """Whether a tensor or module of the base's, by its path behind `prefix`, is one that was taken away."""
+        path = name[len(prefix) :].removeprefix(".")
+        if path.partition(".")[0] in self._absent:
+            return True
+        part = self._modules.get(path.partition(".")[0])
+        return isinstance(part, Overlay) and part._lacks(path.partition(".")[2])
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         with own_layers_only():
@@ -91,9 +101,11 @@ class Overlay(nn.Module):
 
     def state_dict(self, *args: Any, destination: dict | None = None, prefix: str = "", keep_vars: bool = False):
         """All keys, own and the base's: LoRA keys are looked up here, and saving writes a whole model."""
-        own = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        kwargs: Any = {"destination": destination, "prefix": prefix, "keep_vars": keep_vars}
+        own: Any = super().state_dict(*args, **kwargs)
         for key, value in self._base.state_dict(prefix=prefix, keep_vars=keep_vars).items():
-            own.setdefault(key, value)
+            if not self._lacks(key, prefix):
+                own.setdefault(key, value)
         return own
 
 
@@ -113,15 +125,18 @@ class OverlaySequence(Overlay):
 def overlay(base: nn.Module, ends: Ends) -> nn.Module:
     """A module of the base's class: what `ends` names (by dotted path) replaces the base's, the rest is the base's."""
     mixin = OverlaySequence if isinstance(base, (nn.Sequential, nn.ModuleList)) else Overlay
-    kind = type(type(base).__name__, (mixin, type(base)), {})
+    kind: Any = type(type(base).__name__, (mixin, type(base)), {})
     module = kind.__new__(kind)
     nn.Module.__init__(module)
     module.__dict__["_base"] = base  # not a registered child: whoever loads the base moves it
+    module.__dict__["_absent"] = {path for path, value in ends.items() if value is ABSENT}
     inner: dict[str, dict[str, Any]] = {}
     for path, value in ends.items():
         name, _, rest = path.partition(".")
         if rest:
             inner.setdefault(name, {})[rest] = value
+        elif name in module._absent:
+            continue
         elif isinstance(value, nn.Parameter):  # which setattr refuses: the base has one of that name
             module._parameters[name] = value
         else:
@@ -135,7 +150,10 @@ def replace_ends(network: nn.Module, ends: Ends) -> None:
     """Put `ends` into a network that nothing else uses."""
     for path, value in ends.items():
         parent, _, name = path.rpartition(".")
-        setattr(network.get_submodule(parent), name, value)
+        if value is ABSENT:
+            delattr(network.get_submodule(parent), name)
+        else:
+            setattr(network.get_submodule(parent), name, value)
 
 
 class OverlayPatcher(lora.Reporting):
@@ -143,6 +161,7 @@ class OverlayPatcher(lora.Reporting):
 
     load_device: Any
     offload_device: Any
+    size: int
 
     @property
     def base(self) -> comfy.model_patcher.ModelPatcher:
@@ -182,20 +201,6 @@ class OverlayPatcher(lora.Reporting):
         self.patches_uuid = uuid.uuid4()
         added = super()._add_patches(ours, *strengths) if ours else []
         return added + (self.base.add_patches(theirs, *strengths) if theirs else [])
-
-    def add_hook_patches(
-        self, hook: Any, patches: Mapping, strength_patch: float = 1.0, strength_model: float = 1.0
-    ) -> list:
-        """As the core's, which finds the base's weights here too and puts them back after sampling.
-
-        ValueError for packed weights (GGUF), which the core would take for numbers.
-        """
-        if type(self.base).__name__ == PACKED:
-            raise ValueError(
-                "LoRA hooks cannot change a GGUF model's packed weights. Load it with an ordinary LoRA loader, or "
-                "use an fp8 or 16-bit file of the base."
-            )
-        return super().add_hook_patches(hook, patches, strength_patch, strength_model)
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict:
         """Weights with their patches, own and the base's (model merging and saving read these)."""
@@ -296,7 +301,7 @@ def _of_base(name: str) -> Callable:
 
 
 @cache
-def _overlay_kind(kind: type) -> type:
+def _overlay_kind(kind: type, mixin: type) -> type:
     """The core's patcher class `kind` for an overlay. Methods that OverlayPatcher writes out are left to it."""
     methods: dict[str, Callable] = {}
     for name in OWNERS["own layers"] - {"__del__"} - set(vars(OverlayPatcher)):
@@ -304,13 +309,14 @@ def _overlay_kind(kind: type) -> type:
             methods[name] = _of_own_layers(getattr(kind, name))
     methods |= {name: _of_owner(name, getattr(kind, name)) for name in OWNERS["by name"] if hasattr(kind, name)}
     methods |= {name: _of_base(name) for name in OWNERS["base"]}
-    return type(f"Overlay{kind.__name__}", (OverlayPatcher, kind), methods)
+    return type(f"Overlay{kind.__name__}", (mixin, kind), methods)
 
 
 def overlay_patcher(
-    base: comfy.model_patcher.ModelPatcher, network: nn.Module, config: Any
+    base: comfy.model_patcher.ModelPatcher, network: nn.Module, config: Any, mixin: type = OverlayPatcher
 ) -> comfy.model_patcher.ModelPatcher:
-    """Wrap `network` (an overlay of base's) in a BaseModel of the base's class with `config`, and in a patcher.
+    """Wrap `network` (an overlay of base's) in a BaseModel of the base's class with `config`, and in a patcher of the
+    core's with `mixin`, which is OverlayPatcher or a subclass.
 
     What was set on the base's MODEL before (options, wrappers, callbacks, a sampling object) carries over.
     """
@@ -322,7 +328,7 @@ def overlay_patcher(
     model.diffusion_model = network
     kind = core.ModelPatcherDynamic if is_dynamic(base) else core.ModelPatcher
     patcher = kind(model, base.load_device, base.offload_device)
-    patcher.__class__ = _overlay_kind(kind)
+    patcher.__class__ = _overlay_kind(kind, mixin)
     for name in ATTRIBUTES["carried"]:
         setattr(patcher, name, getattr(below, name))
     patcher.force_cast_weights = below.force_cast_weights
@@ -334,18 +340,33 @@ def overlay_patcher(
     return patcher
 
 
+def own_layers(tensors: Mapping[str, Tensor], dtype: Any, device: Any) -> dict[str, Any]:
+    """Layers of an overlay by path, of the tensors by the network's names: Linear, Conv2d over patches (a weight of
+    four dimensions), and parameters that stand beside the layers. They follow their input's device and dtype.
+    """
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        path, _, end = name.rpartition(".")
+        layers.setdefault(path if end in ("weight", "bias") else name, {})[end] = tensor
+    return {path: _layer(weights, dtype, device) for path, weights in layers.items()}
+
+
+def _layer(weights: Mapping[str, Tensor], dtype: Any, device: Any) -> nn.Module | nn.Parameter:
+    if "weight" not in weights:
+        (tensor,) = weights.values()
+        return nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+    if weights["weight"].ndim == 2:
+        return linear(weights, dtype, device)
+    out_channels, in_channels, p, _ = weights["weight"].shape
+    kwargs = {"stride": p, "bias": "bias" in weights, "dtype": dtype, "device": device}
+    return _filled(comfy.ops.manual_cast.Conv2d(in_channels, out_channels, p, **kwargs), weights, dtype, device)
+
+
 def linear(weights: Mapping[str, Tensor], dtype: Any, device: Any) -> nn.Module:
     """A comfy.ops Linear holding {"weight": (out,in)[, "bias": (out,)]}; it follows its input's device and dtype."""
     out_features, in_features = weights["weight"].shape
     layer = comfy.ops.manual_cast.Linear(in_features, out_features, bias="bias" in weights, dtype=dtype, device=device)
     return _filled(layer, weights, dtype, device)
-
-
-def convolution(weights: Mapping[str, Tensor], dtype: Any, device: Any) -> nn.Module:
-    """A comfy.ops Conv2d over patches {"weight": (out,in,p,p)[, "bias": (out,)]}, likewise."""
-    out_channels, in_channels, p, _ = weights["weight"].shape
-    kwargs = {"stride": p, "bias": "bias" in weights, "dtype": dtype, "device": device}
-    return _filled(comfy.ops.manual_cast.Conv2d(in_channels, out_channels, p, **kwargs), weights, dtype, device)
 
 
 def _filled(layer: nn.Module, weights: Mapping[str, Tensor], dtype: Any, device: Any) -> nn.Module:
@@ -356,7 +377,8 @@ def _filled(layer: nn.Module, weights: Mapping[str, Tensor], dtype: Any, device:
 
 def copied_config(config: Any) -> Any:
     """A model_config of its own (its class answers any attribute with None, which confuses copy.copy)."""
-    twin = type(config).__new__(type(config))
+    kind: Any = type(config)
+    twin = kind.__new__(kind)
     twin.__dict__.update(config.__dict__)
     twin.unet_config = dict(config.unet_config)
     return twin

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ...dcgen.backbones import Backbone
-from ...dcgen.backbones.base import patch_size
 from ...dcgen.jsons import parse_object
 from ...dcgen.latent import METADATA_KEY, LatentSpace
 from ...dcgen.release import CONFIG_KEY, SCHEDULE_KEY
+from ...dcgen.schedule import Schedule
 from ...dcgen.tensors import Tensors
-from . import flux, flux_loader, sana
-from .latent_format import ModelInfo
+from .families import FAMILIES
+from .family import Family
+from .loader import Weights, build, info_for
 from .loading import by_layer
 
 NOTE, NOTES = ".comfy_quant", "_quantization_metadata"
@@ -48,12 +49,12 @@ def load_quantized(
 ) -> comfy.model_patcher.ModelPatcher:
     """A MODEL run by core's mixed-precision operations, from one file with the names of core's own network.
 
-    space: the latent, if the file does not say. ValueError when it is not known, when the keys are no FLUX's or
-    SANA's, or when this core does not know a format.
+    space: the latent, if the file does not say. ValueError when it is not known, when the keys are of no family's
+    network, or when this core does not know a format.
     """
     tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     family = _family(tensors, path)
-    backbone: Backbone = family.BACKBONE
+    backbone = family.backbone
     metadata = _bare_notes(metadata or {}, backbone)
     tensors, metadata = comfy.utils.convert_old_quants(dict(backbone.bare_keys(tensors)), "", metadata=metadata)
     notes = _notes(tensors)
@@ -68,25 +69,27 @@ def load_quantized(
     if space is None:
         raise ValueError(f"{path} does not say which autoencoder its latents come from. Choose it in `autoencoder`.")
     stored = metadata.get(SCHEDULE_KEY)
-    schedule = parse_object(stored, f"{path}: {SCHEDULE_KEY}") if stored else backbone.default_schedule(space, config)
-    size = patch_size(backbone.packed_channels(config), space.channels, str(path))
-    info = ModelInfo(space, size, schedule, latent_layers=family.LATENT_LAYERS)
+    schedule = backbone.default_schedule(space, config)
+    if stored:
+        schedule = Schedule.parse(parse_object(stored, f"{path}: {SCHEDULE_KEY}"))
+    info = info_for(family, space, backbone.patch_size(config, space, str(path)), schedule, config)
     # The marks of quantized layers stay among the shapes: by them the core chooses its operations.
     shapes = {**logical, **{key: value for key, value in tensors.items() if key.endswith(NOTE)}}
-    build = flux_loader.build if family is flux else sana.build
-    return build(shapes, _parts(tensors), config, info, path, options, disable_dynamic)
+    return build(family, Weights(path, shapes, _parts(tensors)), info, options, disable_dynamic)
 
 
-def _family(tensors: Mapping[str, Tensor], path: Path) -> Any:
-    """The module of the family whose network has these keys; ValueError when there is none."""
-    for family in (flux, sana):
-        keys = family.BACKBONE.bare_keys(tensors)
-        if family.BACKBONE.matches(keys) and family.BACKBONE.is_original(keys) is (family is flux):
+def _family(tensors: Mapping[str, Tensor], path: Path) -> Family:
+    """The family whose network has these keys; ValueError when there is none."""
+    names = []
+    for family in FAMILIES.values():
+        backbone = family.backbone
+        keys = backbone.bare_keys(tensors)
+        if backbone.matches(keys) and backbone.is_original(keys) is family.original_names:
             return family
-    raise ValueError(
-        f"{path}: a quantized model must be a FLUX with the original key names (double_blocks. ...) or a SANA with "
-        "diffusers' (transformer_blocks. ...)."
-    )
+        wanted = backbone.original_signature if family.original_names else backbone.diffusers_signature
+        kind = "original" if family.original_names else "diffusers"
+        names.append(f"a {backbone.title} with the {kind} key names ({wanted[0]} ...)")
+    raise ValueError(f"{path}: a quantized model must be {' or '.join(names)}.")
 
 
 def _parts(tensors: dict[str, Tensor]) -> Iterable[dict[str, Tensor]]:

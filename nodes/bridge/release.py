@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,16 @@ import comfy.sd
 import folder_paths
 import torch
 
+from ...dcgen.files import naming
 from ...dcgen.jsons import read_object
-from ...dcgen.latent import SPACES
 from ...dcgen.release import Model, open_model
+from ...dcgen.spaces import SPACES
 from .boundary import reading
-from .flux import FLUX
-from .flux_loader import load_flux
+from .families import family_of_class
+from .family import Family
 from .kl_vae import load_kl_vae
+from .loader import load
 from .quantized import is_quantized, load_quantized
-from .sana import SANA, load_sana
-from .sana_text import load_sana_text
-from .text import load_flux_text
 from .toy import listing_root
 from .vae import make_vae
 
@@ -71,14 +69,10 @@ def find_release(name: str) -> Path:
 def load_release(
     name: str, weight_dtype: str = "default"
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    """MODEL, CLIP and VAE of a FLUX or SANA release folder, DC-Gen or base."""
+    """MODEL, CLIP and VAE of a release folder of any family, DC-Gen or base."""
     folder = find_release(name)
     index = read_object(folder / INDEX)
-    with reading(folder / INDEX):
-        kind = index.get("transformer", [None, None])[1]
-    if kind not in (FLUX.diffusers_class, SANA.diffusers_class):
-        known = f"{FLUX.diffusers_class} (FLUX) and {SANA.diffusers_class} (SANA)"
-        raise ValueError(f"{folder}: its transformer is a {kind}; this node loads {known}.")
+    _family_of(folder, index)
     return load_weights(folder, weight_dtype, FROM_FILE), load_text(folder), load_vae(folder, index)
 
 
@@ -86,10 +80,14 @@ def load_text(folder: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """CLIP of a release folder."""
     index = read_object(folder / INDEX)
     with reading(folder):
-        load = load_sana_text if index["transformer"][1] == SANA.diffusers_class else load_flux_text
-        clip = load(folder, index, disable_dynamic)
+        clip = _family_of(folder, index).load_text(folder, index, disable_dynamic)
     clip.patcher.cached_patcher_init = (_text_patcher, (folder,))
     return clip
+
+
+def _family_of(folder: Path, index: dict[str, Any]) -> Family:
+    with reading(folder / INDEX), naming(folder):
+        return family_of_class(index.get("transformer", [None, None])[1])
 
 
 def _text_patcher(folder: Path, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
@@ -160,12 +158,7 @@ def _load_weights(
     if path.is_file() and is_quantized(path):
         return load_quantized(path, SPACES.get(autoencoder), options, disable_dynamic)
     model = _known(open_model(path), autoencoder, path)
-    if model.backbone is SANA:
-        return load_sana(model, options, disable_dynamic)
-    if model.backbone is FLUX:
-        pixels = native_pixels(path) if path.is_dir() else None
-        return load_flux(model, pixels, options, disable_dynamic)
-    raise ValueError(f"{path} is a {model.backbone.name} model; this node loads FLUX and SANA.")
+    return load(model, native_pixels(path) if path.is_dir() else None, options, disable_dynamic)
 
 
 def _known(model: Model, autoencoder: str, path: Path) -> Model:
@@ -179,5 +172,4 @@ def _known(model: Model, autoencoder: str, path: Path) -> Model:
             f"{path} does not say which autoencoder its latents come from. Choose it in `autoencoder`; of the "
             f"published ones these have its {channels} channels: {', '.join(fits) or 'none'}."
         )
-    space = SPACES[autoencoder]
-    return replace(model, latent=space, schedule=model.schedule or model.backbone.default_schedule(space, model.config))
+    return model.on_latent(SPACES[autoencoder])

@@ -10,9 +10,8 @@ import folder_paths
 from aiohttp import web
 
 from ...dcgen.adapter import load_adapter
-from ...dcgen.backbones.base import patch_size
-from ...dcgen.latent import SPACES
 from ...dcgen.release import open_model
+from ...dcgen.spaces import SPACES
 from .release import find_release, release_names
 
 PATH = "/dcgen/latent"
@@ -58,10 +57,11 @@ def describe(kind: str, name: str, autoencoder: str = "") -> dict[str, Any]:
         model = open_model(folder_paths.get_full_path_or_raise("diffusion_models", name))
     else:
         raise UnknownName(f"no {kind} of that name")
-    latent = model.latent or SPACES.get(autoencoder)
-    if latent is None:
+    if model.latent is None and autoencoder in SPACES:
+        model = model.on_latent(SPACES[autoencoder])
+    if model.latent is None:
         raise ValueError(f"{name} does not say what its latent is")
-    return _facts(latent, patch_size(model.backbone.packed_channels(model.config), latent.channels, name))
+    return _facts(model.latent, model.patch_size)
 
 
 def _facts(space: Any, patch: int) -> dict[str, Any]:

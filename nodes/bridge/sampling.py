@@ -15,7 +15,6 @@ import node_helpers
 import torch
 from torch import Tensor
 
-from ...dcgen.schedule import sigmas as schedule
 from .latent_format import ModelInfo, check_stamp, info_of, space_of_vae
 from .samplers import sampler_object
 
@@ -73,14 +72,16 @@ def encoded(model: Any, latent: dict[str, Any], image: Tensor, vae: Any) -> dict
 def _vae_differences(vae: Any, info: ModelInfo) -> list[str]:
     space = space_of_vae(vae)
     if not hasattr(vae, "space"):  # core's VAEs leave the scaling to the model
-        space = replace(space, scaling_factor=info.space.scaling_factor, shift_factor=info.space.shift_factor)
+        of_model = ("scaling_factor", "shift_factor", "mean", "std", "temporal_factor")
+        space = replace(space, **{field: getattr(info.space, field) for field in of_model})
     return space.differences(info.space)
 
 
 def sigmas_for(model: Any, latent: dict[str, Any], steps: int, denoise: float, shift: float = 0.0) -> Tensor:
     """Noise levels (N+1,) float32 for this model at this latent's size; denoise < 1 keeps the last part of them.
 
-    shift: r of dcgen.schedule.shift_ratio in place of what the checkpoint says; 0 = the checkpoint's own.
+    shift: r of dcgen.schedule in place of what the checkpoint says; 0 = the checkpoint's own. ValueError for a model
+    that is no flow model.
     """
     info = check_latent(model, latent)
     if denoise <= 0:
@@ -88,8 +89,12 @@ def sigmas_for(model: Any, latent: dict[str, Any], steps: int, denoise: float, s
     rows, columns = latent["samples"].shape[2:]
     tokens = (rows // info.patch_size) * (columns // info.patch_size)
     total = steps if denoise >= 1 else int(steps / denoise)
-    how = {"rule": info.schedule["rule"], "shift": shift} if shift else info.schedule
-    return schedule(total, tokens=tokens, channels=info.token_channels, **how)[-(steps + 1) :]
+    if info.schedule is None:
+        raise ValueError(
+            "this model is no flow model, so that there is no shift to choose. Use core's BasicScheduler and KSampler."
+        )
+    schedule = info.schedule.shifted_by(shift) if shift else info.schedule
+    return schedule.sigmas(total, tokens=tokens, channels=info.token_channels)[-(steps + 1) :]
 
 
 def sample(
@@ -105,12 +110,13 @@ def sample(
 ) -> dict[str, Any]:
     """LATENT sampled from `latent` along `sigmas`, as core's SamplerCustomAdvanced does it.
 
-    Without `negative` the model runs once a step; with it and cfg != 1, twice. guidance: FLUX's scale g = 1 + w in
-    place of the conditioning's own.
+    Without `negative` the model runs once a step; with it and cfg != 1, twice. guidance: a distilled model's scale
+    g = 1 + w in place of the conditioning's own.
     """
     check_latent(model, latent)
     if guidance is not None:
-        positive, negative = with_guidance(positive, guidance), with_guidance(negative, guidance)
+        positive = with_guidance(positive, guidance)
+        negative = with_guidance(negative, guidance) if negative else negative
     sampler = sampler_object(sampler_name, model)
     image = latent["samples"]
     noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
@@ -134,6 +140,6 @@ def sample(
     return {**out, "samples": samples.to(comfy.model_management.intermediate_device())}
 
 
-def with_guidance(conditioning: list | None, guidance: float) -> list | None:
-    """CONDITIONING with FLUX's guidance scale g = 1 + w; None stays None."""
-    return conditioning and node_helpers.conditioning_set_values(conditioning, {"guidance": guidance})
+def with_guidance(conditioning: list, guidance: float) -> list:
+    """CONDITIONING with a distilled model's guidance scale g = 1 + w."""
+    return node_helpers.conditioning_set_values(conditioning, {"guidance": guidance})

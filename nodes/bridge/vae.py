@@ -51,7 +51,7 @@ class DCAEVAE(comfy.sd.VAE):
         kind = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
         self.patcher = kind(dcae, load_device=self.device, offload_device=comfy.model_management.vae_offload_device())
         if not is_dynamic(self.patcher):  # which copies weights out in their plain order
-            dcae.to(memory_format=torch.channels_last)
+            dcae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.size = None
         self.memory_used_decode = lambda shape, dtype: self._memory("decode", shape[-2], shape[-1], dtype)
         self.memory_used_encode = lambda shape, dtype: self._memory(

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from dcgen.adapter import Adapter, LoraPair, save_adapter
 from dcgen.backbones import BACKBONES
 from dcgen.latent import LatentSpace
+from train.families import FAMILIES
 
 FLUX = BACKBONES["flux"]
 SPACE = LatentSpace("test-ae", 8, 32, 0.37)
@@ -19,7 +20,7 @@ HEADS = ("x_embedder", "proj_out", "norm_out.linear")
 def targets(transformer) -> dict[str, torch.nn.Linear]:
     """The layers that LoRA go on."""
     linears = {name: part for name, part in transformer.named_modules() if isinstance(part, torch.nn.Linear)}
-    return {name: part for name, part in linears.items() if FLUX.is_lora_target(name)}
+    return {name: part for name, part in linears.items() if FAMILIES["flux"].is_lora_target(name)}
 
 
 def pairs(layers, rank: int, seed: int, size: float = 0.3) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -41,7 +42,7 @@ def make_adapter(path: Path, base, new, rank: int = 16, alpha: float = 24.0, lay
         {f"{name}.{kind}": new.state_dict()[f"{name}.{kind}"].clone() for name in HEADS for kind in ("weight", "bias")},
         {name: LoraPair(a, b, alpha) for name, (a, b) in lora.items()},
         SPACE,
-        FLUX.fingerprint(dict(base.config)),
+        FLUX.base_signature(dict(base.config)),
         {"rule": "flux"},
     )
     save_adapter(path, adapter)

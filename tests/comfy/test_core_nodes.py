@@ -34,6 +34,7 @@ def random_lora(path, shapes, seed=0, rank=4):
 def flux(folder, tiny, helper):
     """(params, inputs) of a small FLUX that core's own loader takes too."""
     from dcgen.backbones import BACKBONES
+    from train.families import FAMILIES
 
     base, new = tiny.transformer(64, 3, **WIDE), tiny.transformer(8, 4, **WIDE)
     release = folder / "base"
@@ -47,7 +48,8 @@ def flux(folder, tiny, helper):
     native = backbone.to_original(base.state_dict(), dict(base.config))
     save_file({key: value.contiguous().clone() for key, value in native.items()}, folder / "core.safetensors")
     layers = backbone.linears(dict(base.config) | {"width": 128})
-    random_lora(folder / "user.safetensors", {k: v for k, v in layers.items() if backbone.is_lora_target(k)})
+    is_target = FAMILIES["flux"].is_lora_target
+    random_lora(folder / "user.safetensors", {k: v for k, v in layers.items() if is_target(k)})
     generator = torch.Generator().manual_seed(1)
     inputs = {
         "x": torch.randn((1, 16, 8, 8), generator=generator),
@@ -72,6 +74,7 @@ def sana(folder):
     """The same of the toy SANA, in float32; core has no loader for it."""
     from dcgen.adapter import load_adapter
     from dcgen.backbones import BACKBONES
+    from train.families import FAMILIES
 
     adapter, base = TOY / "adapter" / "toy-sana-dcgen.safetensors", folder / "sana-base"
     shutil.copytree(TOY / "sana-base", base)
@@ -88,7 +91,8 @@ def sana(folder):
         "float32",
     )
     backbone, known = BACKBONES["sana"], load_adapter(adapter)
-    layers = {k: v for k, v in backbone.linears(known.base).items() if backbone.is_lora_target(k) and len(v) == 2}
+    is_target = FAMILIES["sana"].is_lora_target
+    layers = {k: v for k, v in backbone.linears(known.base).items() if is_target(k) and len(v) == 2}
     random_lora(folder / "sana-user.safetensors", layers)
     config = json.loads((TOY / "sana-base" / "transformer" / "config.json").read_text())
     generator = torch.Generator().manual_seed(2)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dcgen.dcae import load_dcae
+from dcgen.dcae import load_dcae, save_dcae
 
 ROOT = Path(__file__).resolve().parents[2]
 FACTORS = {"f32": 6, "f64": 7, "f128": 8}
@@ -53,7 +53,7 @@ def ran(comfy, tmp_path_factory):
         ae, f = tiny_autoencoder(stages, stages), 2 ** (stages - 1)
         ae.save_pretrained(folder / name)
         folders[name] = str(folder / name)
-        files[name] = str(with_factors(folder / name, stages).save(folder / f"{name}.safetensors"))
+        files[name] = str(save_dcae(with_factors(folder / name, stages), folder / f"{name}.safetensors"))
         image = torch.rand((2, 3 * f, 2 * f, 3), generator=generator)
         odd = torch.rand((1, 2 * f + f // 2 + 3, 3 * f - 1, 3), generator=generator)
         latent = torch.randn((2, 8, 4, 3), generator=generator)

@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from dcgen.adapter import Adapter, LoraPair, load_adapter, merge, save_adapter
 from dcgen.backbones import BACKBONES
-from dcgen.latent import SPACES, LatentSpace
+from dcgen.latent import LatentSpace
+from dcgen.spaces import SPACES
+from train.families import FAMILIES
 
 BASE = {
     "width": 16,
@@ -42,7 +44,7 @@ def make(seed: int = 0, channels: int = 4, rank: int = 2, alpha: float = 3.0, dt
     lora = {
         path: LoraPair(draw(rank, inputs), draw(outputs, rank), alpha)
         for path, (outputs, inputs) in flux.linears(BASE).items()
-        if flux.is_lora_target(path)
+        if FAMILIES["flux"].is_lora_target(path)
     }
     return Adapter(
         **{
@@ -138,7 +140,7 @@ def _rewrite(path: Path, change) -> None:
 QUERY = "transformer.transformer_blocks.0.attn.to_q"
 SPOILED = {
     "no format": (lambda t, m: m.pop("dcgen.format"), "looks like an ordinary LoRA"),
-    "newer format": (lambda t, m: m.update({"dcgen.format": "2"}), "update DC-Gen"),
+    "newer format": (lambda t, m: m.update({"dcgen.format": "3"}), "update DC-Gen"),
     "unknown backbone": (lambda t, m: m.update({"dcgen.backbone": "zimage"}), "'zimage' is unknown"),
     "no latent": (lambda t, m: m.pop("dcgen.latent"), "lacks dcgen.latent"),
     "latent": (lambda t, m: m.update({"dcgen.latent": "{}"}), "not a latent space"),
@@ -336,13 +338,12 @@ def test_merge_is_w_plus_ba(make_flux, strength):
 def test_merge_equals_peft(make_flux):
     """The same LoRA, run by peft unmerged, gives what the merged weights give."""
     peft = pytest.importorskip("peft")
-    flux = BACKBONES["flux"]
     config = {"attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (4, 2, 2), "in_channels": 4}
     config |= {"num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 6, "pooled_projection_dim": 5}
     model, plain = make_flux(**config), make_flux(**config)
     adapter = make(rank=2, alpha=3.0)
     adapter.tensors = {key: model.state_dict()[key] for key in adapter.tensors}
-    pattern = "|".join(flux.lora_targets)
+    pattern = "|".join(FAMILIES["flux"].lora_targets)
     injected = peft.inject_adapter_in_model(peft.LoraConfig(r=2, lora_alpha=3.0, target_modules=pattern), model)
     with torch.no_grad():
         for path, pair in adapter.lora.items():
@@ -353,10 +354,10 @@ def test_merge_equals_peft(make_flux):
     cond = {"prompt_embeds": torch.randn(1, 3, 6), "pooled": torch.randn(1, 5)}
     g = torch.tensor([2.0])
     with torch.no_grad():
-        expected = flux.velocity(injected, *call, cond, g)
-        before = flux.velocity(plain, *call, cond, g)
+        expected = FAMILIES["flux"].velocity(injected, *call, cond, g)
+        before = FAMILIES["flux"].velocity(plain, *call, cond, g)
         plain.load_state_dict(merge(plain.state_dict(), adapter))
-        found = flux.velocity(plain, *call, cond, g)
+        found = FAMILIES["flux"].velocity(plain, *call, cond, g)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert (before - expected).abs().max() > 1e-2
 
@@ -396,7 +397,7 @@ def test_linears_are_the_models(make_flux):
     flux = BACKBONES["flux"]
     for guidance in (True, False):
         model = make_flux(guidance_embeds=guidance, joint_attention_dim=22)
-        base = flux.fingerprint(dict(model.config))
+        base = flux.base_signature(dict(model.config))
         real = {
             name: (module.out_features, module.in_features)
             for name, module in model.named_modules()

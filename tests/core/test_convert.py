@@ -17,8 +17,12 @@ from dcgen.adapter import Adapter, LoraPair, load_adapter, merge, save_adapter
 from dcgen.backbones import BACKBONES
 from dcgen.convert import describe, main, merge_file, pack, unpack
 from dcgen.extract import extract, factor, rounding_floor
-from dcgen.latent import SPACES, LatentSpace
-from dcgen.release import latent_of_vae, note_schedule, open_model
+from dcgen.folder import note_schedule, space_of_config
+from dcgen.latent import LatentSpace
+from dcgen.release import open_model
+from dcgen.schedule import Schedule
+from dcgen.spaces import SPACES
+from train.families import FAMILIES
 
 flux = BACKBONES["flux"]
 SPACE = SPACES["dc-ae-f32c32-in-1.0"]
@@ -48,12 +52,12 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> N
     assert all(torch.equal(found[key], value) and found[key].dtype == value.dtype for key, value in expected.items())
 
 
-@pytest.mark.parametrize("names", ["native", "diffusers"])
+@pytest.mark.parametrize("names", ["original", "native", "diffusers"])
 def test_release_to_file_and_back(release, tmp_path, names):
     diffusers = pytest.importorskip("diffusers")
     folder, state, space = release
     out = pack(open_model(folder), tmp_path / "one.safetensors", names=names)
-    same(load_file(out), flux.to_original(state) if names == "native" else state)
+    same(load_file(out), state if names == "diffusers" else flux.to_original(state))
     with safe_open(out, framework="pt") as file:
         metadata = file.metadata()
     assert LatentSpace.from_metadata(metadata) == space
@@ -67,16 +71,18 @@ def test_release_to_file_and_back(release, tmp_path, names):
     same(dict(diffusers.FluxTransformer2DModel.from_pretrained(back / "transformer").state_dict()), state)
     again = open_model(back)
     assert again.latent == space
-    assert again.schedule == {"rule": "flux2"}
+    assert again.schedule == Schedule("flux2")
     assert sorted(os.listdir(tmp_path)) == ["back", "one.safetensors", "release"]
 
 
-@pytest.mark.parametrize("schedule", [{"rule": "flux"}, {"rule": "flux2", "mu": 0.9}, {"rule": "static", "shift": 2.5}])
+@pytest.mark.parametrize(
+    "schedule", [Schedule("flux"), Schedule("flux2", mu=0.9), Schedule("static", shift=2.5, sigma_max=1.0)]
+)
 def test_a_release_folder_keeps_its_schedule(release, tmp_path, schedule, caplog):
     """An f32 release on another rule than the published f32 ones; no field of diffusers' config can say it."""
     diffusers = pytest.importorskip("diffusers")
     folder, _, _ = release
-    assert open_model(folder).schedule == {"rule": "flux2"}
+    assert open_model(folder).schedule == Schedule("flux2")
     plain = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.4)
     plain.save_pretrained(folder / "scheduler")
     note_schedule(folder, schedule)
@@ -191,7 +197,7 @@ def test_info_tells_what_it_is(release, tmp_path):
     ],
 )
 def test_latent_of_a_vae_config(config, name, numbers):
-    space = latent_of_vae(config)
+    space = space_of_config(config)
     assert space.name == name
     assert (space.channels, space.spatial_factor, space.scaling_factor, space.shift_factor) == numbers
 
@@ -218,7 +224,7 @@ def test_refusals(release, tmp_path):
     config.write_text(written)
     with pytest.raises(ValueError, match="give it that ending"):
         pack(open_model(folder), tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match="native, diffusers"):
+    with pytest.raises(ValueError, match="original, diffusers"):
         pack(open_model(folder), tmp_path / "a.safetensors", names="bfl")
     with pytest.raises(ValueError, match=r"release exists"):
         unpack(open_model(folder), folder)
@@ -249,6 +255,7 @@ _PEAK = """
 import sys, torch
 torch.set_num_threads(1)
 from dcgen.convert import pack, unpack, open_model
+from train.families import FAMILIES
 def peak():  # of this process alone: ru_maxrss begins with the parent's
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()
@@ -302,7 +309,7 @@ def test_peak_memory_is_far_below_the_weights(tmp_path):
 
 
 def _adapter(config: dict, rank: int, dtype: torch.dtype = torch.float32, size: float = 0.02) -> Adapter:
-    base = flux.fingerprint(config)
+    base = flux.base_signature(config)
     generator = torch.Generator().manual_seed(3)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -311,7 +318,7 @@ def _adapter(config: dict, rank: int, dtype: torch.dtype = torch.float32, size: 
     lora = {
         path: LoraPair(draw(rank, inputs), draw(outputs, rank), float(rank))
         for path, (outputs, inputs) in flux.linears(base).items()
-        if flux.is_lora_target(path)
+        if FAMILIES["flux"].is_lora_target(path)
     }
     tensors = {key: draw(*shape) for key, shape in flux.latent_shapes(base, 32, 1).items()}
     return Adapter("flux", tensors, lora, SPACE, base, {"rule": "flux2"})
@@ -333,7 +340,7 @@ def test_merged_file_is_merge(pair):
     same({key: merged.get(key) for key in merged.entries}, expected)
     assert merged.config["in_channels"] == merged.config["out_channels"] == 32
     assert merged.latent == SPACE
-    assert merged.schedule == {"rule": "flux2"}
+    assert merged.schedule == Schedule("flux2")
 
 
 def test_extract_undoes_merge(pair, tmp_path):

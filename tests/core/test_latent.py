@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcgen.latent import METADATA_KEY, SPACES, LatentSpace
+from dcgen.latent import METADATA_KEY, LatentSpace
+from dcgen.spaces import SPACES
 
 # (channels, spatial factor, scaling, shift) as published; written again here so that a slip in the table is seen.
 PUBLISHED = {

@@ -10,9 +10,9 @@ from dcgen.adapter import Adapter, LoraPair, load_adapter, merge, save_adapter
 from dcgen.backbones import BACKBONES
 from dcgen.convert import main, merge_file, unpack
 from dcgen.extract import extract
-from dcgen.latent import SPACES
 from dcgen.release import open_model
 from dcgen.schedule import Schedule
+from dcgen.spaces import SPACES
 from train.families import FAMILIES
 
 diffusers = pytest.importorskip("diffusers")

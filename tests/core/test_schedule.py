@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcgen.schedule import shift_ratio, shifted, sigmas
+from dcgen.schedule import Schedule, shift_ratio, shifted, sigmas
 
 # 20 steps; four digits as published, so 1e-4 is the whole of their precision.
 TABLES = {
@@ -126,3 +127,81 @@ def test_refusals(arguments, message):
     call = {"steps": 4, "tokens": 16, "channels": 32, **arguments}
     with pytest.raises(ValueError, match=message):
         sigmas(call.pop("steps"), **call)
+
+
+# ---- what a diffusers scheduler_config.json says ---------------------------------------------------------------------
+
+
+def config_of(scheduler) -> dict:
+    """The config.json that diffusers writes for a scheduler."""
+    return dict(scheduler.config)
+
+
+def test_schnell_is_not_shifted_and_starts_at_one():
+    """FLUX.1-schnell's config has a static shift of 1: the grid of FlowMatchEuler as FluxPipeline calls it."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
+    schedule = Schedule.from_scheduler_config(config_of(scheduler))
+    assert schedule == Schedule("static", shift=1.0, sigma_max=1.0)
+    scheduler.set_timesteps(sigmas=torch.linspace(1.0, 0.25, 4, dtype=torch.float64).tolist())
+    torch.testing.assert_close(schedule.sigmas(4, tokens=4096, channels=64), scheduler.sigmas, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("numbers", [{"base_shift": 0.4}, {"max_shift": 0.9}, {"max_image_seq_len": 8192}])
+def test_dynamic_shifting_with_other_numbers_than_flux(numbers):
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    known = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **numbers)
+    schedule = Schedule.from_scheduler_config(config_of(scheduler))
+    of = {**known, **numbers}
+    mu = calculate_shift(1024, of["base_image_seq_len"], of["max_image_seq_len"], of["base_shift"], of["max_shift"])
+    scheduler.set_timesteps(sigmas=torch.linspace(1.0, 0.1, 10, dtype=torch.float64).tolist(), mu=mu)
+    torch.testing.assert_close(schedule.sigmas(10, tokens=1024, channels=64), scheduler.sigmas, atol=1e-6, rtol=1e-6)
+
+
+def test_what_a_config_leaves_to_the_model():
+    """FLUX.1's own numbers, which the published f32 releases carry along; DDPM; an absent file."""
+    diffusers = pytest.importorskip("diffusers")
+    dynamic = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    for config in (config_of(dynamic), config_of(diffusers.DDIMScheduler()), {}):
+        assert Schedule.from_scheduler_config(config) is None
+
+
+def test_flow_sigmas_of_a_config():
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+    )
+    assert Schedule.from_scheduler_config(config_of(scheduler)) == Schedule("static", shift=3.0)
+
+
+@pytest.mark.parametrize("config", [{"time_shift_type": "linear"}, {"shift_terminal": 0.02}])
+def test_a_shift_that_is_not_known_is_refused(config):
+    with pytest.raises(ValueError, match="not known here"):
+        Schedule.from_scheduler_config({"use_dynamic_shifting": True, **config})
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule("flux"),
+        Schedule("flux", base_shift=0.4, max_image_seq_len=8192),
+        Schedule("flux2", mu=0.7),
+        Schedule("static", shift=6.0),
+        Schedule("static", shift=1.0, sigma_max=1.0),
+        Schedule("sprint"),
+    ],
+)
+def test_a_schedule_goes_through_json(schedule):
+    stored = json.loads(json.dumps(schedule.to_dict()))
+    assert Schedule.parse(stored) == schedule
+    assert Schedule.from_scheduler_config({"use_dynamic_shifting": True, "_dcgen_schedule": stored}) == schedule
+    assert "rule" in stored
+    assert len(stored) < 4, "defaults are not written: an older reader knows three fields"
+
+
+def test_a_misspelt_rule_is_refused_where_it_is_read():
+    with pytest.raises(ValueError, match=r"schedule must be .*rul"):
+        Schedule.parse({"rul": "flx"})

@@ -17,10 +17,11 @@ from dcgen.backbones import BACKBONES
 from dcgen.convert import main, pack
 from dcgen.fields import check_fields, flag, items, optional, real, text, whole, words
 from dcgen.files import is_finite
+from dcgen.folder import space_of_config, stored_schedule
 from dcgen.jsons import MAX_DEPTH, parse_json, read_object
 from dcgen.latent import METADATA_KEY, LatentSpace
-from dcgen.release import kl_space, open_model, stored_schedule
-from dcgen.schedule import check_schedule
+from dcgen.release import open_model
+from dcgen.schedule import Schedule
 from dcgen.tensors import Tensors
 
 DEEP = "[" * 100_000
@@ -111,7 +112,7 @@ def test_a_needed_field_and_a_long_value():
 )
 def test_what_is_no_schedule(schedule):
     with pytest.raises(ValueError, match=r"schedule|shift"):
-        check_schedule(schedule)
+        Schedule.parse(schedule)
 
 
 @pytest.mark.parametrize(
@@ -134,13 +135,19 @@ def test_latent_spaces_that_no_file_may_have(fields):
 
 
 def test_an_autoencoder_kl_config_is_checked():
-    config = {"block_out_channels": [1, 2, 4, 4], "latent_channels": 16, "scaling_factor": 0.36, "shift_factor": None}
-    assert (kl_space(config).spatial_factor, kl_space(config).shift_factor) == (8, 0.0)
+    config = {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [1, 2, 4, 4],
+        "latent_channels": 16,
+        "scaling_factor": 0.36,
+        "shift_factor": None,
+    }
+    assert (space_of_config(config).spatial_factor, space_of_config(config).shift_factor) == (8, 0.0)
     for name, value in (("block_out_channels", 5), ("block_out_channels", [1] * 99), ("latent_channels", "a")):
         with pytest.raises(ValueError, match=name):
-            kl_space({**config, name: value})
+            space_of_config({**config, name: value})
     with pytest.raises(ValueError, match="scaling_factor is missing"):
-        kl_space({key: value for key, value in config.items() if key != "scaling_factor"})
+        space_of_config({key: value for key, value in config.items() if key != "scaling_factor"})
 
 
 @pytest.mark.parametrize(

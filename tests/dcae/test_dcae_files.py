@@ -92,7 +92,7 @@ def test_a_folder_of_diffusers_loads_and_ours_opens_there(tiny: DCAEConfig, pair
     with torch.no_grad():
         expected = oracle.decode(latent).sample
         assert torch.allclose(load_dcae(tmp_path / "theirs").decode(latent), expected, atol=1e-5)
-        model.save(tmp_path / "ours")
+        save_dcae(model, tmp_path / "ours")
         assert torch.allclose(
             AutoencoderDC.from_pretrained(tmp_path / "ours").decode(latent).sample, expected, atol=1e-5
         )

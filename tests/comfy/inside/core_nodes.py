@@ -172,7 +172,7 @@ def saved(s, model):
         save_checkpoint(one, filename_prefix=prefix, output_dir=folder_paths.get_output_directory())
         (file,) = Path(folder_paths.get_output_directory(), "saved").glob(f"{id(one)}_*.safetensors")
         # The core's file does not say whose latents they are; the user chooses.
-        importlib.import_module(f"{s.pack}.dcgen.latent").SPACES["chosen"] = (
+        importlib.import_module(f"{s.pack}.dcgen.spaces").SPACES["chosen"] = (
             bridge(s.pack, "latent_format").info_of(one).space
         )
         out[name] = s.sample(s.release.load_weights(file, "default", "chosen"))
@@ -363,7 +363,7 @@ def text_encoders(pack, _tensors, params):
 
         def run(clip, encode=encode):
             if encode == "sana":
-                ((cond, _),) = bridge(pack, "sana_text").encode(clip, "a red cat", "instruction ")
+                ((cond, _),) = bridge(pack, "families.sana.text").encode(clip, "a red cat", "instruction ")
             else:
                 ((cond, _),) = clip.encode_from_tokens_scheduled(clip.tokenize("a red cat"))
             return cond.float()

@@ -58,7 +58,7 @@ def everything(pack, tensors, params):
             "factor": info.space.spatial_factor,
             "scaling": patcher.model.latent_format.scale_factor,
             "memory": patcher.model.memory_usage_factor,
-            "schedule": info.schedule,
+            "schedule": info.schedule.to_dict(),
         }
         if "z" in inputs:
             vae = bridge(pack, "release").load_vae(release_of(pack, folder), {})
@@ -70,7 +70,9 @@ def everything(pack, tensors, params):
 def text(pack, folder, prompts):
     """Embeddings of each prompt from the release's CLIP, as core's CLIPTextEncode makes them."""
     folder = release_of(pack, folder)
-    clip = bridge(pack, "text").load_flux_text(folder, json.loads((folder / "model_index.json").read_text()))
+    clip = bridge(pack, "families.flux.text").load_flux_text(
+        folder, json.loads((folder / "model_index.json").read_text())
+    )
     out = {}
     for i, prompt in enumerate(prompts):
         ((cond, extra),) = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))

@@ -33,7 +33,7 @@ def everything(pack, tensors, params):
 def _load(pack, params, kind="release", options=None):
     release = __import__(f"{pack}.dcgen.release", fromlist=["open_model"])
     source = release.open_model(release_of(pack, params[kind]))
-    return bridge(pack, "flux_loader").load_flux(source, options=options or {}), source
+    return bridge(pack, "loader").load(source, options=options or {}), source
 
 
 def _apply(pack, model, file, strength=1.0):

@@ -121,7 +121,7 @@ def base_models(pack, tensors, params, load, folder):
     """DCGenApply on a quantized base, which stays usable beside it."""
     flux, adapter = bridge(pack, "apply"), adapters(pack).load_adapter(params["adapter"])
     plain = load_model(pack, params["release"])
-    space = importlib.import_module(f"{pack}.dcgen.latent").SPACES["flux-f8c16"]
+    space = importlib.import_module(f"{pack}.dcgen.spaces").SPACES["flux-f8c16"]
     notes = {**space.to_metadata(), "dcgen.config": params["base_config"]}
     weights = {key: value.clone() for key, value in plain.model.diffusion_model.state_dict().items()}
     of = {kind: {k: v for k, v in tensors.items() if k.startswith(kind)} for kind in ("base", "deep")}

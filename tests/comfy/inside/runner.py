@@ -86,6 +86,7 @@ def forget(paths, flags):
 check_mode(os.environ["DCGEN_MODE"])
 # Under a name made from a path, as ComfyUI itself does, so that an absolute import inside the pack would fail here too.
 pack = module_from("custom_nodes_ComfyUI_DC_Gen", Path(os.environ["DCGEN_PACK"]) / "__init__.py", package=True)
+importlib.import_module(f"{pack.__name__}.nodes.bridge.lora").register()  # as at the start of a server
 sys.path.append(str(Path(__file__).resolve().parent))
 at_first = copy.deepcopy(folder_paths.folder_names_and_paths), dict(vars(args))
 for line in sys.stdin:

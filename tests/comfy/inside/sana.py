@@ -54,7 +54,7 @@ def facts(patcher):
         "factor": model.dcgen.space.spatial_factor,
         "scaling": model.latent_format.scale_factor,
         "shift": model.model_sampling.shift,
-        "schedule": model.dcgen.schedule,
+        "schedule": model.dcgen.schedule.to_dict(),
     }
 
 
@@ -118,18 +118,19 @@ def refusals(pack, params, base, deep, adapter):
     adapter.base = {**adapter.base, "num_layers": 19}
     attempt("base", lambda: apply(base, adapter, 1.0))
     text = {"cross_attn": torch.zeros(1, 300, 24), "attention_mask": torch.ones(1, 300)}
-    attempt("not SANA's text", lambda: base.model.extra_conds(**text))
+    check = bridge(pack, "guard").check_text
+    attempt("not SANA's text", lambda: check({"positive": [text]}, base.model.dcgen))
     wide = {"cross_attn": torch.zeros(1, 77, 768), "dcgen_text": "sana"}
-    attempt("other encoder", lambda: base.model.extra_conds(**wide))
+    attempt("other encoder", lambda: check({"negative": [wide]}, base.model.dcgen))
     joined = {**text, "cross_attn": torch.zeros(1, 600, 24), "dcgen_text": "sana"}
-    attempt("joined", lambda: base.model.extra_conds(**joined))
+    attempt("joined", lambda: check({"positive": [joined]}, base.model.dcgen))
     return said
 
 
 def text(pack, _tensors, params):
     """Conditioning of each prompt from the release's Gemma and from core's CLIP."""
     out, said = {}, {}
-    sana_text = bridge(pack, "sana_text")
+    sana_text = bridge(pack, "families.sana.text")
     folder = release_of(pack, params["release"])
     index = json.loads((folder / "model_index.json").read_text())
     clips = {"release": sana_text.load_sana_text(folder, index)}
@@ -148,7 +149,7 @@ def text(pack, _tensors, params):
         try:
             broken = release_of(pack, params[name])
             if name == "flux":
-                flux = bridge(pack, "text").load_flux_text(
+                flux = bridge(pack, "families.flux.text").load_flux_text(
                     broken, json.loads((broken / "model_index.json").read_text())
                 )
                 sana_text.encode(flux, "a red cat", "")

@@ -207,7 +207,7 @@ def adapter_name(server, sana_release, deep_sana_release, tiny):
     shapes = {"patch_embed.proj.weight": (64, 16, 1, 1), "patch_embed.proj.bias": (64,)}
     shapes |= {"proj_out.weight": (16, 64), "proj_out.bias": (16,)}
     tensors = {name: torch.randn(shape, generator=draw) * 0.2 for name, shape in shapes.items()}
-    base = BACKBONES["sana"].fingerprint(dict(sana_release[1].transformer.config))
+    base = BACKBONES["sana"].base_signature(dict(sana_release[1].transformer.config))
     space = LatentSpace("", 16, 64, deep_sana_release[1].vae.config.scaling_factor)
     adapter = Adapter("sana", tensors, {}, space, base, {"rule": "static", "shift": 3.0})
     file = server.base / "models" / "model_patches" / "tiny-sana.safetensors"

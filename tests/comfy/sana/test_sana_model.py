@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from dcgen.adapter import Adapter, LoraPair, save_adapter
 from dcgen.backbones import BACKBONES
-from dcgen.latent import SPACES, LatentSpace
+from dcgen.latent import LatentSpace
+from dcgen.spaces import SPACES
 
 DEEP = LatentSpace("tiny-f64", 16, 64, 0.31)
 QK = "rms_norm_across_heads"
@@ -81,7 +82,7 @@ def write_files(folder, tiny, sana, sana_release, base_release):
         "scale_shift_table": torch.randn(2, 64, generator=draw) * 0.2,
     }
     base = sana_release[1].transformer
-    fingerprint = BACKBONES["sana"].fingerprint(dict(base.config))
+    fingerprint = BACKBONES["sana"].base_signature(dict(base.config))
     adapter = Adapter("sana", own, LORA, DEEP, fingerprint, {"rule": "static", "shift": 6.0})
     save_adapter(folder / "adapter.safetensors", adapter)
     tensors = {}
@@ -90,7 +91,7 @@ def write_files(folder, tiny, sana, sana_release, base_release):
         tensors[f"transformer.{name}.lora_B.weight"] = lora.B
         tensors[f"transformer.{name}.alpha"] = torch.tensor(lora.alpha)
     save_file(tensors, folder / "lora.safetensors")
-    flux = BACKBONES["flux"].fingerprint(dict(base_release[1].transformer.config))
+    flux = BACKBONES["flux"].base_signature(dict(base_release[1].transformer.config))
     D = base_release[1].transformer.inner_dim
     shapes = {"x_embedder.weight": (D, 16), "x_embedder.bias": (D,), "proj_out.weight": (16, D), "proj_out.bias": (16,)}
     ends = {key: torch.randn(shape, generator=draw) for key, shape in shapes.items()}

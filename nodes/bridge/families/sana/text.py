@@ -15,12 +15,12 @@ import torch
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel
 from torch import Tensor, nn
 
-from ...dcgen.jsons import read_object
-from ...dcgen.tensors import Tensors
-from .guard import TEXT_KEY
-from .loading import by_layer, fill, is_dynamic
-from .sana import SANA
-from .text import LoadedTokenizer, load_tokenizer, new_clip, stored_dtype
+from .....dcgen.backbones import BACKBONES
+from .....dcgen.jsons import read_object
+from .....dcgen.tensors import Tensors
+from ...latent_format import TEXT_KEY
+from ...loading import by_layer, fill, is_dynamic
+from ...text import LoadedTokenizer, load_tokenizer, new_clip
 
 # Text positions that SANA sees: the first (the start token) and the last 299 of instruction + prompt.
 POSITIONS = 300
@@ -81,7 +81,7 @@ def encode(clip: comfy.sd.CLIP, text: str, instruction: str) -> list:
         torch.cat((part[:, :1], part[:, 1 - POSITIONS :]), 1) for part in (out["cond"], out["attention_mask"])
     )
     rest = {key: value for key, value in out.items() if key not in ("cond", "attention_mask")}
-    return [[found, {**rest, "attention_mask": mask, TEXT_KEY: SANA.name}]]
+    return [[found, {**rest, "attention_mask": mask, TEXT_KEY: BACKBONES["sana"].name}]]
 
 
 def _gemma(clip: comfy.sd.CLIP) -> tuple[str, Any]:
@@ -147,7 +147,7 @@ def load_sana_text(release: Path, index: dict[str, Any], disable_dynamic: bool =
     files = Tensors.open(folder)
     names = _names(files, folder)
     target = comfy.supported_models_base.ClipTarget(_tokenizer_class(tokenizer), _model_class(config, tokenizer))
-    target.params = {"stored": stored_dtype(files)}
+    target.params = {"stored": files.dtype}
     clip = new_clip(target, [files], disable_dynamic)
     parts = ({name: files.get(names[name]) for name in layer} for layer in by_layer(names))
     fill(getattr(clip.cond_stage_model, GEMMA).transformer.model, parts, folder, is_dynamic(clip.patcher))

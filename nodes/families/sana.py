@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .bridge import sana_text
-from .model import CATEGORY
-from .schema import schema
+from ..bridge.families.sana import text as sana_text
+from ..model import CATEGORY
+from ..schema import schema
 
 
 class DCGenSanaTextEncode(io.ComfyNode):
@@ -57,3 +57,6 @@ class DCGenSanaTextEncode(io.ComfyNode):
         cls, clip, text: str, instruction: str = sana_text.INSTRUCTION, negative: bool = False
     ) -> io.NodeOutput:
         return io.NodeOutput(sana_text.encode(clip, text, "" if negative else instruction))
+
+
+NODES = [DCGenSanaTextEncode]

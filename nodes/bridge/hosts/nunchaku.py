@@ -1,7 +1,7 @@
 # C latent channels, r LoRA rank
-"""DC-Gen on a nunchaku (SVDQuant 4-bit) FLUX, without importing nunchaku.
+"""A MODEL of ComfyUI-nunchaku (SVDQuant, 4 bits), without importing nunchaku.
 
-Its MODEL is a BaseModel whose network is a `ComfyFluxWrapper` around a transformer with diffusers names, most of it in
+Its network is a wrapper, known by the name of its class, around a transformer with diffusers names, most of it in
 C++. The embedder and head are plain layers there; they are exchanged for the length of one forward pass, so the
 loader's own MODEL, which shares the transformer, is never changed. LoRA go through nunchaku's list of files.
 """
@@ -9,23 +9,27 @@ loader's own MODEL, which shares the transformer, is never changed. LoRA go thro
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import comfy.model_patcher
 import folder_paths
 import torch
 from safetensors.torch import save_file
 
-from ...dcgen.adapter import Adapter, LoraPair, merge_tensor
-from ...dcgen.backbones import BACKBONES
-from ...dcgen.files import replacing
-from ...dcgen.tensors import Tensors
-from .latent_format import ModelInfo
-from .lora import WRAPPER
-from .overlay import linear, overlay
+from ....dcgen.adapter import Adapter, LoraPair, merge_tensor
+from ....dcgen.backbones import Config
+from ....dcgen.files import replacing
+from ....dcgen.tensors import Tensors
+from ..families import family_of, family_of_config
+from ..family import Family
+from ..host import Host, Patcher
+from ..latent_format import FamilyInfo
+from ..loader import finish
+from ..overlay import linear, overlay, overlay_patcher
+from .core import deep_config
 
 # nunchaku's kernels take ranks in steps of 16 up to 1024, unchecked above; all LoRA of a layer, and each of separate
 # q, k, v, stack on top of the model's own rank 32.
@@ -39,6 +43,8 @@ TOGETHER = (
     ("proj_mlp", "proj_out"),
 )
 BLOCKS = "transformer_blocks."
+WRAPPER = re.compile(r"Comfy[A-Za-z0-9]+Wrapper")  # importing nunchaku fails on machines without its kernels
+HINT = " A nunchaku model takes LoRA from nunchaku's own loader only, placed before Apply DC-Gen."
 
 
 class _NotCopied(dict):
@@ -51,20 +57,38 @@ class _NotCopied(dict):
         )
 
 
-def is_nunchaku(model: comfy.model_patcher.ModelPatcher) -> bool:
-    """By class name, as other packs do; importing nunchaku fails on machines without its kernels."""
-    return type(model.model.diffusion_model).__name__ == WRAPPER
+class Nunchaku(Host):
+    """ComfyUI-nunchaku."""
+
+    order = 1
+
+    def recognises(self, model: Patcher) -> bool:
+        network = model.model.diffusion_model
+        return WRAPPER.fullmatch(type(network).__name__) is not None and hasattr(network, "customized_forward")
+
+    def family(self, model: Patcher) -> Family:
+        return family_of_config(self._config(model)) or family_of(model.model)
+
+    def config(self, model: Patcher, family: Family) -> Config:
+        return self._config(model)
+
+    def _config(self, model: Patcher) -> Config:
+        """The diffusers config of the wrapped transformer; tuples as lists, as JSON has them."""
+        config = dict(model.model.diffusion_model.model.config)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+    def weight(self, model: Patcher, family: Family, config: Config, name: str) -> None:
+        """None: the blocks are packed for its kernels."""
+        return
+
+    def apply(self, model: Patcher, family: Family, adapter: Adapter, info: FamilyInfo, strength: float) -> Patcher:
+        with torch.inference_mode(False):
+            patcher = overlay_patcher(model, network(model, adapter, info, strength), deep_config(model, family, info))
+        finish(family, patcher.model, info)
+        return patcher
 
 
-def base_config(model: comfy.model_patcher.ModelPatcher) -> dict[str, Any]:
-    """The diffusers config of the wrapped transformer."""
-    config = dict(model.model.diffusion_model.model.config)
-    return {**config, "axes_dims_rope": list(config["axes_dims_rope"])}
-
-
-def network(
-    model: comfy.model_patcher.ModelPatcher, adapter: Adapter, info: ModelInfo, strength: float
-) -> torch.nn.Module:
+def network(model: Patcher, adapter: Adapter, info: FamilyInfo, strength: float) -> torch.nn.Module:
     """A wrapper of its own around the same transformer, with the adapter's layers and LoRA."""
     wrapper = model.model.diffusion_model
     # merge_tensor gives an adapter's own tensors back as they are: here they are the base, and its LoRA goes on them.
@@ -92,6 +116,7 @@ def network(
         loras.append((str(_lora_file(lora)), strength))
     sizes = {"patch_size": info.patch_size, "in_channels": info.space.channels, "out_channels": info.space.channels}
     own = {
+        "dcgen_lora_hint": HINT,
         "dcgen_layers": torch.nn.ModuleList(made.values()),
         "config": {**wrapper.config, **sizes},
         "loras": loras,
@@ -143,10 +168,10 @@ def _completed(adapter: Adapter) -> dict[str, LoraPair]:
     """The LoRA without the layers that the adapter brings whole, with zeros where nunchaku needs a partner."""
     whole = {key.rpartition(".")[0] for key in adapter.tensors}
     lora = {path: pair for path, pair in adapter.lora.items() if path not in whole}
-    shapes = BACKBONES["flux"].linears(adapter.base)
+    shapes = adapter.model.linears(adapter.base)
     for path, pair in list(lora.items()):
         for group in TOGETHER:
-            own = next((name for name in group if BLOCKS in path and path.endswith(f".{name}")), None)
+            own = next((name for name in group if BLOCKS in path and path.endswith(f".{name}")), "")
             for name in group if own else ():
                 partner = path.removesuffix(own) + name
                 if partner in shapes and partner not in lora:
@@ -170,3 +195,6 @@ def _lora_file(lora: Mapping[str, LoraPair]) -> Path:
         with replacing(file) as temporary:
             save_file(tensors, temporary)
     return file
+
+
+HOST = Nunchaku()

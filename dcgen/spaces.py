@@ -1,0 +1,21 @@
+"""The latent spaces of the published autoencoders, by name."""
+
+from __future__ import annotations
+
+from .dcae.variants import VARIANTS
+from .latent import LatentSpace
+
+# A DC-AE's entry is in dcae/variants.py; one without a published factor is left out.
+# Scaling and shift of the others are from the vae/config.json of FLUX.1 and SD.
+SPACES: dict[str, LatentSpace] = {
+    space.name: space
+    for space in (
+        LatentSpace("flux-f8c16", 16, 8, 0.3611, 0.1159),
+        LatentSpace("sd-f8c4", 4, 8, 0.18215),
+        *(
+            LatentSpace(ae.name, ae.latent_channels, ae.spatial_factor, ae.scaling_factor)
+            for ae in VARIANTS.values()
+            if ae.scaling_factor is not None
+        ),
+    )
+}

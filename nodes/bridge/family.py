@@ -1,0 +1,97 @@
+# C latent channels, p patch size
+"""What ComfyUI needs to know of a family of base models, beside its file formats. One subclass a family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import comfy.model_base
+import comfy.sd
+from torch import Tensor, nn
+
+from ...dcgen.backbones import Backbone, Config
+from .latent_format import ModelInfo
+
+
+class Family(ABC):
+    """A family in ComfyUI: its network there, how that is recognised and built, and how its text is read.
+
+    A config is always one of the diffusers class, as far as the network tells it.
+    """
+
+    backbone: ClassVar[Backbone]
+    original_names: ClassVar[bool]
+    """Whether ComfyUI's network has the original names of the files, rather than diffusers'."""
+    text_node: ClassVar[str]
+    """What encodes a prompt for this family, for messages."""
+
+    @abstractmethod
+    def recognises(self, model: comfy.model_base.BaseModel) -> bool:
+        """Whether a MODEL's network is this family's, whoever loaded it into ComfyUI's own layers."""
+
+    @abstractmethod
+    def config(self, network: nn.Module) -> Config:
+        """The config of such a network, as far as the latent does not matter."""
+
+    @abstractmethod
+    def model_config(self, shapes: Mapping[str, Tensor], config: Config) -> Any:
+        """The core's model_config of weights with these shapes by the network's names; None when core knows none."""
+
+    @abstractmethod
+    def unet_config(self, config: Config, info: ModelInfo) -> dict[str, Any]:
+        """What of the core's unet_config a config and a latent decide."""
+
+    @abstractmethod
+    def attributes(self, config: Config, info: ModelInfo) -> dict[str, Any]:
+        """Plain attributes of the network that the latent decides. config: of the model on that latent."""
+
+    @abstractmethod
+    def memory_factor(self, model: comfy.model_base.BaseModel, config: Config, info: ModelInfo) -> float:
+        """The core's memory_usage_factor on this latent: its estimate counts latent pixels, not tokens."""
+
+    @abstractmethod
+    def text_width(self, config: Config) -> int:
+        """Channels of the text features that the network reads."""
+
+    @abstractmethod
+    def load_text(self, release: Path, index: dict[str, Any], disable_dynamic: bool = False) -> comfy.sd.CLIP:
+        """CLIP of a release folder with this model_index.json, encoding as the release's own pipeline does."""
+
+    def renamed(self, part: dict[str, Tensor], model_config: Any) -> dict[str, Tensor]:
+        """Tensors of a layer by the names and in the shapes that the network has."""
+        return part
+
+    def settle(self, model: comfy.model_base.BaseModel) -> None:  # noqa: B027  most families change nothing
+        """Changes a model before its weights are loaded."""
+
+    def check_text(self, text: Tensor, cond: Mapping[str, Any], made_by: str | None, config: Config) -> None:
+        """ValueError for a conditioning, text (B,T,D) and the rest of it, that is not for this family.
+
+        made_by: the family for which a node of ours made it; None for any other node.
+        """
+        if made_by is not None and made_by != self.backbone.name:
+            raise ValueError(
+                f"this conditioning was encoded for {made_by.upper()}, and the model is a {self.backbone.title}. "
+                f"Encode the prompt with the model's own text encoder ({self.text_node})."
+            )
+        if text.shape[-1] != self.text_width(config):
+            raise ValueError(
+                f"this conditioning has text features of {text.shape[-1]} channels, from another text encoder than the "
+                f"model's, which has {self.text_width(config)}. Encode the prompt with the model's own "
+                f"({self.text_node})."
+            )
+
+    def network_layers(self, config: Config) -> dict[str, str]:
+        """Layers of ComfyUI's network that are tied to the latent -> their names in LoRA files (diffusers')."""
+        names = self.backbone.extra_shapes(self.backbone.base_signature(config))
+        layers = [*self.backbone.ends(config), *dict.fromkeys(name.rpartition(".")[0] for name in names)]
+        return {self.network_name(layer, config): layer for layer in layers if layer}
+
+    def network_name(self, layer: str, config: Config) -> str:
+        """Name in ComfyUI's network of a layer that is one in both namings, by diffusers name."""
+        if not self.original_names:
+            return layer
+        return self.backbone.rule_of(f"{layer}.weight", config).original.removesuffix(".weight")

@@ -1,0 +1,125 @@
+"""Weights on disk as a MODEL, whichever family's: plain or quantized, any latent, read a layer at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import torch
+from torch import Tensor
+
+from ...dcgen.backbones import Config
+from ...dcgen.files import meta_tensors
+from ...dcgen.latent import LatentSpace
+from ...dcgen.release import Model
+from ...dcgen.schedule import Schedule
+from . import lora
+from .families import FAMILIES, titles
+from .family import Family
+from .guard import guarded
+from .latent_format import FamilyInfo, latent_format
+from .loading import Parts, by_layer, fill, is_dynamic, new_patcher, set_dtype
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights by the names of ComfyUI's network: shapes of all (meta tensors do), and the tensors layer by layer."""
+
+    path: Path
+    shapes: Mapping[str, Tensor]
+    parts: Parts
+
+
+@torch.inference_mode(False)  # inference tensors could not be trained through (TrainLoraNode)
+def load(
+    source: Model,
+    pixels: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    disable_dynamic: bool = False,
+) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL from weights in either naming, read a layer at a time: nothing is held twice.
+
+    source: its latent must be known; pixels: the image side it was made for, if known; options: dtype,
+    fp8_optimizations, custom_operations as in comfy.sd.load_diffusion_model. ValueError names what does not fit.
+    """
+    family = FAMILIES.get(source.backbone.name)
+    if family is None:
+        raise ValueError(f"{source.tensors.path} is a {source.backbone.name} model; this node loads {titles('and')}.")
+    if source.latent is None or source.schedule is None:
+        raise ValueError(f"{source.tensors.path} does not say which autoencoder its latents come from")
+    info = info_for(family, source.latent, source.patch_size, source.schedule, source.config, pixels)
+    return build(family, _plain_weights(source, family), info, options or {}, disable_dynamic)
+
+
+def _plain_weights(source: Model, family: Family) -> Weights:
+    if not family.original_names:
+        parts: Parts = ({key: source.get(key) for key in keys} for keys in by_layer(source.entries))
+        return Weights(source.tensors.path, meta_tensors(source.entries.values()), parts)
+    plan = {rule.original: (rule, entry) for rule, entry in source.original_entries(source.entries)}
+    parts = ({name: plan[name][0].join(source.get) for name in names} for names in by_layer(plan))
+    return Weights(source.tensors.path, meta_tensors(entry for _, entry in plan.values()), parts)
+
+
+def info_for(
+    family: Family,
+    space: LatentSpace,
+    patch_size: int,
+    schedule: Schedule,
+    config: Config,
+    pixels: int | None = None,
+) -> FamilyInfo:
+    """What a MODEL of a family with this config says of itself."""
+    return FamilyInfo(
+        space,
+        patch_size,
+        pixels=pixels,
+        schedule=schedule,
+        family=family.backbone.name,
+        config=config,
+        latent_layers=family.network_layers(config),
+    )
+
+
+def build(
+    family: Family, weights: Weights, info: FamilyInfo, options: Mapping[str, Any], disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    """The BaseModel with its weights, and its patcher."""
+    model_config = family.model_config(weights.shapes, info.config)
+    if model_config is None:
+        raise ValueError(f"{weights.path}: ComfyUI does not take these weights for a {family.backbone.title} model.")
+    model_config.unet_config.update(family.unet_config(info.config, info))
+    model_config.latent_format = latent_format(info.space)
+    set_dtype(model_config, weights.shapes, options)
+    model = model_config.get_model(dict(weights.shapes), "").to(comfy.model_management.unet_offload_device())
+    family.settle(model)
+    patcher = new_patcher(model, disable_dynamic)
+    fill(model.diffusion_model, _renamed(family, weights.parts, model_config), weights.path, is_dynamic(patcher))
+    finish(family, model, info)
+    on_own_latent = info.space.spatial_factor == family.backbone.base_spatial_factor
+    return guarded(patcher if on_own_latent else lora.reported(patcher))
+
+
+def _renamed(family: Family, parts: Iterable[dict[str, Tensor]], model_config: Any) -> Iterator[dict[str, Tensor]]:
+    for part in parts:
+        yield family.renamed(part, model_config)
+        part.clear()
+
+
+def finish(family: Family, model: comfy.model_base.BaseModel, info: FamilyInfo) -> None:
+    """What the latent decides on a BaseModel beyond its network: memory per latent pixel, shift, and its own info."""
+    model.memory_usage_factor = family.memory_factor(model, info.config, info)
+    model.dcgen = info
+    model.dcgen_lora_names = lora.Names(family, info.config)
+    # Core schedulers cannot know the image size: for them the shift is that of the size the model was made for.
+    ratio = info.schedule.ratio(tokens=info.native_tokens, channels=info.token_channels)
+    if isinstance(model.model_sampling, comfy.model_sampling.ModelSamplingFlux):
+        model.model_sampling.set_parameters(shift=math.log(ratio))
+    elif isinstance(model.model_sampling, comfy.model_sampling.ModelSamplingDiscreteFlow):
+        model.model_sampling.set_parameters(shift=ratio, multiplier=model.model_sampling.multiplier)

@@ -1,0 +1,11 @@
+"""Nodes that only one family of models needs. A new family's are a module here with NODES; most families have none."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ...dcgen.registry import modules_with
+
+NODES: list[type[io.ComfyNode]] = [
+    node for module in modules_with("NODES", __name__, __path__) for node in module.NODES
+]
