@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from dcgen.adapter import load_adapter
-from dcgen.backbones import BACKBONES
 from dcgen.release import open_model
+from dcgen.schedule import Schedule
 from train.batches import BatchPlan
 from train.config import load_recipe
 from train.distributed import Ranks
+from train.families import FAMILIES
 from train.generate import Pipeline
 from train.run import make_stage, run_recipe
 
 CPU = Ranks(0, 1, torch.device("cpu"))
-FLUX = BACKBONES["flux"]
+FLUX = FAMILIES["flux"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_the_single_file_has_the_velocity_of_training(debug_run, trained):
         found = FLUX.velocity(network.eval(), *call)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert model.latent.spatial_factor == 16
-    assert model.schedule == {"rule": "flux"}
+    assert model.schedule == Schedule("flux")
 
 
 def test_the_release_loads_in_diffusers_and_has_the_velocity_of_training(debug_run, trained):

@@ -62,7 +62,7 @@ def test_the_base_draws_its_own_training_pictures(name, releases, tmp_path, caps
     fields |= {"pixels": 64, "multiple": 16, "sampling_steps": 1}
     recipe = parse_recipe({"name": name, "output": str(tmp_path / "run"), "stages": {"synthesize": fields}})
     assert dry_run(recipe) == 0
-    assert "2 pictures in 1 tars" in capsys.readouterr().out
+    assert "2 images in 1 tars" in capsys.readouterr().out
     assert run_recipe(recipe)["synthesize"] == {"pictures": 2, "shards": 1}
     assert (tmp_path / "run" / "synthesize" / "pictures" / "00000.tar").is_file()
 
