@@ -30,10 +30,8 @@ def read_base(base: str | Path) -> tuple[Family, Release]:
 
 
 def network_class(backbone: Backbone) -> Any:
-    """The diffusers class that a backbone names."""
-    import diffusers
-
-    return getattr(diffusers, backbone.diffusers_class)
+    """The class of a backbone's network."""
+    return family_of(backbone).network_class()
 
 
 def load_network(base: str | Path, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
