@@ -343,9 +343,9 @@ class Bench:
 def untrained(recipe: Recipe, seed: int) -> Adapter:
     """The base with an embedder and a head as they are initialised."""
     base = recipe.stages["cache"].base
-    _, release = read_base(base)
+    family, release = read_base(base)
     space = autoencoder_space(recipe.stages["cache"].autoencoder)
-    _, ends = fresh_ends(release.backbone, release.config, space.channels, 1, seed)
+    _, ends = fresh_ends(family, release.config, space.channels, 1, seed)
     return Adapter(
         backbone=release.backbone.name,
         tensors={f"{path}.{name}": tensor for path, end in ends.items() for name, tensor in end.state_dict().items()},

@@ -255,12 +255,11 @@ def gpu(options: argparse.Namespace) -> dict[str, float]:
     blocks, tokens, text, batch = (2, 4), 1024, 512, 4
     from train.families import ARCHITECTURES
     from train.lora import inject_lora
-    from train.models import network_class
 
     flux, published = ARCHITECTURES["dc-gen-flux-f32"]
     small = {**published.config, "num_layers": blocks[0], "num_single_layers": blocks[1]}
     with torch.device("cuda"):
-        model = network_class(flux.backbone).from_config(small).to(torch.bfloat16).requires_grad_(False)
+        model = flux.network_class().from_config(small).to(torch.bfloat16).requires_grad_(False)
         inject_lora(model, flux, 256, 256.0, seed=0)
         side = int(tokens**0.5)
         x, sigma = torch.randn(batch, 32, side, side), torch.rand(batch)

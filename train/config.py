@@ -60,7 +60,7 @@ class Strict(BaseModel):
 class Optimizer(Strict):
     """AdamW. The defaults are the paper's Table 7 where it states a number."""
 
-    lr: float = Field(1e-4, gt=0, description="learning rate (Table 7, FLUX)")
+    lr: float = Field(1e-4, gt=0, description="learning rate (Table 7)")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Table 7")
     weight_decay: float = Field(0.0, ge=0, description="decoupled; 1e-3 in end-to-end fine-tuning (Table 7)")
     eps: float = Field(1e-8, gt=0)

@@ -114,6 +114,12 @@ class Family(ABC):
     def tiny(self, guidance_embeds: bool) -> TinyRelease:
         """A random release for tests and the tiny recipe."""
 
+    def network_class(self) -> Any:
+        """The network's class: the one of that name in diffusers, or another with its from_config and signature."""
+        import diffusers
+
+        return getattr(diffusers, self.backbone.diffusers_class)
+
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """The repeated blocks in the order they run: units of sharding and checkpointing."""
         return [block for _, name, _ in self.backbone.stacks.values() for block in child(model, name)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcgen.backbones import Backbone, Config
+from dcgen.backbones import Config
 from dcgen.files import check_finite, opened, weight_files
 from dcgen.folder import TRANSFORMER, Release, network_config, part, read_release
 from train.families import family_of
@@ -29,26 +29,19 @@ def read_base(base: str | Path) -> tuple[Family, Release]:
     return family_of(release.backbone), release
 
 
-def network_class(backbone: Backbone) -> Any:
-    """The class of a backbone's network."""
-    return family_of(backbone).network_class()
-
-
 def load_network(base: str | Path, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     """The frozen diffusers network of a release."""
     family, _ = network_of(base)
-    cls = network_class(family.backbone)
-    model = cls.from_pretrained(part(base, TRANSFORMER), torch_dtype=dtype, use_safetensors=True)
+    folder = part(base, TRANSFORMER)
+    model = family.network_class().from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
     return family.prepare(model).to(device).requires_grad_(False)
 
 
 def embedder_only(base: str | Path) -> tuple[Family, nn.Module, Config]:
     """A network without blocks whose embedder holds the release's weights: all that Eq. 1 needs, without the base."""
     family, config = network_of(base)
-    backbone = family.backbone
-    model = network_class(backbone).from_config(without_blocks(backbone, config)).eval().requires_grad_(False)
-    path = backbone.ends(config).embedder
-    load_submodule(model, path, part(base, TRANSFORMER))
+    model = without_blocks(family, config).eval().requires_grad_(False)
+    load_submodule(model, family.backbone.ends(config).embedder, part(base, TRANSFORMER))
     return family, model, config
 
 
@@ -59,9 +52,10 @@ def load_submodule(model: nn.Module, path: str, folder: Path) -> None:
     module.load_state_dict({name.removeprefix(f"{path}."): tensor.float() for name, tensor in tensors.items()})
 
 
-def without_blocks(backbone: Backbone, config: Mapping[str, Any]) -> Config:
-    """The same config with no repeated block."""
-    return {**config, **{field: 0 for field, _, _ in backbone.stacks.values()}}
+def without_blocks(family: Family, config: Mapping[str, Any]) -> nn.Module:
+    """The network of a config with no repeated block, as initialised."""
+    none = {field: 0 for field, _, _ in family.backbone.stacks.values()}
+    return family.network_class().from_config({**config, **none})
 
 
 def read_tensors(folder: Path, wanted: set[str]) -> dict[str, Tensor]:
@@ -77,14 +71,15 @@ def read_tensors(folder: Path, wanted: set[str]) -> dict[str, Tensor]:
 
 
 def fresh_ends(
-    backbone: Backbone, config: Config, channels: int, patch_size: int, seed: int
+    family: Family, config: Config, channels: int, patch_size: int, seed: int
 ) -> tuple[Config, dict[str, nn.Module]]:
     """(config on the new latent, embedder and head by module path), both newly initialised in float32.
 
     Weights xavier-uniform, biases 0, as the released recipe does; the seed decides them.
     """
+    backbone = family.backbone
     moved = backbone.config_with_latent(config, channels, patch_size)
-    model = network_class(backbone).from_config(without_blocks(backbone, moved))
+    model = without_blocks(family, moved)
     generator = torch.Generator().manual_seed(seed)
     ends = {path: model.get_submodule(path).float() for path in backbone.ends(moved)}
     for end in ends.values():
@@ -107,15 +102,14 @@ def moved_network(
     from accelerate import init_empty_weights
 
     family, config = network_of(base)
-    backbone = family.backbone
-    moved, ends = fresh_ends(backbone, config, channels, patch_size, seed)
-    old_ends = backbone.ends(config).prefixes
+    moved, ends = fresh_ends(family, config, channels, patch_size, seed)
+    old_ends = family.backbone.ends(config).prefixes
     stored = load_network(base, dtype, "cpu").named_parameters()
     weights = {name: parameter.data for name, parameter in stored if not name.startswith(old_ends)}
     for path, end in ends.items():
         weights |= {f"{path}.{name}": parameter.data for name, parameter in end.named_parameters()}
     with init_empty_weights(include_buffers=False):
-        model = network_class(backbone).from_config(moved)
+        model = family.network_class().from_config(moved)
     expected = {name for name, _ in model.named_parameters()}
     if expected != set(weights):
         raise ValueError(

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from dcgen import guidance
-from dcgen.schedule import Schedule, shifted
+from dcgen.schedule import LINEAR, RULES, Schedule, shifted
 from train.batches import Batch, drop_captions, losses_by_caption
 from train.conditioning import Cond, under_empty
-from train.config import Strict
+from train.config import Strict, one_of
 from train.ddpm import ddpm_loss
 from train.family import RawOutput
 
@@ -28,13 +28,18 @@ class Timesteps(Strict):
     distribution: Literal["logit-normal", "uniform"] = Field("logit-normal", description="released code")
     mean: float = Field(0.0, description="of the normal before the sigmoid")
     std: float = Field(1.0, gt=0)
-    rule: Literal["none", "flux", "flux2", "static"] = Field(
-        "flux", description="resolution shift applied to the draw, at the NEW token count; see dcgen.schedule"
+    rule: str = Field(
+        LINEAR, description="none, or a rule of dcgen.schedule: the draw is shifted by it at the NEW token count"
     )
     shift: float | None = Field(None, gt=0, description="the ratio itself; needed by rule static, overrides the others")
 
+    @field_validator("rule")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return one_of(value, ("none", *RULES))
+
     @model_validator(mode="after")
-    def _a_schedule(self) -> Timesteps:
+    def _with_shift(self) -> Timesteps:
         """A rule that lacks its shift is refused when the recipe is read."""
         _ = self.schedule
         return self

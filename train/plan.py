@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcgen.backbones import BACKBONES, Backbone
+from dcgen.backbones import Backbone
 from dcgen.folder import TRANSFORMER, VAE, autoencoder_space
 from dcgen.latent import LatentSpace
 from dcgen.spaces import SPACES
 from train.config import nearest
-from train.families import ARCHITECTURES
+from train.families import ARCHITECTURES, FAMILIES
 from train.family import Family
-from train.models import network_class, read_base
+from train.models import read_base
 from train.stages.base import Context
 
 # Bytes kept for backward in one block, in units of B*N*D values: inputs and outputs of norms, q, k, v, attention,
@@ -82,15 +82,15 @@ def _student_space(folder: Path, fallback: str) -> LatentSpace | None:
 
 
 @lru_cache(maxsize=16)
-def _meta(backbone: str, items: tuple[tuple[str, Any], ...]) -> nn.Module:
+def _meta(family: str, items: tuple[tuple[str, Any], ...]) -> nn.Module:
     with torch.device("meta"):
-        return network_class(BACKBONES[backbone]).from_config(dict(items))
+        return FAMILIES[family].network_class().from_config(dict(items))
 
 
-def network(backbone: Backbone, config: dict[str, Any]) -> nn.Module:
+def network(family: Family, config: dict[str, Any]) -> nn.Module:
     """The network without memory (meta device)."""
     items = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-    return _meta(backbone.name, tuple(sorted(items.items())))
+    return _meta(family.backbone.name, tuple(sorted(items.items())))
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Counts:
 
 def count(geo: Geometry, rank: int) -> Counts:
     """Parameter counts of the moved model, exact."""
-    model: Any = network(geo.backbone, geo.moved)
+    model: Any = network(geo.family, geo.moved)
     ends = geo.backbone.ends(geo.moved)
     trained = sum(p.numel() for path in ends for p in model.get_submodule(path).parameters())
     lora = 0

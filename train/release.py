@@ -11,7 +11,7 @@ from dcgen.adapter import Adapter
 from dcgen.convert import unpack
 from dcgen.folder import SCHEDULER, TRANSFORMER, VAE
 from dcgen.release import open_model
-from dcgen.schedule import DYNAMIC, SCHEDULE_KEY, Schedule
+from dcgen.schedule import DYNAMIC, LINEAR, SCHEDULE_KEY, Schedule
 from train.files import read_json, write_folder, write_json
 
 
@@ -65,6 +65,6 @@ def _diffusers_fields(config: dict[str, Any], schedule: Schedule) -> dict[str, A
     if schedule.shift is not None or schedule.mu is not None:
         field = "flow_shift" if "flow_shift" in config else "shift"
         return {field: schedule.ratio(tokens=1, channels=1), "use_dynamic_shifting": False}
-    if schedule.rule == "flux":
+    if schedule.rule == LINEAR:
         return {"use_dynamic_shifting": True, **{name: getattr(schedule, name) for name in DYNAMIC}}
     return {}

@@ -59,7 +59,7 @@ def test_lora_count_is_what_peft_makes():
     model = FluxTransformer2DModel.from_config(geo.backbone.config_with_latent(small, 32, 1))
     inject_lora(model, geo.family, 8, 8.0, seed=0)
     assert counted.lora == sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
-    assert network(geo.backbone, geo.moved).x_embedder.weight.device.type == "meta"
+    assert network(geo.family, geo.moved).x_embedder.weight.device.type == "meta"
 
 
 @pytest.mark.parametrize(

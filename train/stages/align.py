@@ -14,7 +14,7 @@ from train.alignment import LinearEmbedder, NormalEquations, alignment_loss
 from train.batches import Batch
 from train.config import Optimizer, StageConfig
 from train.files import write_json, write_tensors
-from train.models import embedder_only, fresh_ends, network_class, network_of, without_blocks
+from train.models import embedder_only, fresh_ends, network_of, without_blocks
 from train.plan import plan_align
 from train.stages.base import CachedStage, complaints
 
@@ -60,11 +60,10 @@ class AlignStage(CachedStage):
     def _new_student(self) -> nn.Module:
         """A network without blocks whose embedder is fresh, on the new latent."""
         channels, p = self.cache.spaces["student"].channels, self.config.patch_size
-        backbone, seed = self.family.backbone, self.context.recipe.seed
-        self.student_config, ends = fresh_ends(backbone, self.teacher_config, channels, p, seed)
-        self.embedder = backbone.ends(self.student_config).embedder
-        config = without_blocks(backbone, self.student_config)
-        student = network_class(backbone).from_config(config).requires_grad_(False)
+        seed = self.context.recipe.seed
+        self.student_config, ends = fresh_ends(self.family, self.teacher_config, channels, p, seed)
+        self.embedder = self.family.backbone.ends(self.student_config).embedder
+        student = without_blocks(self.family, self.student_config).requires_grad_(False)
         parent, _, name = self.embedder.rpartition(".")
         setattr(student.get_submodule(parent), name, ends[self.embedder].requires_grad_(True))
         return student.to(self.device)

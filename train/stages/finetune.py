@@ -18,7 +18,6 @@ from dcgen.folder import TRANSFORMER
 from train.config import Optimizer
 from train.files import write_folder
 from train.lora import inject_lora, scale_lora
-from train.models import network_class
 from train.plan import plan_moved
 from train.release import check_parts, release_parts
 from train.stages.base import complaints
@@ -90,7 +89,7 @@ class FinetuneStage(MovedStage):
         if self.config.train == "lora":
             self.write_adapter(weights, self.config.alpha)
         elif self.context.rank == 0:
-            network = network_class(self.backbone).from_config(dict(self.moved_config))
+            network = self.family.network_class().from_config(dict(self.moved_config))
             network.load_state_dict(weights)
             vae = self.context.resolve(self.config.autoencoder)
             write_folder(self.folder / "release", lambda folder: self._write_release(folder, network, vae))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dcgen.adapter import Adapter, load_adapter, save_adapter
 from dcgen.folder import VAE
 from dcgen.release import open_model
-from dcgen.schedule import Schedule
+from dcgen.schedule import LINEAR, Schedule
 from train.alignment import NormalEquations
 from train.autoencoders import check_autoencoder
 from train.batches import Batch, BatchPlan
@@ -41,7 +41,7 @@ class MovedConfig(DenoisingConfig):
     start: str = Field("", description=f"stage to go on from; empty = random ends; {KEEP} = the base's own ends")
     patch_size: int = Field(1, ge=1)
     schedule: ScheduleField = Field(
-        Schedule("flux"), description="sampling schedule written into the adapter and used for previews"
+        Schedule(LINEAR), description="sampling schedule written into the adapter and used for previews"
     )
     gradient_checkpointing: bool = Field(False, description="recompute blocks in backward: less memory, 4/3 the time")
 

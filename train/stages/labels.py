@@ -15,7 +15,6 @@ from dcgen.folder import TRANSFORMER, VAE, autoencoder_config, autoencoder_space
 from train.config import StageConfig, one_of
 from train.families import FAMILIES
 from train.files import write_folder, write_json
-from train.models import network_class
 from train.stages.base import Context, Stage, complaints
 from train.toy.pictures import ToyPictures
 
@@ -60,14 +59,14 @@ class LabelsStage(Stage):
     def _write_release(self, folder: Path, subjects: list[str]) -> None:
         import diffusers
 
-        backbone, toy = FAMILIES[self.config.backbone].backbone, LABELLED[self.config.backbone]
+        family, toy = FAMILIES[self.config.backbone], LABELLED[self.config.backbone]
         torch.manual_seed(self.context.recipe.seed)
         config = toy.config(autoencoder_space(self.vae), self.config.pixels, len(subjects))
-        network_class(backbone)(**config, **self.config.transformer).save_pretrained(folder / TRANSFORMER)
+        family.network_class()(**config, **self.config.transformer).save_pretrained(folder / TRANSFORMER)
         shutil.copytree(self.vae, folder / VAE)
         getattr(diffusers, toy.scheduler)(**toy.settings).save_pretrained(folder / "scheduler")
         index = {"_class_name": toy.pipeline, "_diffusers_version": diffusers.__version__}
-        index |= {TRANSFORMER: ["diffusers", backbone.diffusers_class]}
+        index |= {TRANSFORMER: ["diffusers", family.backbone.diffusers_class]}
         index |= {VAE: ["diffusers", autoencoder_config(self.vae)["_class_name"]]}
         index |= {"scheduler": ["diffusers", toy.scheduler]}
         write_json(folder / "model_index.json", {**index, "id2label": dict(enumerate(subjects))})

@@ -16,7 +16,6 @@ from train.batches import Batch
 from train.config import StageConfig, one_of
 from train.families import DEFAULT, FAMILIES
 from train.files import write_folder, write_json
-from train.models import network_class
 from train.stages.base import Context, Stage, complaints
 from train.toy.pictures import ToyPictures
 
@@ -96,14 +95,14 @@ class TextStage(Stage):
         import diffusers
 
         torch.manual_seed(self.context.recipe.seed)
-        backbone = FAMILIES[self.config.backbone].backbone
+        family = FAMILIES[self.config.backbone]
         widths = dict.fromkeys(self.toy.text_widths, self.config.width)
-        network_class(backbone)(**self.config.transformer, **widths).save_pretrained(folder / TRANSFORMER)
+        family.network_class()(**self.config.transformer, **widths).save_pretrained(folder / TRANSFORMER)
         shutil.copytree(self.vae, folder / VAE)
         settings = self.toy.settings(self.config.flow_shift)
         getattr(diffusers, self.toy.scheduler)(**settings).save_pretrained(folder / "scheduler")
         index: dict[str, Any] = {"_class_name": self.toy.pipeline, "_diffusers_version": diffusers.__version__}
-        index |= {TRANSFORMER: ["diffusers", backbone.diffusers_class]}
+        index |= {TRANSFORMER: ["diffusers", family.backbone.diffusers_class]}
         index |= {VAE: ["diffusers", autoencoder_config(self.vae)["_class_name"]]}
         index |= {"scheduler": ["diffusers", self.toy.scheduler]}
         for reader in self.toy.readers:

@@ -16,7 +16,6 @@ from train.config import StageConfig, one_of
 from train.families import DEFAULT, FAMILIES
 from train.family import Family
 from train.files import write_folder, write_json
-from train.models import network_class
 from train.stages.base import Stage
 from train.tiny import COLORS, SIDES, caption, tiny_dcae
 
@@ -55,7 +54,7 @@ def write_tiny(folder: Path, family: Family, guidance_embeds: bool = True) -> No
     import diffusers
 
     tiny = family.tiny(guidance_embeds)
-    transformer = network_class(family.backbone)(**tiny.config)
+    transformer = family.network_class()(**tiny.config)
     # diffusers' own initialisation leaves modulation near zero: make every path count
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
