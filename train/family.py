@@ -80,12 +80,6 @@ class Family(ABC):
         if "fields" in cls.__dict__:
             cls.ragged = ragged_text(cls.fields)
 
-    def network_class(self) -> Any:
-        """The class of the network, with diffusers' from_config and from_pretrained: diffusers' own of that name."""
-        import diffusers
-
-        return getattr(diffusers, self.backbone.diffusers_class)
-
     @abstractmethod
     def embed(self, model: nn.Module, latents: Tensor, config: Config) -> Tensor:
         """Patch embedding (B,h/p,w/p,D) of model-space latents (B,C,h,w): what Eq. 1 compares."""
