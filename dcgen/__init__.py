@@ -1,1 +1,1 @@
-"""The DC-Gen method and its models in pure torch: no ComfyUI, no diffusers, nothing done at import."""
+"""The DC-Gen method and its models in pure torch, without ComfyUI, diffusers or side effects at import."""

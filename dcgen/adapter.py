@@ -29,25 +29,25 @@ from .release import Model
 from .schedule import Schedule
 
 FORMAT = "2"
-READ = ("1", "2")  # 1: without the base's latent and identity
+SUPPORTED = ("1", "2")  # format 1 has no latent and no identity of the base
 LORA_PREFIX = "transformer."
 ALPHA_LIMIT = 1e6
-OURS = "Choose a file that DC-Gen training wrote."
+REMEDY = "Choose a file that DC-Gen training wrote."
 SECOND_STEP = (
-    "for a second step (1K over 512) that is the first step's merged model. Or take the adapter that `export` writes "
-    "for the first base, or make it: python -m dcgen.convert extract MERGED BASE OUT."
+    "for a second step (1K over 512) that is the first step's merged model. Or use the adapter that `export` writes "
+    "for the first base, or make it with python -m dcgen.convert extract MERGED BASE OUT."
 )
 BASE_WEIGHTS, BASE_LATENT = "dcgen.base_weights", "dcgen.base_latent"
-_NEEDED = ("dcgen.format", "dcgen.backbone", METADATA_KEY, "dcgen.patch_size", "dcgen.base", "dcgen.schedule")
-_RESERVED = (*_NEEDED, BASE_WEIGHTS, BASE_LATENT)
+_REQUIRED = ("dcgen.format", "dcgen.backbone", METADATA_KEY, "dcgen.patch_size", "dcgen.base", "dcgen.schedule")
+_RESERVED = (*_REQUIRED, BASE_WEIGHTS, BASE_LATENT)
 _LORA_PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".alpha": "alpha"}
 
 
 @dataclass
 class LoraPair:
-    """A low-rank change of one layer: delta W = (alpha/r) * B @ A, with A (r,in) and B (out,r).
+    """The LoRA of one layer: delta W = (alpha/r) * B @ A, with A (r,in) and B (out,r).
 
-    Of a 1x1 convolution, as peft has it: A (r,in,1,1) and B (out,r,1,1).
+    For a 1x1 convolution, as in peft, A (r,in,1,1) and B (out,r,1,1).
     """
 
     A: Tensor
@@ -68,7 +68,7 @@ class LoraPair:
         return change.reshape(len(self.B), *self.A.shape[1:])
 
     def shaped(self, weight: tuple[int, ...]) -> LoraPair:
-        """The same pair for a layer whose weight has this shape: (out,in) or (out,in,1,1)."""
+        """The same pair for a layer with a weight of this shape: (out,in) or (out,in,1,1)."""
         ones = (1,) * (len(weight) - 2)
         return LoraPair(
             self.A.reshape(self.rank, weight[1], *ones), self.B.reshape(weight[0], self.rank, *ones), self.alpha
@@ -77,12 +77,13 @@ class LoraPair:
 
 @dataclass
 class Adapter:
-    """What moves a base model onto another latent space.
+    """The weights that move a base model to another latent space.
 
     backbone: key of BACKBONES; tensors: embedder and head (and, when trained, the norm before the head) by diffusers
-    name; lora: by diffusers module path without prefix; latent: the space it samples in; base: Backbone.base_signature
-    of the base it was trained on; schedule: a Schedule, or {"rule": ...} as in a file; base_weights, base_latent: which
-    weights that base had and which latent it worked on, where known; metadata: free strings, `modelspec.*` among them.
+    name; lora: by diffusers module path without prefix; latent: the latent space after the move; base:
+    Backbone.base_signature of the base it was trained on; schedule: a Schedule, or {"rule": ...} as in a file;
+    base_weights, base_latent: identity of that base's weights, and its latent space, if known; metadata: other strings,
+    such as `modelspec.*`.
     """
 
     backbone: str
@@ -105,71 +106,72 @@ class Adapter:
 
     def check_base(self, signature: Mapping[str, Any], source_name: str) -> None:
         """ValueError when a base with this signature (of the same backbone) is not the one this was trained on."""
-        found, wanted = _plain(signature), _plain(self.base)
-        differing = [
-            f"{key}: {found.get(key, 'absent')} (this adapter needs {wanted.get(key, 'absent')})"
-            for key in sorted({*found, *wanted})
-            if found.get(key) != wanted.get(key)
+        actual, expected = _plain(signature), _plain(self.base)
+        differences = [
+            f"{key}: {actual.get(key, 'absent')} (this adapter needs {expected.get(key, 'absent')})"
+            for key in sorted({*actual, *expected})
+            if actual.get(key) != expected.get(key)
         ]
-        if differing:
+        if differences:
             raise ValueError(
-                f"{source_name} is not a base for this {self.backbone} adapter: {'; '.join(differing)}. "
+                f"{source_name} is not a base for this {self.backbone} adapter: {'; '.join(differences)}. "
                 "Load the base that the adapter was trained on, or an adapter made for this base."
             )
 
     def check_weights(self, weights: BaseIdentity, bits: int, source_name: str) -> None:
-        """ValueError when a base's weights, of so many bits, are others than this was trained on; a warning in the
-        log where nothing tells.
+        """ValueError when this was trained on other weights than these, which have `bits` bits per value; a warning in
+        the log when that is unknown.
         """
         same = None if self.base_weights is None else self.base_weights.is_of(weights, bits)
         title = self.metadata.get("modelspec.title", "this adapter")
         if same is None:
-            whose = title if self.base_weights is None else source_name
-            logging.warning("DC-Gen: %s does not say which base's weights it has; use the base of %s", whose, title)
+            name = title if self.base_weights is None else source_name
+            logging.warning("DC-Gen: %s does not say which base's weights it has; use the base of %s", name, title)
         if same is False:
             raise ValueError(
-                f"{title} was trained over other weights than those of {source_name}, and would make noise of them. "
+                f"{title} was trained over other weights than those of {source_name}, which would give noise. "
                 f"Load the base that it was trained over: {SECOND_STEP}"
             )
 
     def check_base_latent(self, space: LatentSpace, source_name: str) -> None:
-        """ValueError when a base that works on `space` is not one this was trained on, as far as that is known."""
+        """ValueError when a base on the latent `space` is not the one this was trained on, as far as that is known."""
         if self.base_latent is not None:
-            wrong = self.base_latent.differences(space)
+            differences = self.base_latent.differences(space)
         else:
             factor = self.model.base_spatial_factor
-            wrong = [f"f{space.spatial_factor} against f{factor}"] if factor not in (None, space.spatial_factor) else []
+            mismatch = factor not in (None, space.spatial_factor)
+            differences = [f"f{space.spatial_factor} against f{factor}"] if mismatch else []
             if not self.latent.differences(space):
-                wrong = ["the adapter's own"]
-        if wrong:
+                differences = ["the adapter's own"]
+        if differences:
             advice = f": {SECOND_STEP}" if self.base_latent is not None and self.latent.differences(space) else "."
             raise ValueError(
                 f"{source_name} already runs on {space.name or 'another latent'}, which is not the latent of the base "
-                f"that this adapter was trained on ({'; '.join(wrong)}). Connect the base's own loader{advice}"
+                f"that this adapter was trained on ({'; '.join(differences)}). Connect the base's own loader{advice}"
             )
 
     def check_latent(self, space: LatentSpace, source_name: str = "the latent") -> None:
         """ValueError when latents of `space` are not what this adapter was trained on."""
-        differing = space.differences(self.latent)
-        if differing:
-            wanted = self.latent
+        differences = space.differences(self.latent)
+        if differences:
+            expected = self.latent
             raise ValueError(
-                f"{source_name} does not belong to this adapter ({'; '.join(differing)}). It needs the autoencoder "
-                f"{wanted.name or 'it was trained with'}: {wanted.channels} channels, f{wanted.spatial_factor}, "
-                f"scaling factor {wanted.scaling_factor:g}."
+                f"{source_name} does not belong to this adapter ({'; '.join(differences)}). It needs the autoencoder "
+                f"{expected.name or 'it was trained with'}: {expected.channels} channels, f{expected.spatial_factor}, "
+                f"scaling factor {expected.scaling_factor:g}."
             )
 
     def check(self) -> None:
-        """ValueError unless everything in here fits together: names, shapes, pairs, schedule."""
+        """ValueError unless names, shapes, LoRA pairs and patch size are consistent."""
         if self.patch_size < 1:
             raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
         PATCH("patch_size", self.patch_size)
         model = self.model
         model.check_base_signature(self.base)
-        needed = model.latent_shapes(self.base, self.latent.channels, self.patch_size)
-        allowed = {**needed, **model.extra_shapes(self.base)}
+        required = model.latent_shapes(self.base, self.latent.channels, self.patch_size)
+        allowed = {**required, **model.extra_shapes(self.base)}
         linears = model.linears(self.base)
-        missing = [key for key in needed if key not in self.tensors]
+        missing = [key for key in required if key not in self.tensors]
         unknown = [key for key in self.tensors if key not in allowed]
         unknown += [f"{LORA_PREFIX}{path}" for path in self.lora if path not in linears]
         if missing or unknown:
@@ -182,37 +184,37 @@ class Adapter:
             _check_tensor(f"{path} lora_A", pair.A, (rank, inputs, *ones))
             _check_tensor(f"{path} lora_B", pair.B, (outputs, rank, *ones))
             if rank < 1 or not -ALPHA_LIMIT <= pair.alpha <= ALPHA_LIMIT:
-                raise ValueError(f"LoRA of {path}: rank {rank} and alpha {pair.alpha} are no LoRA")
+                raise ValueError(f"LoRA of {path}: rank {rank} and alpha {pair.alpha} are not a LoRA")
 
 
 def save_adapter(path: str | os.PathLike[str], adapter: Adapter) -> None:
-    """Check the adapter and write it as .safetensors, whole or not at all.
+    """Check the adapter and write it atomically as .safetensors.
 
-    ValueError when it does not fit together, holds a value that is not finite, or its metadata uses a reserved key.
+    ValueError when it is inconsistent, has a value that is not finite, or its metadata uses a reserved key.
     """
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path}: an adapter is a .safetensors file; give it that ending")
     adapter.check()
     tensors = _to_tensors(adapter)
-    bad = [key for key, tensor in tensors.items() if not files.is_finite(tensor)]
-    if bad:
-        raise ValueError(f"{path}: not written, values are not finite in {', '.join(sorted(bad)[:8])}")
+    invalid = [key for key, tensor in tensors.items() if not files.is_finite(tensor)]
+    if invalid:
+        raise ValueError(f"{path}: not written, values are not finite in {', '.join(sorted(invalid)[:8])}")
     metadata = _to_metadata(adapter, Path(path).stem)
     with files.replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 
 def load_adapter(path: str | os.PathLike[str]) -> Adapter:
-    """Read and check an adapter; FileNotFoundError or ValueError name the file, what is wrong and what to do."""
+    """Read and check an adapter; FileNotFoundError or ValueError name the file, the problem and the remedy."""
     with files.opened(path) as file, files.naming(path):
         metadata = file.metadata() or {}
-        files.entries(file)  # refuses types that torch lacks
-        head = _from_metadata(metadata, file.keys())
+        files.entries(file)  # raises for types that torch lacks
+        fields = _from_metadata(metadata, file.keys())
         try:
-            read = {key: files.check_finite(file.get_tensor(key), key, path) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: files.check_finite(file.get_tensor(key), key, path) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path}: {error}") from error
-        adapter = Adapter(**head, **_from_tensors(read))
+        adapter = Adapter(**fields, **_from_tensors(tensors))
         adapter.check()
     return adapter
 
@@ -227,39 +229,39 @@ def check_model(adapter: Adapter, model: Model) -> None:
 
 
 def merge(base: Mapping[str, Tensor], adapter: Adapter, strength: float = 1.0) -> dict[str, Tensor]:
-    """Base weights (diffusers names) with the adapter in them: W + strength*(alpha/r) B@A in fp32, cast to W's dtype.
+    """Base weights (diffusers names) merged with the adapter: W + strength*(alpha/r) B@A in fp32, cast to W's dtype.
 
-    The new embedder and head go in whole at any strength; 0 is "alignment only". Untouched tensors are shared with
-    `base`. ValueError when a tensor that the adapter changes is not in `base` or has another shape.
+    Embedder and head are replaced at any strength; 0 is "alignment only". Unchanged tensors are shared with `base`.
+    ValueError when a tensor that the adapter changes is not in `base` or has another shape.
     """
-    own = _own_ends(base, adapter)
+    replaced = _replaced_ends(base, adapter)
     added = [key for key in adapter.tensors if key not in base]
-    absent = [f"{path}.weight" for path in adapter.lora if f"{path}.weight" not in base]
-    absent += [key for key in added if not own]
-    if absent:
+    missing = [f"{path}.weight" for path in adapter.lora if f"{path}.weight" not in base]
+    missing += [key for key in added if not replaced]
+    if missing:
         raise ValueError(
-            f"the base lacks what this {adapter.backbone} adapter changes: {describe_keys(absent, [])}. Give it the "
+            f"the base lacks what this {adapter.backbone} adapter changes: {describe_keys(missing, [])}. Use the "
             "base it was trained on, with diffusers names (Backbone.to_diffusers)."
         )
-    kept = {key: tensor for key, tensor in base.items() if not (own and key.startswith(own))}
+    shared = {key: tensor for key, tensor in base.items() if not (replaced and key.startswith(replaced))}
     dtype = next(iter(base.values())).dtype
-    merged = {key: merge_tensor(key, tensor, adapter, strength) for key, tensor in kept.items()}
+    merged = {key: merge_tensor(key, tensor, adapter, strength) for key, tensor in shared.items()}
     return merged | {key: adapter.tensors[key].to(dtype) for key in added}
 
 
-def _own_ends(base: Mapping[str, Tensor], adapter: Adapter) -> tuple[str, ...]:
-    """What the names of the base's own ends begin with where those are others than the adapter's: in some families
-    the names depend on the patch size.
+def _replaced_ends(base: Mapping[str, Tensor], adapter: Adapter) -> tuple[str, ...]:
+    """Prefixes of the base's embedder and head when the adapter's have other names: in some families the names depend
+    on the patch size.
     """
     model = adapter.model
     if not model.matches(base):
         return ()
-    own, new = model.ends(model.detect(base)), model.ends({**adapter.base, "patch_size": adapter.patch_size})
-    return own.prefixes if own != new else ()
+    old, new = model.ends(model.detect(base)), model.ends({**adapter.base, "patch_size": adapter.patch_size})
+    return old.prefixes if old != new else ()
 
 
 def merge_tensor(key: str, tensor: Tensor, adapter: Adapter, strength: float = 1.0) -> Tensor:
-    """One tensor of merge(): the adapter's own, base + LoRA, or the base's as it is."""
+    """One tensor of merge(): the adapter's own, base + LoRA, or the base's unchanged."""
     if key in adapter.tensors:
         return adapter.tensors[key].to(tensor)
     pair = adapter.lora.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
@@ -277,20 +279,20 @@ def _to_tensors(adapter: Adapter) -> dict[str, Tensor]:
         tensors[f"{LORA_PREFIX}{path}.lora_A.weight"] = pair.A
         tensors[f"{LORA_PREFIX}{path}.lora_B.weight"] = pair.B
         tensors[f"{LORA_PREFIX}{path}.alpha"] = torch.tensor(pair.alpha, dtype=torch.float32)
-    return {key: _own(tensor) for key, tensor in tensors.items()}
+    return {key: _owned(tensor) for key, tensor in tensors.items()}
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU with memory of its own, which safetensors asks for."""
+def _owned(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU with its own memory, as safetensors requires."""
     tensor = tensor.detach().cpu().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone()
 
 
 def _to_metadata(adapter: Adapter, title: str) -> dict[str, str]:
-    taken = [key for key in adapter.metadata if key in _RESERVED]
-    if taken:
-        raise ValueError(f"metadata keys {', '.join(taken)} are written from the adapter's fields; leave them out")
+    reserved = [key for key in adapter.metadata if key in _RESERVED]
+    if reserved:
+        raise ValueError(f"metadata keys {', '.join(reserved)} are written from the adapter's fields; leave them out")
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{adapter.model.modelspec}/dc-gen",
@@ -308,25 +310,25 @@ def _to_metadata(adapter: Adapter, title: str) -> dict[str, str]:
 
 
 def _base_metadata(adapter: Adapter) -> dict[str, str]:
-    found = {}
+    metadata = {}
     if adapter.base_weights is not None and adapter.base_weights.values:
-        found[BASE_WEIGHTS] = json.dumps(adapter.base_weights.to_dict(), sort_keys=True)
+        metadata[BASE_WEIGHTS] = json.dumps(adapter.base_weights.to_dict(), sort_keys=True)
     if adapter.base_latent is not None:
-        found[BASE_LATENT] = adapter.base_latent.to_metadata()[METADATA_KEY]
-    return found
+        metadata[BASE_LATENT] = adapter.base_latent.to_metadata()[METADATA_KEY]
+    return metadata
 
 
 def _from_metadata(metadata: Mapping[str, str], keys: list[str]) -> dict[str, Any]:
     if "dcgen.format" not in metadata:
-        raise ValueError(f"not a DC-Gen adapter (no dcgen.format in its metadata). {what_it_may_be(keys, OURS)}")
-    if metadata["dcgen.format"] not in READ:
+        raise ValueError(f"not a DC-Gen adapter (no dcgen.format in its metadata). {what_it_may_be(keys, REMEDY)}")
+    if metadata["dcgen.format"] not in SUPPORTED:
         raise ValueError(
-            f"adapter format {shown(metadata['dcgen.format'])}, this version of DC-Gen reads {' and '.join(READ)}: "
-            "update DC-Gen"
+            f"adapter format {shown(metadata['dcgen.format'])}, this version of DC-Gen reads "
+            f"{' and '.join(SUPPORTED)}: update DC-Gen"
         )
-    absent = [key for key in _NEEDED if key not in metadata]
-    if absent:
-        raise ValueError(f"damaged adapter, its metadata lacks {', '.join(absent)}: download it again")
+    missing = [key for key in _REQUIRED if key not in metadata]
+    if missing:
+        raise ValueError(f"damaged adapter, its metadata lacks {', '.join(missing)}: download it again")
     _backbone(metadata["dcgen.backbone"])
     size = metadata["dcgen.patch_size"]
     if not (size.isdecimal() and len(size) < 5):
@@ -349,26 +351,26 @@ def _base_latent(metadata: Mapping[str, str]) -> LatentSpace:
 
 
 def _from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    whole: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if not key.startswith(LORA_PREFIX):
-            whole[key] = tensor
+            own[key] = tensor
             continue
         suffix = next((suffix for suffix in _LORA_PARTS if key.endswith(suffix)), None)
         if suffix is None:
-            raise ValueError(f"tensor {key} is no part of a LoRA ({', '.join(_LORA_PARTS)})")
+            raise ValueError(f"tensor {key} is not part of a LoRA ({', '.join(_LORA_PARTS)})")
         parts.setdefault(key[len(LORA_PREFIX) : -len(suffix)], {})[_LORA_PARTS[suffix]] = tensor
     for path, pair in parts.items():
-        absent = [suffix for suffix, part in _LORA_PARTS.items() if part not in pair]
-        if absent:
+        missing = [suffix for suffix, part in _LORA_PARTS.items() if part not in pair]
+        if missing:
             raise ValueError(
-                f"LoRA of {path} is incomplete: no {', '.join(absent)}. The file was not written by DC-Gen"
+                f"LoRA of {path} is incomplete: no {', '.join(missing)}. The file was not written by DC-Gen"
             )
         if pair["alpha"].numel() != 1 or pair["alpha"].is_complex():
             raise ValueError(f"LoRA of {path}: alpha must be one number, got shape {tuple(pair['alpha'].shape)}")
     lora = {path: LoraPair(pair["A"], pair["B"], float(pair["alpha"])) for path, pair in parts.items()}
-    return {"tensors": whole, "lora": lora}
+    return {"tensors": own, "lora": lora}
 
 
 def _json_object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
@@ -392,5 +394,5 @@ def _backbone(name: str) -> Backbone:
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON would give it back: tuples are lists."""
+    """The value after a JSON round trip: tuples are lists."""
     return json.loads(json.dumps(dict(value)))

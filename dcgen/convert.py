@@ -1,11 +1,11 @@
-"""Model files from one form into another, tensor by tensor: python -m dcgen.convert COMMAND --help.
+"""Converts model files, tensor by tensor: python -m dcgen.convert COMMAND --help.
 
 pack     release folder, transformer folder or .pth -> one .safetensors with all metadata
 unpack   one file -> release folder with diffusers names, sharded
 merge    base + DC-Gen adapter -> one .safetensors
 extract  merged model - base -> DC-Gen adapter
-preview  DC-AE -> the same DC-AE with preview factors, which pack copies into a model file
-info     what a file or folder is
+preview  DC-AE -> the same DC-AE with preview factors, which pack copies into model files
+info     print what a file or folder is
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .adapter import Adapter, check_model, load_adapter, merge_tensor, save_adapter
 from .dcae import load_dcae, save_dcae
-from .extract import Kept, extract
+from .extract import FactoredLayer, extract
 from .files import SUFFIXES, Entry, naming, opened, replacing_folder, write_stream
 from .folder import TRANSFORMER, note_schedule
 from .jsons import parse_json
@@ -39,7 +39,7 @@ from .tensors import INDEX_SUFFIX, total_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = ("original", "diffusers")
-FORMER_NAMES = {"native": "original"}
+FORMER_NAMES = {"native": "original"}  # --names of earlier versions
 SHARD_BYTES = 5_000_000_000
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -51,7 +51,7 @@ def pack(
 ) -> Path:
     """Write the model as one .safetensors with its config, latent space, previews and schedule in the metadata.
 
-    names: "original" (which ComfyUI uses) or "diffusers". dtype: of floating tensors, None = kept.
+    names: "original" (which ComfyUI uses) or "diffusers". dtype: of floating-point tensors, None = unchanged.
     """
     return _write(model, Path(out), names, dtype, model.get, model_metadata(model, Path(out).stem))
 
@@ -95,8 +95,8 @@ def unpack(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write the model as OUT/transformer in the diffusers layout, sharded; `parts` is a release whose other parts
-    (autoencoder, text encoders, scheduler, model_index.json) are copied beside it. OUT must not exist.
+    """Write the model as OUT/transformer in the diffusers layout, sharded; `parts` is a release from which the other
+    parts (autoencoder, text encoders, scheduler, model_index.json) are copied. OUT must not exist.
     """
     out = Path(out)
     if out.exists():
@@ -120,7 +120,7 @@ def unpack(
 
 
 def describe(path: str | os.PathLike[str]) -> str:
-    """What an adapter, a model file or a release folder is, in lines."""
+    """A description of an adapter, a model file or a release folder, in several lines."""
     path = Path(path)
     if path.suffix in SUFFIXES and path.is_file():
         with opened(path) as file:
@@ -152,15 +152,15 @@ def _write(
     with naming(model.tensors.path):
         entries = shapes or model.entries
         if names == "diffusers":
-            wanted = [_cast_entry(entry, dtype) for entry in entries.values()]
-            stream: Iterable[tuple[str, Tensor]] = ((entry.name, get(entry.name)) for entry in wanted)
+            announced = [_cast_entry(entry, dtype) for entry in entries.values()]
+            stream: Iterable[tuple[str, Tensor]] = ((entry.name, get(entry.name)) for entry in announced)
         else:
-            made, extras = list(model.original_entries(entries)), model.extras
-            wanted = [_cast_entry(entry, dtype) for entry in (*(entry for _, entry in made), *extras.values())]
+            joined, extras = list(model.original_entries(entries)), model.extras
+            announced = [_cast_entry(entry, dtype) for entry in (*(entry for _, entry in joined), *extras.values())]
             stream = chain(
-                ((rule.original, rule.join(get)) for rule, _ in made), ((key, model.get_extra(key)) for key in extras)
+                ((rule.original, rule.join(get)) for rule, _ in joined), ((key, model.get_extra(key)) for key in extras)
             )
-        write_stream(out, wanted, _cast(stream, dtype), metadata)
+        write_stream(out, announced, _cast(stream, dtype), metadata)
     return out
 
 
@@ -173,12 +173,12 @@ def _write_shards(
             shards.append([])
         shards[-1].append(entry)
     weight_map: dict[str, str] = {}
-    for number, wanted in enumerate(shards, start=1):
+    for number, shard in enumerate(shards, start=1):
         numbered = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         name = f"{WEIGHTS}{numbered}.safetensors"
-        stream = ((entry.name, model.get(entry.name)) for entry in wanted)
-        write_stream(folder / name, wanted, _cast(stream, dtype), {**metadata, "format": "pt"})
-        weight_map |= {entry.name: name for entry in wanted}
+        stream = ((entry.name, model.get(entry.name)) for entry in shard)
+        write_stream(folder / name, shard, _cast(stream, dtype), {**metadata, "format": "pt"})
+        weight_map |= {entry.name: name for entry in shard}
     if len(shards) > 1:
         size = sum(total_bytes(shard) for shard in shards)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -209,7 +209,7 @@ def _describe_adapter(adapter: Adapter) -> str:
 
 def _describe_latent(latent: LatentSpace | None) -> str:
     if latent is None:
-        return "latent: not said"
+        return "latent: unknown"
     preview = "with" if latent.rgb_factors else "no"
     return (
         f"latent: {latent.name or 'unnamed'}, {latent.channels} channels, f{latent.spatial_factor}, "
@@ -218,15 +218,15 @@ def _describe_latent(latent: LatentSpace | None) -> str:
 
 
 def _describe_schedule(schedule: Schedule | None) -> str:
-    return "not said" if schedule is None else str(schedule.to_dict())
+    return "unknown" if schedule is None else str(schedule.to_dict())
 
 
-def _report(kept: list[Kept]) -> str:
-    lines = [f"{layer.energy:9.6f}  rank {layer.rank:4d}  {layer.path}" for layer in kept]
-    if not kept:
+def _summary(layers: list[FactoredLayer]) -> str:
+    lines = [f"{layer.energy:9.6f}  rank {layer.rank:4d}  {layer.path}" for layer in layers]
+    if not layers:
         return "no Linear changed: the adapter is an embedder and a head"
-    worst = min(kept, key=lambda layer: layer.energy)
-    return "\n".join([*lines, f"energy kept over {len(kept)} layers: worst {worst.energy:.6f} ({worst.path})"])
+    worst = min(layers, key=lambda layer: layer.energy)
+    return "\n".join([*lines, f"energy kept over {len(layers)} layers: worst {worst.energy:.6f} ({worst.path})"])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -234,19 +234,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, text: str, *arguments: str) -> argparse.ArgumentParser:
-        found = commands.add_parser(name, help=text, description=text)
+        subparser = commands.add_parser(name, help=text, description=text)
         for argument in arguments:
-            found.add_argument(argument, type=Path)
-        return found
+            subparser.add_argument(argument, type=Path)
+        return subparser
 
     packing = command("pack", "release folder or .pth -> one .safetensors with metadata", "model", "out")
     merging = command("merge", "base + DC-Gen adapter -> one .safetensors", "base", "adapter", "out")
     unpacking = command("unpack", "one file -> folder with diffusers names, sharded", "model", "out")
     extracting = command("extract", "merged model - base -> DC-Gen adapter", "merged", "base", "out")
     command("preview", "DC-AE -> one .safetensors with preview factors for live previews", "autoencoder", "out")
-    command("info", "say what a file or folder is", "model")
-    for one in (packing, merging):
-        one.add_argument(
+    command("info", "print what a file or folder is", "model")
+    for subparser in (packing, merging):
+        subparser.add_argument(
             "--names",
             type=lambda name: FORMER_NAMES.get(name, name),
             choices=NAMES,
@@ -254,20 +254,20 @@ def _parser() -> argparse.ArgumentParser:
             help="key names (default: %(default)s, which ComfyUI uses)",
         )
     merging.add_argument("--strength", type=float, default=1.0, help="of the LoRA; 0 = alignment only")
-    unpacking.add_argument("--parts", type=Path, help="release folder whose other parts are copied beside")
+    unpacking.add_argument("--parts", type=Path, help="release folder to copy the other parts from")
     extracting.add_argument("--rank", type=int, default=256, help="largest rank of a layer (default: %(default)s)")
     extracting.add_argument("--energy", type=float, default=1.0, help="share of each change to keep, in (0,1]")
     extracting.add_argument("--device", default="cpu", help="where the SVD runs, e.g. cuda")
-    for one in (packing, merging, unpacking, extracting):
-        one.add_argument("--dtype", choices=DTYPES, help="of the result; kept as it is when left out")
-    for one in (packing, unpacking, extracting):
-        one.add_argument("--latent", choices=SPACES, help="autoencoder, when the files do not say")
-        one.add_argument(
+    for subparser in (packing, merging, unpacking, extracting):
+        subparser.add_argument("--dtype", choices=DTYPES, help="of the result (default: unchanged)")
+    for subparser in (packing, unpacking, extracting):
+        subparser.add_argument("--latent", choices=SPACES, help="autoencoder, when the files do not name it")
+        subparser.add_argument(
             "--set",
             action="append",
             default=[],
             metavar="FIELD=VALUE",
-            help="a config field that no tensor tells, e.g. interpolation_scale=2.0 and sample_size=128 for SANA 4K",
+            help="a config field that no tensor shows, e.g. interpolation_scale=2.0 and sample_size=128 for SANA 4K",
         )
     return parser
 
@@ -281,14 +281,14 @@ def _open(path: Path, latent: str | None = None, fields: Sequence[str] = ()) -> 
     if latent is None:
         return model
     space = SPACES[latent]
-    if model.latent is not None and (differing := space.differences(model.latent)):
-        raise ValueError(f"{path} says otherwise than --latent {latent}: {'; '.join(differing)}. Leave --latent out")
+    if model.latent is not None and (differences := space.differences(model.latent)):
+        raise ValueError(f"{path} disagrees with --latent {latent}: {'; '.join(differences)}. Leave --latent out")
     return model.on_latent(space)
 
 
-def _fields(given: Sequence[str], model: Model) -> dict[str, Any]:
-    found = {}
-    for entry in given:
+def _fields(arguments: Sequence[str], model: Model) -> dict[str, Any]:
+    values = {}
+    for entry in arguments:
         field, equals, value = entry.partition("=")
         if not equals:
             raise ValueError(f"--set takes FIELD=VALUE, got {entry!r}")
@@ -297,14 +297,14 @@ def _fields(given: Sequence[str], model: Model) -> dict[str, Any]:
                 f"a {model.backbone.name} config has no field {field!r}: {', '.join(sorted(model.config))}"
             )
         try:
-            found[field] = parse_json(value, f"--set {entry}")
+            values[field] = parse_json(value, f"--set {entry}")
         except ValueError as error:
             raise ValueError(f"{error}: the value must be JSON (a number, true, null or a quoted word)") from error
-    return found
+    return values
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0, or 1 with one line on stderr."""
+    """Run the command line; returns 0, or 1 after printing an error line to stderr."""
     args = _parser().parse_args(arguments)
     dtype = DTYPES.get(getattr(args, "dtype", None) or "")
     try:
@@ -333,10 +333,10 @@ def _extract(args: argparse.Namespace, dtype: torch.dtype | None) -> str:
 
     merged, base = _open(args.merged, args.latent, args.set), _open(args.base)
     options = {"rank": args.rank, "energy": args.energy, "dtype": dtype, "device": args.device}
-    adapter, kept = extract(merged, base, progress=progress, **options)
+    adapter, layers = extract(merged, base, progress=progress, **options)
     print(file=sys.stderr)
     save_adapter(args.out, adapter)
-    return f"{_report(kept)}\n{args.out}"
+    return f"{_summary(layers)}\n{args.out}"
 
 
 def _preview(path: Path, out: Path) -> str:

@@ -1,5 +1,5 @@
 # N tokens
-"""float32 on x86 processors."""
+"""Faster float32 Linear layers on x86 CPUs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# Below this many weights the call itself costs more than either library's multiplication.
+# With fewer weights than this the call itself takes longer than the multiplication.
 SMALLEST = 1 << 14
 
 
@@ -28,18 +28,18 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return (
         all(type(part) in (Tensor, torch.nn.Parameter) for part in (x, *parts))
         and all(part.device.type == "cpu" and part.dtype == torch.float32 for part in (x, *parts))
-        and all(part.is_contiguous() for part in parts)  # the call reads a bias as if it were
+        and all(part.is_contiguous() for part in parts)  # the call assumes a contiguous bias
         and weight.numel() >= SMALLEST
-        and x.numel() > x.shape[-1]  # one row alone is as fast either way
+        and x.numel() > x.shape[-1]  # a single row is as fast either way
     )
 
 
 def onednn_linear(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """While it lasts, Linear layers on float32 tensors on an x86 CPU multiply through oneDNN, and nothing else changes.
+    """Within this context, Linear layers on float32 tensors on an x86 CPU run through oneDNN.
 
-    torch hands them to MKL, which on AMD processors takes about twice as long (EPYC: 92 against 186 GFLOPS a thread).
-    The sums are in another order, so results agree to float32's rounding. Does nothing where `x`, what the network is
-    given, is of another kind, where gradients are kept and while torch.compile traces.
+    torch uses MKL, which takes about twice as long on AMD CPUs (EPYC: 92 against 186 GFLOPS per thread). The order of
+    summation differs, so results agree to float32 rounding. Does nothing when `x`, the network's input, has another
+    dtype or device, when gradients are enabled, and under torch.compile.
     """
     usable = (
         x.device.type == "cpu"

@@ -1,5 +1,5 @@
 # r rank
-"""An adapter out of a merged model and its base: every changed Linear factored by SVD, embedder and head kept whole."""
+"""Extracts an adapter from a merged model and its base: every changed Linear is factored by SVD."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .latent import LatentSpace
 from .release import Model
 
 Progress = Callable[[int, int, str], None]
-# Directions sought beyond the rank, and passes over the matrix, of the randomised SVD (Halko et al., arXiv:0909.4061).
+# Of the randomised SVD (Halko et al., arXiv:0909.4061): directions beyond the rank, and passes over the matrix.
 OVERSAMPLING, PASSES = 16, 4
 
 
 @dataclass(frozen=True)
-class Kept:
-    """One factored layer: its rank, and the share of ||W' - W||^2 that its stored factors keep."""
+class FactoredLayer:
+    """Result for one layer: its rank, and the share of ||W' - W||^2 that the stored factors reproduce."""
 
     path: str
     rank: int
@@ -39,13 +39,13 @@ def extract(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
-) -> tuple[Adapter, list[Kept]]:
-    """(adapter, what each layer kept) such that base + adapter is the merged model.
+) -> tuple[Adapter, list[FactoredLayer]]:
+    """(adapter, result for each factored layer) such that base + adapter is the merged model.
 
-    rank: the most a layer may have; energy in (0,1]: each layer stops at the rank that keeps this share, 1 = the rank
-    that stands out of the rounding of the stored weights, which is exact for a merged LoRA. dtype of the factors:
-    None = the merged weights'. latent: needed when the merged model does not tell. ValueError when the two are not one
-    architecture, or when a tensor changed that an adapter cannot carry (a bias, a norm inside a block).
+    rank: the maximum of a layer; energy in (0,1]: each layer uses the smallest rank that keeps this share, 1 = all
+    singular values above the rounding of the stored weights, which is exact for a merged LoRA. dtype: of the factors,
+    None = the merged weights'. latent: required when the merged model does not name its own. ValueError when the two
+    architectures differ, or when a tensor changed that an adapter cannot carry (a bias, a norm inside a block).
     """
     space = latent or merged.latent
     if space is None:
@@ -61,9 +61,9 @@ def extract(
     adapter.check_base(base.signature, str(base.tensors.path))
     adapter = replace(adapter, base_weights=base.identity(), base_latent=base.latent)
     ends, extras = model.latent_shapes(signature, space.channels, size), model.extra_shapes(signature)
-    linears, old = model.linears(signature), base.entries
-    kept: list[Kept] = []
-    lost: list[str] = []
+    linears, base_entries = model.linears(signature), base.entries
+    layers: list[FactoredLayer] = []
+    unsupported: list[str] = []
     for step, (key, entry) in enumerate(merged.entries.items()):
         if progress:
             progress(step, len(merged.entries), key)
@@ -71,8 +71,8 @@ def extract(
         if key in ends:
             adapter.tensors[key] = weight
             continue
-        if entry.shape != old[key].shape:
-            raise ValueError(f"{key} is {entry.shape} in the merged model, {old[key].shape} in the base")
+        if entry.shape != base_entries[key].shape:
+            raise ValueError(f"{key} is {entry.shape} in the merged model, {base_entries[key].shape} in the base")
         delta = weight.to(device, torch.float32) - base.get(key).to(device, torch.float32)
         if not delta.any():
             continue
@@ -80,21 +80,21 @@ def extract(
         if key in extras:
             adapter.tensors[key] = weight
         elif key.endswith(".weight") and path in linears:
-            floor = rounding_floor(weight.flatten(1), (entry.dtype, old[key].dtype))
+            floor = rounding_floor(weight.flatten(1), (entry.dtype, base_entries[key].dtype))
             pair, share = factor(delta.flatten(1), rank, energy, dtype or entry.dtype, floor)
             adapter.lora[path] = pair.shaped(entry.shape)
-            kept.append(Kept(path, pair.rank, share))
+            layers.append(FactoredLayer(path, pair.rank, share))
         else:
-            lost.append(key)
-    if lost:
+            unsupported.append(key)
+    if unsupported:
         raise ValueError(
-            f"changed tensors that an adapter cannot carry: {describe_keys([], lost)}; keep the merged file"
+            f"changed tensors that an adapter cannot carry: {describe_keys([], unsupported)}; keep the merged file"
         )
     adapter.metadata = {
         "dcgen.extracted_from": merged.tensors.path.name,
         "dcgen.extracted_base": base.tensors.path.name,
     }
-    return adapter, kept
+    return adapter, layers
 
 
 def factor(
@@ -102,24 +102,24 @@ def factor(
 ) -> tuple[LoraPair, float]:
     """(pair, share of ||delta||^2 kept) of a change (out,in), not all zero; alpha = rank, so delta ~ B @ A.
 
-    Singular values up to `floor` are left out as noise. The share is measured on the factors as stored, rounding
-    included.
+    Singular values up to `floor` are dropped as noise. The share is measured with the factors as stored, including
+    rounding.
     """
     U, S, V = _svd(delta, rank)
     total = delta.double().square().sum()
-    # numpy's matrix_rank has the same bound for what float arithmetic itself adds.
+    # The error of float arithmetic, bounded as in numpy's matrix_rank.
     limit = max(floor, float(S[0]) * max(delta.shape) * torch.finfo(delta.dtype).eps)
     numerical = int((limit < S).sum())
-    wanted = int((S.double().square().cumsum(0) < energy * total).sum()) + 1 if energy < 1 else numerical
-    r = max(1, min(rank, numerical, wanted))
+    required = int((S.double().square().cumsum(0) < energy * total).sum()) + 1 if energy < 1 else numerical
+    r = max(1, min(rank, numerical, required))
     root = S[:r].sqrt()
     pair = LoraPair((root[:, None] * V[:, :r].T).cpu().to(dtype), (U[:, :r] * root).cpu().to(dtype), float(r))
-    rest = (delta.cpu() - pair.delta()).double().square().sum()
-    return pair, float(1 - rest / total.cpu())
+    residual = (delta.cpu() - pair.delta()).double().square().sum()
+    return pair, float(1 - residual / total.cpu())
 
 
 def rounding_floor(weight: Tensor, stored: Iterable[torch.dtype]) -> float:
-    """Largest singular value that rounding a weight (out,in) to its stored types can be expected to leave in a change.
+    """Largest singular value to expect in a change from rounding a weight (out,in) to its stored dtypes.
 
     Rounding moves an entry by up to half an ulp, evenly: rms u/sqrt(3) of its size, u the unit roundoff. Independent
     entries of such rms b have singular values up to the largest row norm plus the largest column norm of b (Bandeira
@@ -132,7 +132,7 @@ def rounding_floor(weight: Tensor, stored: Iterable[torch.dtype]) -> float:
 
 
 def _svd(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, V of a matrix: in full where that is cheap, else the first rank + OVERSAMPLING directions."""
+    """U, S, V of a matrix: in full when that is cheap, else the first rank + OVERSAMPLING directions."""
     width = min(delta.shape)
     if rank + OVERSAMPLING >= width // 4:
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False)

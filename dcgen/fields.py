@@ -1,4 +1,4 @@
-"""What a field of a file may hold: a type and bounds, said once as data, and an error that names field and value."""
+"""Type and range checks for the fields of files, as data; errors name field and value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ shown = _short.repr
 
 
 def whole(low: int, high: int) -> Check:
-    """A whole number from low to high; 32.0 and true are none."""
+    """A whole number from low to high; not 32.0 or true."""
 
     def check(name: str, value: Any) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
@@ -24,7 +24,7 @@ def whole(low: int, high: int) -> Check:
 
 
 def real(low: float, high: float) -> Check:
-    """A number from low to high. NaN, and an integer too large for a float, are outside of any bounds."""
+    """A number from low to high; not NaN, nor an integer too large for a float."""
 
     def check(name: str, value: Any) -> None:
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
@@ -40,7 +40,7 @@ def flag(name: str, value: Any) -> None:
 
 
 def mapping(name: str, value: Any) -> None:
-    """An object of any fields."""
+    """An object with any fields."""
     if not isinstance(value, dict):
         raise ValueError(f"{name} is {shown(value)}, expected an object with fields")
 
@@ -55,38 +55,38 @@ def words(*known: str) -> Check:
     return check
 
 
-def text(most: int) -> Check:
-    """Text of at most so many characters."""
+def text(limit: int) -> Check:
+    """Text of at most `limit` characters."""
 
     def check(name: str, value: Any) -> None:
-        if not isinstance(value, str) or len(value) > most:
-            raise ValueError(f"{name} is {shown(value)}, expected text of at most {most} characters")
+        if not isinstance(value, str) or len(value) > limit:
+            raise ValueError(f"{name} is {shown(value)}, expected text of at most {limit} characters")
 
     return check
 
 
-def items(each: Check, least: int, most: int) -> Check:
-    """A list of `least` to `most` values, each of which passes."""
+def items(item_check: Check, minimum: int, maximum: int) -> Check:
+    """A list of `minimum` to `maximum` values that all pass `item_check`."""
 
     def check(name: str, value: Any) -> None:
-        if not isinstance(value, (list, tuple)) or not least <= len(value) <= most:
-            count = f"{least} to {most}" if least < most else f"{least}"
+        if not isinstance(value, (list, tuple)) or not minimum <= len(value) <= maximum:
+            count = f"{minimum} to {maximum}" if minimum < maximum else f"{minimum}"
             raise ValueError(f"{name} is {shown(value)}, expected a list of {count} values")
         for position, item in enumerate(value):
-            each(f"{name}[{position}]", item)
+            item_check(f"{name}[{position}]", item)
 
     return check
 
 
 def optional(check: Check) -> Check:
-    """What passes `check`, or null."""
+    """A value that passes `check`, or null."""
     return lambda name, value: None if value is None else check(name, value)
 
 
 def check_fields(values: Mapping[str, Any], table: Mapping[str, Check], needed: tuple[str, ...] = ()) -> None:
-    """ValueError for the first field of `values` that its check refuses, or that is needed and absent.
+    """ValueError for the first field of `values` that fails its check, or that is needed and missing.
 
-    Fields that the table does not have are nobody's business here.
+    Fields that are not in the table are not checked.
     """
     for name in needed:
         if name not in values:

@@ -1,4 +1,4 @@
-"""Safetensors on disk: written whole or not at all, tensor by tensor, and read with errors that name the file."""
+"""Safetensors on disk: atomic writes, tensor by tensor, and reads with errors that name the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# The format's own names for the types that it has. https://github.com/huggingface/safetensors
+# The format's names of dtypes. https://github.com/huggingface/safetensors
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -31,13 +31,13 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Types that older PyTorch lacks; the scales of mxfp8 are E8M0.
+# Dtypes that older PyTorch lacks; the scales of mxfp8 are E8M0.
 NEWER = {"F8_E8M0": "float8_e8m0fnu", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
 DTYPES |= {name: getattr(torch, dtype) for name, dtype in NEWER.items() if hasattr(torch, dtype)}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WRITE_BYTES = 64 << 20
 SUFFIXES = (".safetensors", ".sft")
-# One-byte floats have no reduction of their own: type -> (bits without the sign, first pattern that is no number).
+# One-byte floats lack reductions: dtype -> (mask without the sign bit, first pattern that is not finite).
 _NARROW = {torch.float8_e4m3fn: (0x7F, 0x7F), torch.float8_e5m2: (0x7F, 0x7C)}
 if hasattr(torch, "float8_e8m0fnu"):
     _NARROW[torch.float8_e8m0fnu] = (0xFF, 0xFF)
@@ -45,7 +45,7 @@ if hasattr(torch, "float8_e8m0fnu"):
 
 @dataclass(frozen=True)
 class Entry:
-    """Name, type and shape of a tensor that is not in memory."""
+    """Name, dtype and shape of a tensor that is not in memory."""
 
     name: str
     dtype: torch.dtype
@@ -57,16 +57,16 @@ class Entry:
 
 
 def disk_state(path: str | os.PathLike[str]) -> str:
-    """Name, size and time of a file, or of every file below a folder: equal as long as nothing was replaced there."""
+    """Name, size and time of a file, or of all files in a folder; changes when one of them is replaced."""
     path = Path(path)
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    states = [(file, file.stat()) for file in found if file.is_file()]
+    paths = sorted(path.rglob("*")) if path.is_dir() else [path]
+    states = [(file, file.stat()) for file in paths if file.is_file()]
     return ";".join(f"{file}:{state.st_size}:{state.st_mtime_ns}" for file, state in states)
 
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Put `path` before the text of a ValueError that does not name it or something in it already."""
+    """Prepend `path` to the message of a ValueError that does not already name it or a file in it."""
     try:
         yield
     except ValueError as error:
@@ -76,46 +76,46 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, by name. Hidden ones are none: a Mac leaves `._NAME` beside what it copies."""
+    """The safetensors files of a folder, by name, without hidden ones (macOS leaves `._NAME` files)."""
     return sorted(
         file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file() and file.name[0] != "."
     )
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite: one reduction without a copy of the tensor."""
+    """Whether no value is NaN or infinite, by one reduction without a copy."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     if tensor.dtype in _NARROW:
-        bits, first_bad = _NARROW[tensor.dtype]
-        return int((tensor.view(torch.uint8) & bits).max()) < first_bad
-    low, high = tensor.aminmax()  # a NaN anywhere makes both NaN
+        mask, limit = _NARROW[tensor.dtype]
+        return int((tensor.view(torch.uint8) & mask).max()) < limit
+    low, high = tensor.aminmax()  # any NaN makes both NaN
     return math.isfinite(low) and math.isfinite(high)
 
 
 def check_finite(tensor: Tensor, name: str, path: str | os.PathLike[str]) -> Tensor:
-    """The tensor; ValueError that names file and tensor when a value in it is NaN or infinite."""
+    """The tensor; ValueError, naming file and tensor, when a value is NaN or infinite."""
     if not is_finite(tensor):
-        raise ValueError(f"{path}: damaged, or of a run that diverged: values of {name} are NaN or infinite")
+        raise ValueError(f"{path}: damaged, or from a diverged training run: values of {name} are NaN or infinite")
     return tensor
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes path's place when the block ends well, else it is gone."""
+    """A temporary path to write to; it replaces `path` when the block succeeds, and is deleted otherwise."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # what the user's umask gives; safetensors makes its files private
+        mode = temporary.stat().st_mode  # by the user's umask; safetensors makes its files private
         yield temporary
         temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
         sync_folder(target.parent)
-    except SafetensorError as error:  # a full disk is no OSError there
+    except SafetensorError as error:  # safetensors raises this for a full disk
         raise OSError(f"{target} could not be written ({error}); is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -171,7 +171,7 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[safe_open]:
-    """safe_open on the CPU; FileNotFoundError or ValueError that name the file and say what to do."""
+    """safe_open on the CPU; FileNotFoundError or ValueError name the file and the remedy."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
@@ -187,35 +187,35 @@ def opened(path: str | os.PathLike[str]) -> Iterator[safe_open]:
 
 
 def entries(file: safe_open) -> list[Entry]:
-    """What a file holds, without reading a tensor; ValueError for a type that is not in DTYPES."""
-    found = []
+    """The entries of a file, without reading tensors; ValueError for a dtype that is not in DTYPES."""
+    result = []
     for name in file.keys():  # noqa: SIM118
         view = file.get_slice(name)
         if view.get_dtype() not in DTYPES:
             raise ValueError(f"tensor {name} has type {view.get_dtype()}; known are {', '.join(DTYPES)}")
-        found.append(Entry(name, DTYPES[view.get_dtype()], tuple(view.get_shape())))
-    return found
+        result.append(Entry(name, DTYPES[view.get_dtype()], tuple(view.get_shape())))
+    return result
 
 
-def meta_tensors(found: Iterable[Entry]) -> dict[str, Tensor]:
-    """Entries as meta tensors: shapes for detection, no memory."""
-    return {entry.name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for entry in found}
+def meta_tensors(entries: Iterable[Entry]) -> dict[str, Tensor]:
+    """Entries as meta tensors, which have shapes but no memory."""
+    return {entry.name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for entry in entries}
 
 
 def write_stream(
     path: str | os.PathLike[str],
-    wanted: Iterable[Entry],
+    announced: Iterable[Entry],
     tensors: Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file of which no more than one tensor is in memory; whole or not at all.
+    """Write a safetensors file atomically, with only one tensor in memory at a time.
 
-    wanted: every tensor of the file; tensors: the same, in any order, each to be let go once it is written. A tensor
-    that is missing, twice there, or of another type or shape than announced is a ValueError and leaves no file.
+    announced: all tensors of the file; tensors: the same in any order, each read when it is written. ValueError, and no
+    file, when a tensor is missing, repeated, or has another dtype or shape than announced.
     """
     table, start = {}, 0
-    # Widest types first keeps every tensor aligned, as safetensors' own writer does.
-    for entry in sorted(wanted, key=lambda entry: (-entry.dtype.itemsize, entry.name)):
+    # Widest dtypes first, as in safetensors' own writer: every tensor is then aligned.
+    for entry in sorted(announced, key=lambda entry: (-entry.dtype.itemsize, entry.name)):
         table[entry.name] = (entry, start)
         start += entry.nbytes
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}

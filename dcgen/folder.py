@@ -1,6 +1,6 @@
-"""What a folder in the diffusers layout says about its model: the one reader of the nodes and of training.
+"""Reads the configs of a folder in the diffusers layout, for the nodes and for training.
 
-Only JSON files are read, and the headers of weights; dcgen.release reads the weights themselves.
+Only JSON files and the headers of weights are read; dcgen.release reads the weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .tensors import Tensors
 TRANSFORMER, VAE = "transformer", "vae"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
-# Of an AutoencoderKL's config.json.
+# Fields in an AutoencoderKL's config.json.
 KL_FIELDS: dict[str, Check] = {
     "block_out_channels": items(whole(1, 1 << 16), 1, 10),
     "latent_channels": LATENT_FIELDS["channels"],
@@ -39,7 +39,7 @@ KL_FIELDS: dict[str, Check] = {
 
 @dataclass(frozen=True)
 class Release:
-    """A release folder: its network's family and config, the latent space it works on, and its schedule."""
+    """A release folder: family and config of its network, its latent space, and its schedule."""
 
     path: Path
     backbone: Backbone
@@ -49,12 +49,12 @@ class Release:
 
     @property
     def patch_size(self) -> int:
-        """p of the network on its own latent."""
+        """Patch size p of the network on its latent."""
         return self.backbone.patch_size(self.config, self.latent, str(self.path / TRANSFORMER))
 
     @property
     def distilled(self) -> bool:
-        """Whether the network takes a guidance scale."""
+        """Whether the network has a guidance embedding."""
         return bool(self.config.get("guidance_embeds"))
 
     @property
@@ -64,12 +64,12 @@ class Release:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The type that most of the network's values are stored in."""
+        """The dtype of most of the network's stored values."""
         return Tensors.open(self.path / TRANSFORMER).dtype
 
 
 def read_release(path: str | os.PathLike[str]) -> Release:
-    """A release folder; FileNotFoundError or ValueError name the file that is absent or damaged."""
+    """Read a release folder; FileNotFoundError or ValueError name the missing or damaged file."""
     path = Path(path)
     backbone, config = network_config(part(path, TRANSFORMER))
     latent = autoencoder_space(part(path, VAE))
@@ -77,7 +77,7 @@ def read_release(path: str | os.PathLike[str]) -> Release:
 
 
 def part(release: str | os.PathLike[str], name: str) -> Path:
-    """Folder of one part of a release; a missing one is an error that names it."""
+    """Folder of one part of a release; FileNotFoundError names a missing one."""
     folder = Path(release) / name
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} not found; {release} should be a release folder in the diffusers layout")
@@ -85,23 +85,23 @@ def part(release: str | os.PathLike[str], name: str) -> Path:
 
 
 def network_config(folder: Path) -> tuple[Backbone, Config]:
-    """Family and config of a transformer folder, from its config.json alone, checked."""
+    """Family and checked config of a transformer folder, from its config.json."""
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found; a release's network is config.json + safetensors")
     config = read_object(file)
-    found = config.get("_class_name")
+    class_name = config.get("_class_name")
     for backbone in BACKBONES.values():
-        if backbone.diffusers_class == found:
+        if backbone.diffusers_class == class_name:
             with naming(file):
                 check_fields(config, backbone.fields)
             return backbone, {key: value for key, value in config.items() if not key.startswith("_")}
     known = ", ".join(backbone.diffusers_class for backbone in BACKBONES.values())
-    raise ValueError(f"{file}: class {shown(found)} is no backbone known here; known: {known}")
+    raise ValueError(f"{file}: class {shown(class_name)} is not a known backbone; known: {known}")
 
 
 def autoencoder_config(folder: Path) -> dict[str, Any]:
-    """config.json of an autoencoder folder; other classes and missing files are errors that name them."""
+    """config.json of an autoencoder folder; errors name an unknown class or a missing file."""
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found; an autoencoder is a diffusers folder (config.json + safetensors)")
@@ -115,18 +115,15 @@ def autoencoder_config(folder: Path) -> dict[str, Any]:
 
 
 def autoencoder_space(folder: str | os.PathLike[str]) -> LatentSpace:
-    """Latent space of an autoencoder folder, from its config.json.
-
-    Preview factors are those in the metadata of its weights, if there are any.
-    """
+    """Latent space of an autoencoder folder, from its config.json; preview factors from the metadata of its weights."""
     folder = Path(folder)
     return _with_preview(space_of_config(autoencoder_config(folder), folder.resolve().name), folder)
 
 
 def space_of_config(config: Mapping[str, Any], folder: str = "") -> LatentSpace:
-    """Latent space of an autoencoder's config: its own numbers, whatever our tables say.
+    """Latent space of an autoencoder's config: always with the config's own numbers, not those in our tables.
 
-    Its name is the one in the config, else the folder's; a published one where the numbers fit that alone.
+    The name is the one in the config or the folder's, or a published name if the numbers fit only that one.
     """
     if config.get("_class_name") == "AutoencoderKL":
         check_fields(config, KL_FIELDS, ("block_out_channels", "latent_channels", "scaling_factor"))
@@ -142,12 +139,12 @@ def space_of_config(config: Mapping[str, Any], folder: str = "") -> LatentSpace:
 
 
 def _published(space: LatentSpace) -> LatentSpace:
-    """The space under the published name that its numbers fit, unless it has such a name or several encoders fit."""
+    """The space with the published name that its numbers fit, unless it has one already or several encoders fit."""
     if space.name in SPACES:
         return space
-    fits = [name for name, known in SPACES.items() if not known.differences(replace(space, name=""))]
-    same = bool(fits) and all(name == fits[0] or one_encoder(name, fits[0]) for name in fits)
-    return replace(space, name=fits[0]) if same else space
+    candidates = [name for name, known in SPACES.items() if not known.differences(replace(space, name=""))]
+    unique = bool(candidates) and all(name == candidates[0] or one_encoder(name, candidates[0]) for name in candidates)
+    return replace(space, name=candidates[0]) if unique else space
 
 
 def _with_preview(space: LatentSpace, folder: Path) -> LatentSpace:
@@ -159,7 +156,7 @@ def _with_preview(space: LatentSpace, folder: Path) -> LatentSpace:
 
 
 def stored_schedule(release: Path) -> Schedule | None:
-    """The schedule that a release's scheduler_config.json says, None when it leaves it to the model."""
+    """The schedule in a release's scheduler_config.json; None when it leaves the shift to the model."""
     file = release / SCHEDULER
     config = read_object(file) if file.is_file() else {}
     with naming(file):

@@ -1,8 +1,8 @@
-"""Which base weights an adapter was trained over, told by a few of their values.
+"""Identifies the base weights that an adapter was trained on by a few of their values.
 
-Two models of one architecture cannot be told apart by their shapes, and an adapter works on the weights that it was
-trained over only: on the published base, not on what a merged adapter made of it. So an adapter keeps some values of
-some weights that a LoRA changes. They are compared by their distance, not by a digest, for the same base is read in
+Models of one architecture have the same shapes, but an adapter only works with the weights it was trained on: with the
+published base, for example, and not with the base after another adapter was merged. So an adapter stores some values of
+some weights that a LoRA changes. They are compared by distance, not by hash, because the same base is loaded in
 bfloat16, fp8 or 4 bits, which rounds every value.
 """
 
@@ -22,34 +22,34 @@ from torch import Tensor
 from .backbones import Backbone
 from .fields import check_fields, shown, text
 
-VALUES = 64  # of each weight; the distance of two models is then known to a few percent of itself
-MOST_WEIGHTS = 64
-# Distances, relative to the size of the values, that rounding to a type leaves: bfloat16 0.0017, fp8 e4m3 0.026 and
-# e5m2 0.053, int8 of a row about 0.01, 4-bit formats about 0.1.
+VALUES = 64  # per weight; the distance of two models is then known to a few percent
+MAX_WEIGHTS = 64
+# Limits of the relative distance, by bits per value. Rounding gives: bfloat16 0.0017, fp8 e4m3 0.026 and e5m2 0.053,
+# int8 per row about 0.01, 4-bit formats about 0.1.
 ROUNDING = {32: 0.005, 16: 0.005, 8: 0.08, 4: 0.2}
 
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """Values of a base's weights, (VALUES,) float32 by diffusers name."""
+    """Values of a base's weights: (VALUES,) float32, by diffusers name."""
 
     values: Mapping[str, Tensor]
 
     def distance(self, other: BaseIdentity) -> float | None:
-        """|other - this| / |this| over the weights that both have; None when there is none."""
-        names = [name for name, ours in self.values.items() if name in other.values and len(ours)]
+        """|other - this| / |this| over the weights that both have; None when they have none in common."""
+        names = [name for name, values in self.values.items() if name in other.values and len(values)]
         if not names:
             return None
-        ours, theirs = (torch.cat([identity.values[name] for name in names]) for identity in (self, other))
-        return float((theirs - ours).norm() / ours.norm().clamp_min(1e-12))
+        own, others = (torch.cat([identity.values[name] for name in names]) for identity in (self, other))
+        return float((others - own).norm() / own.norm().clamp_min(1e-12))
 
     def is_of(self, other: BaseIdentity, bits: int) -> bool | None:
-        """Whether a model whose weights have so many bits is this base; None when nothing tells."""
+        """Whether a model with `bits` bits per value is this base; None when that is unknown."""
         distance = self.distance(other)
         return None if distance is None else distance <= ROUNDING[bits]
 
     def to_dict(self) -> dict[str, str]:
-        """For JSON: float16 values in base64 by name."""
+        """For JSON: float16 values in base64, by name."""
         return {
             name: base64.b64encode(values.half().numpy().tobytes()).decode() for name, values in self.values.items()
         }
@@ -57,14 +57,14 @@ class BaseIdentity:
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> BaseIdentity:
         """Inverse of to_dict; ValueError for anything else."""
-        if len(entry) > MOST_WEIGHTS:
-            raise ValueError(f"base_weights has {len(entry)} weights, expected at most {MOST_WEIGHTS}")
+        if len(entry) > MAX_WEIGHTS:
+            raise ValueError(f"base_weights has {len(entry)} weights, expected at most {MAX_WEIGHTS}")
         check_fields(entry, dict.fromkeys(entry, text(1 << 12)))
         return cls({name: _decoded(name, value) for name, value in entry.items()})
 
 
 def identity_of(backbone: Backbone, base: Mapping[str, Any], get: Callable[[str], Tensor | None]) -> BaseIdentity:
-    """The identity of a base with this signature. get: a weight by diffusers name, None where it cannot be read."""
+    """The identity of a base with this signature. get: a weight by diffusers name, or None if it cannot be read."""
     values = {}
     for name in backbone.identity_names(base):
         weight = get(name)
@@ -74,14 +74,14 @@ def identity_of(backbone: Backbone, base: Mapping[str, Any], get: Callable[[str]
 
 
 def sampled(name: str, weight: Tensor) -> Tensor:
-    """(VALUES,) float32 of a weight, at places that its name decides."""
+    """(VALUES,) float32 of a weight, at positions seeded by its name."""
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
-    places = torch.randint(weight.numel(), (VALUES,), generator=generator)
-    return weight.flatten()[places.to(weight.device)].float().cpu()
+    positions = torch.randint(weight.numel(), (VALUES,), generator=generator)
+    return weight.flatten()[positions.to(weight.device)].float().cpu()
 
 
 def bits_of(dtype: torch.dtype) -> int:
-    """Bits of a stored type, as ROUNDING has them."""
+    """Bits of a stored dtype, as a key of ROUNDING."""
     return min(32, 8 * dtype.itemsize)
 
 

@@ -1,4 +1,4 @@
-"""JSON from files that others made: bounded in size and depth, read as text that can be shown, refused by name."""
+"""JSON from untrusted files: limited in size and depth, with valid text only; errors name the file."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 64 << 20
-MAX_DEPTH = 64  # no config of ours or diffusers' is deeper than 6; what works on a value may recurse
+MAX_DEPTH = 64  # our configs and diffusers' have at most 6; code that uses a value may recurse
 
 
 def parse_json(text: str | bytes, where: str, limit: int = MAX_BYTES) -> Any:
-    """The value in a JSON text; ValueError that begins with `where` for anything else.
+    """The value of a JSON text; the message of a ValueError begins with `where`.
 
-    A byte-order mark is skipped. Nesting beyond MAX_DEPTH and strings that no text encoding holds are refused.
+    A byte-order mark is skipped. Nesting beyond MAX_DEPTH and lone surrogates are errors.
     """
     if len(text) > limit:
         raise ValueError(f"{where}: more than {limit} bytes of JSON; so much is not read")
@@ -39,7 +39,7 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
 def read_json(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> Any:
     """The value in a JSON file; FileNotFoundError or ValueError name the file."""
     path = Path(path)
-    if not path.is_file():  # also a pipe or a device, which would not end
+    if not path.is_file():  # also rejects pipes and devices, which may never end
         raise FileNotFoundError(f"{path}: there is no such file")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -58,7 +58,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _check(value: Any, where: str) -> None:
-    """Level by level, so that depth costs no stack."""
+    """Check level by level, without recursion."""
     level, depth = [value], 0
     while level:
         if depth >= MAX_DEPTH and any(isinstance(item, dict | list) for item in level):

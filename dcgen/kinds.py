@@ -1,10 +1,10 @@
-"""What a file of weights may be that is not what was asked for, judged by the names in it."""
+"""Guesses from its key names what an unexpected file of weights is, for error messages."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-# Scales and notes beside the weights of a quantised file, as ComfyUI, its converters and bitsandbytes name them.
+# Key suffixes of scales and formats in quantised files of ComfyUI, its converters and bitsandbytes.
 QUANTISED = (
     ".scale_weight",
     ".weight_scale",
@@ -15,17 +15,17 @@ QUANTISED = (
     ".quant_map",
     ".qweight",
 )
-# Where one file with network, text encoders and autoencoder has its network.
+# Prefix of the network in one file with network, text encoders and autoencoder.
 ALL_IN_ONE = "model.diffusion_model."
 
 
 def is_quantised(keys: Collection[str]) -> bool:
-    """Whether weights come with scales of their own (scaled fp8 and the like)."""
+    """Whether the weights have scales (scaled fp8 and similar formats)."""
     return any(key.endswith(QUANTISED) for key in keys)
 
 
 def what_it_may_be(keys: Collection[str], otherwise: str) -> str:
-    """A sentence on what a file with these names looks like, and what to do with it; `otherwise` if like nothing."""
+    """A sentence on what a file with these keys looks like and how to load it; `otherwise` if that is unknown."""
     if is_quantised(keys):
         return (
             "It looks like a quantised model (scaled fp8 or the like): load it with a model loader that knows it, or "

@@ -1,5 +1,5 @@
-# B batch, C latent channels, h w latent rows and columns, f spatial factor, ... any grid: (h,w), or (t,h,w) of a video
-"""Latent spaces as data: which autoencoder, how many channels, how deep, and how its latent is scaled for a model."""
+# B batch, C latent channels, h w latent rows and columns, f spatial factor, ... any grid: (h,w), or (t,h,w) for video
+"""Latent spaces as data: autoencoder, channels, spatial factor, and how the latent is scaled for a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .fields import Check, check_fields, items, optional, real, shown, text, who
 from .jsons import parse_object
 
 METADATA_KEY = "dcgen.latent"
-# Wide of everything published (f8c4 to f128c512, scaling 0.13 to 2), narrow enough that nothing computed overflows.
+# Wider than anything published (f8c4 to f128c512, scaling 0.13 to 2), but safe from overflow.
 LATENT_FIELDS: dict[str, Check] = {
     "name": text(200),
     "channels": whole(1, 4096),
@@ -28,7 +28,7 @@ LATENT_FIELDS: dict[str, Check] = {
     "std": optional(items(real(1e-6, 1e6), 1, 4096)),
     "temporal_factor": whole(1, 1024),
 }
-# Left out of metadata where they say nothing: readers of before they existed take such a file.
+# Omitted from metadata when they have their default, so that earlier versions read the file.
 LATER_FIELDS = ("mean", "std", "temporal_factor")
 
 
@@ -110,35 +110,35 @@ class LatentSpace:
         return height // f, width // f
 
     def differences(self, other: LatentSpace) -> list[str]:
-        """What keeps a latent of `other` from being a latent of this space, in words; empty when they agree.
+        """The differences between this space and `other`, in words; empty when their latents are interchangeable.
 
-        An empty name is unknown and matches any; the names within one line of SHARED are one encoder.
+        An empty name is unknown and matches any; the names in one entry of SHARED have the same encoder.
         """
-        found = [
+        differences = [
             f"{field}: {getattr(self, field)} against {getattr(other, field)}"
             for field in ("channels", "spatial_factor", "temporal_factor")
             if getattr(self, field) != getattr(other, field)
         ]
-        found += [
+        differences += [
             f"{field}: {getattr(self, field):.6g} against {getattr(other, field):.6g}"
             for field in ("scaling_factor", "shift_factor")
             if not math.isclose(getattr(self, field), getattr(other, field), rel_tol=1e-4, abs_tol=1e-6)
         ]
-        found += [f"{field} of the channels" for field in ("mean", "std") if not self._same_rows(other, field)]
+        differences += [f"{field} of the channels" for field in ("mean", "std") if not self._same_rows(other, field)]
         if self.name and other.name and self.name != other.name and not one_encoder(self.name, other.name):
-            found.append(f"autoencoder: {self.name!r} against {other.name!r}")
-        return found
+            differences.append(f"autoencoder: {self.name!r} against {other.name!r}")
+        return differences
 
     def _same_rows(self, other: LatentSpace, field: str) -> bool:
-        ours, theirs = getattr(self, field), getattr(other, field)
-        if ours is None or theirs is None or len(ours) != len(theirs):
-            return ours is theirs
-        return all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in zip(ours, theirs, strict=True))
+        first, second = getattr(self, field), getattr(other, field)
+        if first is None or second is None or len(first) != len(second):
+            return first is second
+        return all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in zip(first, second, strict=True))
 
     def to_metadata(self) -> dict[str, str]:
         """This space as safetensors metadata: one JSON value under METADATA_KEY."""
-        unsaid = {field.name for field in fields(self) if getattr(self, field.name) == field.default}
-        entry = {key: value for key, value in asdict(self).items() if key not in unsaid.intersection(LATER_FIELDS)}
+        default = {field.name for field in fields(self) if getattr(self, field.name) == field.default}
+        entry = {key: value for key, value in asdict(self).items() if key not in default.intersection(LATER_FIELDS)}
         return {METADATA_KEY: json.dumps(entry, sort_keys=True)}
 
     @classmethod
@@ -158,16 +158,16 @@ class LatentSpace:
 
 
 def _per_channel(values: tuple[float, ...], latent: Tensor) -> Tensor:
-    """(C,) beside a latent (B,C,...)."""
+    """(C,) -> (C,1,...), to broadcast over a latent (B,C,...)."""
     return torch.tensor(values, dtype=latent.dtype, device=latent.device).view(-1, *[1] * (latent.ndim - 2))
 
 
-# Decoders may differ within a line; the latent is the same.
+# Autoencoders that share an encoder, and so their latents; their decoders may differ.
 SHARED: tuple[frozenset[str], ...] = (
     frozenset({"dc-ae-f32c32-sana-1.0", "dc-ae-f32c32-sana-1.1", "dc-ae-lite-f32c32-sana-1.1"}),
 )
 
 
 def one_encoder(first: str, second: str) -> bool:
-    """Whether two published names are of one encoder, so that their latents are the same."""
+    """Whether two published autoencoders have the same encoder, so that their latents are interchangeable."""
     return any(first in names and second in names for names in SHARED)

@@ -32,19 +32,19 @@ CONFIG_KEY, SCHEDULE_KEY, BACKBONE_KEY, PATCH_KEY = (
 )
 
 
-def same_shape(found: tuple[int, ...], wanted: tuple[int, ...] | None) -> bool:
-    """Whether a weight has the shape of its table; a 1x1 convolution may be stored as the matrix it is.
+def same_shape(shape: tuple[int, ...], expected: tuple[int, ...] | None) -> bool:
+    """Whether a weight has the expected shape; a 1x1 convolution may be stored as a matrix.
 
-    ComfyUI's Model Save writes those of SANA so: our network has Linear layers for them.
+    ComfyUI's Model Save does so for SANA, where our network has Linear layers.
     """
-    return found == wanted or (wanted is not None and len(wanted) == 4 and (*found, 1, 1) == wanted)
+    return shape == expected or (expected is not None and len(expected) == 4 and (*shape, 1, 1) == expected)
 
 
 @dataclass
 class Model:
-    """A denoising network on disk, whatever its layout, seen under its diffusers names; nothing is read until asked.
+    """A denoising network on disk in any layout, by its diffusers names; tensors are read on demand.
 
-    latent is None when nothing at hand says which autoencoder it belongs to.
+    latent is None when neither the file nor the folder names the autoencoder.
     """
 
     tensors: Tensors
@@ -55,7 +55,7 @@ class Model:
 
     @property
     def patch_size(self) -> int:
-        """p on the latent, which must be known; ValueError when that cannot fill a token."""
+        """Patch size p on the latent; ValueError when the latent is unknown or fits no patch size."""
         if self.latent is None:
             raise ValueError(f"{self.tensors.path} does not say which autoencoder its latents come from")
         return self.backbone.patch_size(self.config, self.latent, str(self.tensors.path))
@@ -66,42 +66,42 @@ class Model:
         return self.backbone.base_signature(self.config)
 
     def identity(self) -> BaseIdentity:
-        """A few values of the weights, which tell this model from others of its architecture."""
+        """A few values of the weights, which identify the model among those of its architecture."""
         return identity_of(self.backbone, self.signature, self.get)
 
     def on_latent(self, latent: LatentSpace) -> Model:
-        """The same model, whose file does not say its latent, on this one; with its published schedule there."""
+        """The same model on this latent, for a file that does not name one, with the published schedule for it."""
         return replace(
             self, latent=latent, schedule=self.schedule or self.backbone.default_schedule(latent, self.config)
         )
 
     @cached_property
     def _bare(self) -> dict[str, Entry]:
-        """What the file holds, by its names without prefix."""
+        """The entries of the file, by name without prefix."""
         return dict(self.backbone.bare_keys(self.tensors.entries))
 
     @cached_property
     def _prefix(self) -> str:
-        """What stands before every key in the file."""
+        """The prefix of every key in the file."""
         bare = next(iter(self._bare))
         return self._bare[bare].name[: -len(bare)]
 
     @cached_property
     def _sources(self) -> dict[str, tuple[Entry, Rule | None, int, int | None]]:
-        """Diffusers name -> (entry under that name, rule to undo, rows in the file's tensor)."""
+        """Diffusers name -> (entry under that name, key map rule or None, rows in the file's tensor)."""
         bare = self._bare
         if is_quantised(bare):
             raise ValueError(f"{self.tensors.path}: {what_it_may_be(bare, '')}")
         depths, width = self.backbone.depths(self.config), self.backbone.width(self.config)
         if not self.backbone.is_original(bare):
-            self.backbone.key_map(self.config).original_plan(bare, depths)  # refuses what is not a whole model
+            self.backbone.key_map(self.config).original_plan(bare, depths)  # raises when it is not a complete model
             return {key: (replace(entry, name=key), None, 0, None) for key, entry in bare.items()}
-        found: dict[str, tuple[Entry, Rule | None, int, int | None]] = {}
+        sources: dict[str, tuple[Entry, Rule | None, int, int | None]] = {}
         for rule in self.backbone.key_map(self.config).diffusers_plan(bare, depths):
-            whole = bare[rule.original_key(bare)]
-            for key, start, stop in rule.rows(whole.shape[0], width):
-                found[key] = (Entry(key, whole.dtype, (stop - start, *whole.shape[1:])), rule, start, stop)
-        return found
+            joined = bare[rule.original_key(bare)]
+            for key, start, stop in rule.rows(joined.shape[0], width):
+                sources[key] = (Entry(key, joined.dtype, (stop - start, *joined.shape[1:])), rule, start, stop)
+        return sources
 
     @property
     def entries(self) -> dict[str, Entry]:
@@ -109,12 +109,12 @@ class Model:
         return {key: entry for key, (entry, *_) in self._sources.items()}
 
     def get(self, key: str) -> Tensor:
-        """One tensor by diffusers name, read now."""
+        """One tensor by diffusers name, read from disk."""
         _, rule, start, stop = self._sources[key]
         if rule is None:
             return self._read(key)
         name = rule.original_key(self._bare)
-        if len(rule.parts) > 1:  # never swapped: the rows can be read alone
+        if len(rule.parts) > 1:  # never swapped: only these rows are read
             return self._read(name, start, stop)
         return next(iter(rule.split(self._read(name), self.backbone.width(self.config))))[1]
 
@@ -123,36 +123,37 @@ class Model:
         return check_finite(self.tensors.get(self._prefix + name, start, stop), name, self.tensors.path)
 
     def check(self) -> None:
-        """ValueError that names the file unless config and tensors are those of one whole model.
+        """ValueError that names the file unless config and tensors are those of one complete model.
 
-        Of a quantised file only the config can be checked: its tensors are not the model's.
+        For a quantised file only the config is checked: its tensors are packed.
         """
         with naming(self.tensors.path):
             self.backbone.check_config(self.config)
             if is_quantised(self._bare):
                 return
-            entries, wanted = self.entries, self.backbone.shapes(self.config)
-            bent = [
-                f"{key} is {entry.dtype} {entry.shape}, expected floating point {wanted.get(key, 'of no shape')}"
+            entries, shapes = self.entries, self.backbone.shapes(self.config)
+            mismatches = [
+                f"{key} is {entry.dtype} {entry.shape}, expected floating point {shapes.get(key, 'of no shape')}"
                 for key, entry in entries.items()
-                if not same_shape(entry.shape, wanted.get(key)) or not entry.dtype.is_floating_point
+                if not same_shape(entry.shape, shapes.get(key)) or not entry.dtype.is_floating_point
             ]
-            bent += [f"{key} is absent" for key in self.backbone.other_shapes(self.config) if key not in entries]
-            if bent:
-                more = f" and {len(bent) - 4} more" if len(bent) > 4 else ""
-                raise ValueError(f"config and tensors are not of one {self.backbone.name}: {'; '.join(bent[:4])}{more}")
+            mismatches += [f"{key} is absent" for key in self.backbone.other_shapes(self.config) if key not in entries]
+            if mismatches:
+                rest = f" and {len(mismatches) - 4} more" if len(mismatches) > 4 else ""
+                problem = f"config and tensors are not of one {self.backbone.name}"
+                raise ValueError(f"{problem}: {'; '.join(mismatches[:4])}{rest}")
 
     @property
     def extras(self) -> dict[str, Entry]:
-        """What an original file holds beyond what diffusers names and is worth keeping, by original name."""
+        """Tensors of an original file without a diffusers name that are kept, by original name."""
         return {key: replace(self._bare[key], name=key) for key in self.backbone.extras if key in self._bare}
 
     def get_extra(self, key: str) -> Tensor:
-        """A tensor of `extras`, read now."""
+        """A tensor of `extras`, read from disk."""
         return self._read(key)
 
     def original_entries(self, entries: Mapping[str, Entry]) -> Iterator[tuple[Rule, Entry]]:
-        """(rule, what it makes out of `entries`) for every tensor under its original name."""
+        """(rule, resulting entry) for every original tensor that can be joined from `entries`."""
         for rule in self.backbone.key_map(self.config).original_plan(entries, self.backbone.depths(self.config)):
             parts = [entries[key] for key in rule.parts]
             if len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
@@ -162,12 +163,12 @@ class Model:
 
 
 def open_model(path: str | os.PathLike[str]) -> Model:
-    """Open a release folder, a transformer folder, a .safetensors or a .pth; errors name the file and what to do."""
+    """Open a release folder, a transformer folder, a .safetensors or a .pth; errors name the file and the remedy."""
     path = Path(path)
     weights = path / TRANSFORMER if (path / TRANSFORMER).is_dir() else path
     tensors = Tensors.open(weights)
-    inside = [key for key in tensors.entries if key.startswith(ALL_IN_ONE)]
-    if inside and len(inside) < len(tensors.entries):
+    network = [key for key in tensors.entries if key.startswith(ALL_IN_ONE)]
+    if network and len(network) < len(tensors.entries):
         tensors = tensors.under(ALL_IN_ONE)
     with naming(weights):
         backbone, config = detect_backbone(tensors.meta())
@@ -183,7 +184,7 @@ def open_model(path: str | os.PathLike[str]) -> Model:
 
 
 def model_metadata(model: Model, title: str) -> dict[str, str]:
-    """Safetensors metadata that lets a single file say what a release folder says."""
+    """Safetensors metadata with the information of a release folder, for a single file."""
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": model.backbone.modelspec,
@@ -217,10 +218,10 @@ def _stored_config(tensors: Tensors, folder: Path, backbone: Backbone) -> Config
     if not folder.is_dir() or not file.is_file():
         return {}
     config = read_object(file)
-    found = config.get("_class_name", backbone.diffusers_class)
-    if found != backbone.diffusers_class:
+    class_name = config.get("_class_name", backbone.diffusers_class)
+    if class_name != backbone.diffusers_class:
         raise ValueError(
-            f"config.json says {shown(found)}, the tensors are a {backbone.diffusers_class}: not from one model"
+            f"config.json says {shown(class_name)}, the tensors are a {backbone.diffusers_class}: not from one model"
         )
     return {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
 

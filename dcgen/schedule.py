@@ -1,5 +1,5 @@
 # N steps, n tokens, C latent channels
-"""Noise levels: which sigmas a model with n tokens should be sampled at, and the maths of the shift."""
+"""Noise schedules: the sigmas for a model with n tokens, and the maths of the shift."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .fields import Check, check_fields, flag, optional, real, shown, text, whol
 LINEAR = "flux"  # the rule whose mu is linear in the tokens, as scheduler_config.json has it
 RULES = (LINEAR, "flux2", "static", "sprint")
 SHIFT = real(1e-8, 1e8)
-# What a stored schedule may hold: e^mu = shift is 3 to 6 for the published models.
+# Allowed fields of a stored schedule; shift = e^mu is 3 to 6 for the published models.
 SCHEDULE_FIELDS: dict[str, Check] = {
     "rule": words(*RULES),
     "mu": optional(real(-20, 20)),
@@ -27,8 +27,8 @@ SCHEDULE_FIELDS: dict[str, Check] = {
     "max_image_seq_len": whole(1, 1 << 24),
     "sigma_max": optional(real(0, 1)),
 }
-# Of diffusers' scheduler_config.json, which has no field for FLUX.2's rule: ours begins with an underscore, and
-# diffusers skips such fields.
+# Our field in diffusers' scheduler_config.json, which has none for FLUX.2's rule; diffusers ignores fields that start
+# with an underscore.
 SCHEDULE_KEY = "_dcgen_schedule"
 SCHEDULER_FIELDS: dict[str, Check] = {
     "use_dynamic_shifting": optional(flag),
@@ -43,25 +43,25 @@ SCHEDULER_FIELDS: dict[str, Check] = {
     "shift_terminal": optional(real(0, 1)),
 }
 DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
-# Latent elements C*h*w at which the FLUX.2-style rule does not shift.
+# Number of latent elements C*h*w without a shift in the FLUX.2-style rule.
 FLUX2_ELEMENTS = 4096
 # DPMSolverMultistep's flow grid starts at 1 - 1/1000 (num_train_timesteps), FlowMatchEuler's at 1.
 STATIC_SIGMA_MAX = 0.999
-# SANA-Sprint's angle between its two steps.
+# Angle of SANA-Sprint's intermediate step.
 SPRINT_MIDDLE = 1.3
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a checkpoint's noise levels are shifted: sigma' = r*sigma / (1 + (r-1)*sigma), with r by a rule.
+    """The shift of a checkpoint's noise schedule: sigma' = r*sigma / (1 + (r-1)*sigma), with r from a rule.
 
     rule "flux": r = e^mu, mu linear in the number of image tokens from base_shift at base_image_seq_len to max_shift
     at max_image_seq_len (names and defaults of FLUX.1's scheduler_config.json);
     "flux2": r = sqrt(tokens*channels/4096);
-    "static": r is `shift` and nothing else (SANA: 3.0, at 4K 6.0);
-    "sprint": r = tan(1.3), with which an even grid of two steps is that of SANA-Sprint.
+    "static": r is always `shift` (SANA: 3.0, at 4K 6.0);
+    "sprint": r = tan(1.3), which turns an even grid of two steps into SANA-Sprint's.
     `mu` (= ln r) or `shift` (= r) overrides any rule; giving both is a ValueError.
-    sigma_max: where the grid starts before the shift; None = 1, and 0.999 for "static", as DPMSolverMultistep has it.
+    sigma_max: start of the grid before the shift; None = 1, or 0.999 for "static", as in DPMSolverMultistep.
     """
 
     rule: str
@@ -93,24 +93,24 @@ class Schedule:
 
     @classmethod
     def parse(cls, values: Any) -> Schedule:
-        """A stored schedule, {"rule": ...} with any other field of this class; ValueError names what is wrong."""
+        """A stored schedule, {"rule": ...} with any other fields of this class; ValueError names the problem."""
         if isinstance(values, Schedule):
             return values
-        known = [field.name for field in fields(cls)]
+        names = [field.name for field in fields(cls)]
         try:
-            if not isinstance(values, Mapping) or set(values) - set(known):
+            if not isinstance(values, Mapping) or set(values) - set(names):
                 raise ValueError(f"got {shown(values)}")
             check_fields(values, {}, needed=("rule",))
             return cls(**values)
         except ValueError as error:
-            raise ValueError(f'schedule must be {{"rule": ...}} with {", ".join(known[1:])} if any: {error}') from error
+            raise ValueError(f'schedule must be {{"rule": ...}} with {", ".join(names[1:])} if any: {error}') from error
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> Schedule | None:
-        """What a diffusers scheduler_config.json says; None when it leaves the shift to the model (DDPM, no config).
+        """The schedule in diffusers' scheduler_config.json; None when that leaves the shift to the model (DDPM).
 
-        So does dynamic shifting with FLUX.1's own numbers: the published DC-Gen releases have that config whichever
-        rule their pipelines then follow. ValueError for a rule that is not known here.
+        Also None for dynamic shifting with FLUX.1's own numbers: all published DC-Gen releases have that config,
+        whichever rule their pipelines use. ValueError for an unknown rule.
         """
         if SCHEDULE_KEY in config:
             return cls.parse(config[SCHEDULE_KEY])
@@ -133,15 +133,15 @@ class Schedule:
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: what differs from the defaults, and the rule."""
+        """For JSON: the rule, and the fields that differ from their defaults."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
     def shifted_by(self, shift: float) -> Schedule:
-        """The same with another ratio r."""
+        """The same schedule with another ratio r."""
         return replace(self, mu=None, shift=shift)
 
     def ratio(self, *, tokens: int, channels: int) -> float:
-        """r for a latent of `tokens` tokens of `channels` numbers each, which are at least 1."""
+        """r for a latent of `tokens` tokens of `channels` values each, both at least 1."""
         if tokens < 1 or channels < 1:
             raise ValueError(
                 f"a schedule needs at least 1 token and 1 channel, got tokens={tokens}, channels={channels}"
@@ -153,7 +153,7 @@ class Schedule:
         if self.rule == "sprint" and self.mu is None:
             return math.tan(SPRINT_MIDDLE)
         mu = self.mu if self.mu is not None else self._linear_mu(tokens)
-        ratio = math.exp(mu) if mu < 700 else math.inf  # exp of more than 709 overflows
+        ratio = math.exp(mu) if mu < 700 else math.inf  # exp overflows above 709
         if not math.isfinite(ratio):
             raise ValueError(f"the shift of {tokens} tokens must be finite, got e^{mu:g}")
         return ratio
@@ -163,10 +163,10 @@ class Schedule:
         return self.base_shift + slope * (tokens - self.base_image_seq_len)
 
     def sigmas(self, steps: int, *, tokens: int, channels: int) -> Tensor:
-        """Noise levels of `steps` sampling steps, (steps+1,) float32, falling to 0.
+        """Sigmas of `steps` sampling steps, (steps+1,) float32, descending to 0.
 
-        Before the shift the grid is even from sigma_max to sigma_max/steps. Rule "sprint" is sprint_sigmas, unless mu
-        or shift asks for a shifted grid.
+        Before the shift the grid is even from sigma_max to sigma_max/steps. Rule "sprint" uses sprint_sigmas, unless
+        mu or shift is given.
         """
         if steps < 1:
             raise ValueError(f"a schedule needs at least 1 step, got {steps}")
@@ -198,23 +198,23 @@ def sigmas(
     shift: float | None = None,
     sigma_max: float | None = None,
 ) -> Tensor:
-    """Noise levels of `steps` sampling steps, (steps+1,) float32, falling to 0; see Schedule and Schedule.sigmas.
+    """Sigmas of `steps` sampling steps, (steps+1,) float32, descending to 0; see Schedule and Schedule.sigmas.
 
-    tokens and channels are those of the latent that is sampled.
+    tokens and channels: of the latent to sample.
     """
     return Schedule(rule, mu, shift, sigma_max=sigma_max).sigmas(steps, tokens=tokens, channels=channels)
 
 
 def sprint_sigmas(steps: int) -> Tensor:
-    """SANA-Sprint's noise levels (steps+1,) float32: sigma = sin t / (sin t + cos t) at t = pi/2 ... 0.
+    """SANA-Sprint's sigmas (steps+1,) float32: sigma = sin t / (sin t + cos t) at t = pi/2 ... 0.
 
-    t is 1.3 in the middle for the published 2 steps, else even.
+    t is evenly spaced, except that the published 2 steps have 1.3 in the middle.
     """
     if steps < 1:
         raise ValueError(f"a schedule needs at least 1 step, got {steps}")
     angles = torch.linspace(math.pi / 2, 0, steps + 1, dtype=torch.float64)
     if steps == 2:
         angles[1] = SPRINT_MIDDLE
-    found = angles.sin() / (angles.sin() + angles.cos())
-    found[-1] = 0
-    return found.float()
+    levels = angles.sin() / (angles.sin() + angles.cos())
+    levels[-1] = 0
+    return levels.float()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from .dcae.variants import VARIANTS
 from .latent import LatentSpace
 
-# A DC-AE's entry is in dcae/variants.py; one without a published factor is left out.
-# Scaling and shift of the others are from the vae/config.json of FLUX.1 and SD.
+# DC-AEs are from dcae/variants.py, without those that have no published scaling factor.
+# Scaling and shift of the others are from vae/config.json of FLUX.1 and SD.
 SPACES: dict[str, LatentSpace] = {
     space.name: space
     for space in (

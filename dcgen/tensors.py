@@ -1,4 +1,4 @@
-"""Tensors on disk, one at a time: a .safetensors file, a folder of shards, or a .pth, read without mapping it whole."""
+"""Reads tensors from disk one at a time: from a .safetensors file, a folder of shards, or a .pth."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ INDEX_SUFFIX = ".safetensors.index.json"
 # model.safetensors, model.bf16.safetensors, model.safetensors.index.json, model.safetensors.index.bf16.json
 _WEIGHTS = re.compile(r"[^.].*?(\.(?P<variant>\w+))?\.(safetensors|sft)(\.index(\.(?P<of_index>\w+))?\.json)?")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|sft)$")
-# What torch.compile puts before the names of a module it wraps, at any depth.
+# Prefix of torch.compile in the names of a module that it wraps, at any depth.
 COMPILED = "_orig_mod."
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
-# (first row, last row + 1) of a tensor -> those rows; None = all
+# (first row, last row + 1) of a tensor -> these rows; None = to the end
 Rows = Callable[[int, "int | None"], Tensor]
-# the same, of a tensor by the name that its file has for it
+# the same with the name of the tensor in its file first
 Reader = Callable[[str, int, "int | None"], Tensor]
 
 
 class Tensors:
-    """The tensors of one model on disk: `entries` by name at once, the values one by one through get()."""
+    """The tensors of one model on disk: `entries` of all by name, and values one by one through get()."""
 
     def __init__(self, path: Path, entries: dict[str, Entry], metadata: dict[str, str], readers: dict[str, Rows]):
         self.path, self.entries, self.metadata = path, entries, metadata
@@ -43,48 +43,48 @@ class Tensors:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Tensors:
-        """Open a .safetensors file, a folder of them (sharded or not), or a .pth; ValueError names what is wrong."""
+        """Open a .safetensors file, a folder of them (sharded or not), or a .pth; ValueError names the problem."""
         path = Path(path)
         parts = _shards(path) if path.is_dir() else [path]
         opened = [_pickle(part) if part.suffix in PICKLES else _safetensors(part) for part in parts]
-        found: dict[str, Entry] = {}
+        entries: dict[str, Entry] = {}
         metadata: dict[str, str] = {}
         readers: dict[str, Rows] = {}
-        for part, (entries, notes, reader) in zip(parts, opened, strict=True):
-            for entry in entries:
+        for part, (part_entries, part_metadata, reader) in zip(parts, opened, strict=True):
+            for entry in part_entries:
                 name = entry.name.replace(COMPILED, "")
-                if name in found:
+                if name in entries:
                     raise ValueError(f"{part}: tensor {name} is twice in {path}; keep one set of weights there")
-                found[name] = replace(entry, name=name)
+                entries[name] = replace(entry, name=name)
                 readers[name] = partial(reader, entry.name)
-            metadata.update(notes)
-        return cls(path, found, metadata, readers)
+            metadata.update(part_metadata)
+        return cls(path, entries, metadata, readers)
 
     def under(self, prefix: str) -> Tensors:
-        """Only the tensors whose names begin so: one model out of an all-in-one file."""
+        """Only the tensors with this prefix: one model from an all-in-one file."""
         entries = {name: entry for name, entry in self.entries.items() if name.startswith(prefix)}
         return Tensors(self.path, entries, self.metadata, self._readers)
 
     def get(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """A tensor, or its rows start:stop, read from disk now into memory of its own."""
+        """A tensor, or its rows start:stop, read from disk into new memory."""
         return self._readers[name](start, stop)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that most values are stored in."""
+        """The dtype of most stored values."""
         sizes: dict[torch.dtype, int] = {}
         for entry in self.entries.values():
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype])
 
     def meta(self) -> dict[str, Tensor]:
-        """All tensors as meta tensors: shapes and types without memory."""
+        """All tensors as meta tensors, with shapes and dtypes but no memory."""
         return files.meta_tensors(self.entries.values())
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The files of one set of weights. Of several precisions (releases call them variants) the unnamed one, as in
-    diffusers, else bf16, else fp16.
+    """The files of one set of weights. Among several variants (precisions), the one without a suffix as in diffusers,
+    else bf16, else fp16.
     """
     sets: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
@@ -93,25 +93,25 @@ def _shards(folder: Path) -> list[Path]:
             sets.setdefault(name["variant"] or name["of_index"] or "", []).append(file)
     preferred: list[str] = ["", "bf16", "fp16"]
     variants = [variant for variant in preferred if variant in sets] or sorted(sets)
-    found = sets[variants[0]] if variants else files.weight_files(folder)
-    indexes = [file for file in found if file.suffix == ".json"]
+    candidates = sets[variants[0]] if variants else files.weight_files(folder)
+    indexes = [file for file in candidates if file.suffix == ".json"]
     if len(indexes) > 1:
         raise ValueError(f"{folder}: {len(indexes)} weight indexes ({', '.join(i.name for i in indexes)}); keep one")
     if indexes:
         names = _indexed(indexes[0])
-        absent = [name for name in names if not (folder / name).is_file()]
-        if absent:
-            raise FileNotFoundError(f"{folder}: {indexes[0].name} names {', '.join(absent)}, not here: download them")
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{folder}: {indexes[0].name} names {', '.join(missing)}, not here: download them")
         return [folder / name for name in names]
-    if len(found) != 1:
+    if len(candidates) != 1:
         raise ValueError(
-            f"{folder}: expected one .safetensors file or shards with their {INDEX_SUFFIX}, found {len(found)}"
+            f"{folder}: expected one .safetensors file or shards with their {INDEX_SUFFIX}, found {len(candidates)}"
         )
-    return found
+    return candidates
 
 
 def _indexed(index: Path) -> list[str]:
-    """The files that a weight index names, which must be names of files beside it."""
+    """The files named in a weight index, which must be in the same folder."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map is not an object of tensor names and file names; fetch the index again")
@@ -124,7 +124,7 @@ def _indexed(index: Path) -> list[str]:
 
 
 def _safetensors(path: Path) -> tuple[list[Entry], dict[str, str], Reader]:
-    with files.opened(path) as file:  # safetensors checks the header and that no byte is missing
+    with files.opened(path) as file:  # safetensors checks the header and the file size
         metadata = file.metadata() or {}
         with files.naming(path):
             entries = files.entries(file)
@@ -132,10 +132,10 @@ def _safetensors(path: Path) -> tuple[list[Entry], dict[str, str], Reader]:
         (length,) = struct.unpack("<Q", raw.read(8))
         header = parse_object(raw.read(length), f"{path}: header")
     begins = {entry.name: 8 + length + header[entry.name]["data_offsets"][0] for entry in entries}
-    types = {entry.name: entry for entry in entries}
+    by_name = {entry.name: entry for entry in entries}
 
     def read(name: str, start: int, stop: int | None) -> Tensor:
-        entry = types[name]
+        entry = by_name[name]
         shape, skipped = _rows(entry, start, stop)
         tensor = torch.empty(shape, dtype=entry.dtype)
         if tensor.numel():
@@ -161,9 +161,9 @@ def _pickle(path: Path) -> tuple[list[Entry], dict[str, str], Reader]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     try:
-        # weights_only: a pickle may otherwise run code; mmap: tensors are read when they are used
+        # weights_only: other pickles can run code; mmap: tensors are read on demand
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # whatever a damaged pickle makes torch stumble over
+    except Exception as error:  # torch raises anything for a damaged pickle
         raise ValueError(
             f"{path}: holds more than tensors, or is damaged ({shown(str(error))}). Get a .safetensors file"
         ) from error
@@ -183,7 +183,7 @@ def _pickle(path: Path) -> tuple[list[Entry], dict[str, str], Reader]:
 
 
 def _check_pickled(path: Path, name: Any, tensor: Tensor) -> None:
-    """A pickle can say more than a state dict may: other keys, layouts, and shapes larger than what is stored."""
+    """ValueError for keys, layouts and shapes that are possible in a pickle but not in a state dict."""
     if not isinstance(name, str):
         raise ValueError(f"{path}: expected names of tensors, found {shown(name)}")
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
@@ -195,7 +195,7 @@ def _check_pickled(path: Path, name: Any, tensor: Tensor) -> None:
 
 
 def _rows(entry: Entry, start: int, stop: int | None) -> tuple[tuple[int, ...], int]:
-    """Shape of rows start:stop and how many bytes come before them."""
+    """Shape of rows start:stop, and the number of bytes before them."""
     if (start, stop) == (0, None):
         return entry.shape, 0
     rows = range(entry.shape[0])[start:stop]
@@ -204,5 +204,5 @@ def _rows(entry: Entry, start: int, stop: int | None) -> tuple[tuple[int, ...], 
 
 
 def total_bytes(entries: Iterable[Entry]) -> int:
-    """Size of these tensors."""
+    """Total size of these tensors in bytes."""
     return sum(entry.nbytes for entry in entries)

@@ -1,4 +1,4 @@
-"""The graph surface: V3 nodes, one topic a file. They hold no maths and no device policy; bridge and dcgen do."""
+"""The V3 nodes, one topic per file. They hold no maths and no device policy: those are in bridge and dcgen."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class DCGenExtension(ComfyExtension):
-    """What ComfyUI asks for the node list."""
+    """Gives ComfyUI the list of nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         toy.register()  # here and not in on_load, which 0.8.0 never calls

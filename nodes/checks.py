@@ -1,4 +1,4 @@
-"""What nodes check of their inputs, and what tells the core that a file was replaced."""
+"""Input checks of the nodes, and cache keys that change when a file is replaced."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ..dcgen.files import disk_state
 
 
 def numbers(**values: float) -> None:
-    """ValueError, naming the input, for one that is NaN or infinite: scripts can post those, the page cannot."""
+    """ValueError, naming the input, for NaN and infinity, which only scripts can post."""
     for name, value in values.items():
         if not math.isfinite(value):
-            raise ValueError(f"`{name}` is {value}, which is no number. Set it to one.")
+            raise ValueError(f"`{name}` is {value}, which is not a number. Set it to one.")
 
 
 def state_of(find: Callable[[str], str | Path], name: str | None) -> str:
-    """For fingerprint_inputs: changes when the file or folder of that name is replaced, so that it is read anew.
+    """For fingerprint_inputs: changes when the file or folder of that name is replaced, so that it is read again.
 
-    name is None where it comes through a link. A name that is not there is said when the node runs.
+    name is None when it comes through a link. A missing file is reported when the node runs.
     """
     if name is None:
         return ""

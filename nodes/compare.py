@@ -1,4 +1,4 @@
-"""Looking at two pictures."""
+"""Comparing two images."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class DCGenCompare(io.ComfyNode):
             category=CATEGORY,
             description="Lays two images over each other; move the pointer across to wipe from one to the other.",
             inputs=[
-                io.Image.Input("image_a", tooltip="Left of the wipe, for example the base model's picture."),
+                io.Image.Input("image_a", tooltip="Left of the wipe, for example the base model's image."),
                 io.Image.Input(
                     "image_b",
-                    tooltip="Right of the wipe, for example DC-Gen's. It is shown at the size of image_a; of batches, "
-                    "the images are compared pair by pair.",
+                    tooltip="Right of the wipe, for example DC-Gen's. Shown at the size of image_a; batches are "
+                    "compared pair by pair.",
                 ),
             ],
             outputs=[],
@@ -33,5 +33,5 @@ class DCGenCompare(io.ComfyNode):
 
     @classmethod
     def execute(cls, image_a, image_b) -> io.NodeOutput:
-        shown = {"a_images": ui.PreviewImage(image_a, cls=cls).values}
-        return io.NodeOutput(ui={**shown, "b_images": ui.PreviewImage(image_b, cls=cls).values})
+        first = {"a_images": ui.PreviewImage(image_a, cls=cls).values}
+        return io.NodeOutput(ui={**first, "b_images": ui.PreviewImage(image_b, cls=cls).values})

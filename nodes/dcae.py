@@ -1,4 +1,4 @@
-"""The deep compression autoencoder: load, encode, decode."""
+"""The deep compression autoencoder (DC-AE): load, encode, decode."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from comfy_api.latest import io, ui
 from ..dcgen.dcae.quality import common_part, psnr
 from .bridge import vae_files
 from .bridge.fit import FITS, fitted, original_size, with_size
-from .bridge.latent_format import check_stamp, stamped
+from .bridge.latent_format import check_tag, tagged
 from .bridge.vae import as_dcae
 from .checks import numbers, state_of
 from .model import CATEGORY
 from .schema import schema
 
 STRIP_TIP = (
-    "Latent rows computed at a time; it bounds memory and never changes the result. 0 = as many as free memory allows. "
-    "After an out-of-memory it halves by itself."
+    "Latent rows computed at a time; limits memory and never changes the result. 0 = as many as free memory allows. "
+    "Halved automatically after an out-of-memory error."
 )
 
 
@@ -29,7 +29,7 @@ def _vae_and_strip() -> list[io.Input]:
 
 
 class DCAELoader(io.ComfyNode):
-    """VAE from a DC-AE file or folder."""
+    """Loads a VAE from a DC-AE file or folder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -39,13 +39,13 @@ class DCAELoader(io.ComfyNode):
             display_name="Load DC-AE",
             category=CATEGORY,
             description="Loads a deep compression autoencoder (f32, f64, f128) as a VAE. All of core's VAE nodes work "
-            "with it; the tiled ones too give the exact result.",
+            "with it, and the tiled ones give the exact result too.",
             inputs=[
                 io.Combo.Input(
                     "vae_name",
                     options=vae_files.names(),
-                    tooltip="Folders with a DC-AE config.json, then files, from models/vae. Original and diffusers "
-                    "key names are both read.",
+                    tooltip="Folders with a DC-AE config.json, then files, from models/vae, with original or "
+                    "diffusers key names.",
                 ),
                 io.Float.Input(
                     "scaling_factor",
@@ -54,8 +54,8 @@ class DCAELoader(io.ComfyNode):
                     max=100.0,
                     step=0.0001,
                     optional=True,
-                    tooltip="0 = as the file or its config.json says. Needed only for a bare file that several "
-                    "published autoencoders fit; the error then lists them with their factors.",
+                    tooltip="0 = from the file or its config.json. Needed only for a single file that fits several "
+                    "published autoencoders; the error then lists them with their factors.",
                 ),
             ],
             outputs=[io.Vae.Output()],
@@ -72,7 +72,7 @@ class DCAELoader(io.ComfyNode):
 
 
 class DCAEEncode(io.ComfyNode):
-    """IMAGE to LATENT, in exact strips."""
+    """IMAGE to LATENT in exact strips."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -81,8 +81,8 @@ class DCAEEncode(io.ComfyNode):
             search_aliases=["vae encode", "deep compression autoencoder"],
             display_name="DC-AE Encode",
             category=CATEGORY,
-            description="Image to latent with a DC-AE, in strips of constant memory at any size. Sides become "
-            "multiples of the autoencoder's factor, as `fit` says.",
+            description="Encodes an image with a DC-AE, in strips: memory is constant at any size. `fit` makes the "
+            "sides multiples of the autoencoder's spatial factor.",
             inputs=[
                 io.Image.Input("image", tooltip="Any size from one latent pixel (32, 64 or 128 pixels) up."),
                 *_vae_and_strip(),
@@ -91,9 +91,9 @@ class DCAEEncode(io.ComfyNode):
                     options=list(FITS),
                     default="crop",
                     optional=True,
-                    tooltip="What happens to sides that the autoencoder's factor does not divide. crop: around the "
-                    "middle. pad: the border is repeated, and DC-AE Decode gives the original size back. resize: to "
-                    "the nearest multiples. Ignored where both sides are multiples.",
+                    tooltip="What to do with sides that are not multiples of the autoencoder's spatial factor. crop: "
+                    "center crop. pad: repeat the border; DC-AE Decode restores the original size. resize: to the "
+                    "nearest multiples. Ignored when both sides are multiples.",
                 ),
             ],
             outputs=[io.Latent.Output()],
@@ -105,11 +105,11 @@ class DCAEEncode(io.ComfyNode):
         samples = vae.encode_strips(fitted(image, vae.downscale_ratio, fit), strip)
         latent = {"samples": samples, "downscale_ratio_spacial": vae.downscale_ratio}
         latent = with_size(latent, image) if fit == "pad" else latent
-        return io.NodeOutput(stamped(latent, vae.space))
+        return io.NodeOutput(tagged(latent, vae.space))
 
 
 class DCAEDecode(io.ComfyNode):
-    """LATENT to IMAGE, in exact strips, with a preview that grows."""
+    """LATENT to IMAGE in exact strips, with a live preview."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -118,10 +118,10 @@ class DCAEDecode(io.ComfyNode):
             search_aliases=["vae decode", "vae decode tiled", "deep compression autoencoder"],
             display_name="DC-AE Decode",
             category=CATEGORY,
-            description="Latent to image with a DC-AE, in strips of constant memory: no tiles, no seams, 4096x4096 in "
-            "less than 2 GB beside the weights. The preview fills from the top while it works.",
+            description="Decodes a latent with a DC-AE, in strips of constant memory: no tiles, no seams, 4096x4096 in "
+            "less than 2 GB besides the weights. The preview fills from the top while decoding.",
             inputs=[
-                io.Latent.Input("samples", tooltip="A latent of this autoencoder; one of another is refused by name."),
+                io.Latent.Input("samples", tooltip="A latent of this autoencoder; a latent of another one is refused."),
                 *_vae_and_strip(),
             ],
             outputs=[io.Image.Output()],
@@ -130,13 +130,13 @@ class DCAEDecode(io.ComfyNode):
     @classmethod
     def execute(cls, samples, vae, strip: int) -> io.NodeOutput:
         vae = as_dcae(vae, "VAEDecode")
-        check_stamp(samples, vae.space, "this autoencoder")
+        check_tag(samples, vae.space, "this autoencoder")
         image = vae.decode_strips(samples["samples"], strip, preview=True)
         return io.NodeOutput(original_size(samples, image, vae.downscale_ratio))
 
 
 class DCAEDifference(io.ComfyNode):
-    """What a round trip through an autoencoder changed."""
+    """The difference of two images, such as before and after an autoencoder round trip."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -145,18 +145,20 @@ class DCAEDifference(io.ComfyNode):
             search_aliases=["psnr", "image difference", "image quality"],
             display_name="Difference and PSNR (DC-Gen)",
             category=CATEGORY,
-            description="The absolute difference of two images and their PSNR in dB (higher is closer, 30 and up is "
-            "hard to see). Images of different sizes are compared in their common middle.",
+            description="The absolute difference of two images and their PSNR in dB (higher is closer; differences are "
+            "hard to see from 30 on). Images of different sizes are center-cropped to their common size.",
             inputs=[
                 io.Image.Input("image_a", tooltip="For example the original."),
-                io.Image.Input("image_b", tooltip="For example what the autoencoder made of it. As many as image_a."),
+                io.Image.Input(
+                    "image_b", tooltip="For example the autoencoder's reconstruction. As many images as in image_a."
+                ),
                 io.Float.Input(
                     "gain",
                     default=4.0,
                     min=1.0,
                     max=100.0,
                     step=0.5,
-                    tooltip="Brightens the difference image; it has no effect on the PSNR.",
+                    tooltip="Brightens the difference image; has no effect on the PSNR.",
                 ),
             ],
             outputs=[io.Image.Output("difference"), io.Float.Output("psnr")],

@@ -1,4 +1,4 @@
-"""Latents in the size of the model they are for."""
+"""Latents in the format of a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .bridge.fit import composite
 from .bridge.latent_format import empty_latent
 from .model import CATEGORY
 from .schema import schema
-from .sizes import CUSTOM, chosen
+from .sizes import CUSTOM, size_of
 
 
 class DCGenEmptyLatent(io.ComfyNode):
@@ -22,22 +22,24 @@ class DCGenEmptyLatent(io.ComfyNode):
             search_aliases=["empty latent image", "image size", "resolution"],
             display_name="Empty Latent (DC-Gen)",
             category=CATEGORY,
-            description="An empty latent of the size you want the image to be, in the channels and depth of the model.",
+            description="An empty latent for an image of this size, in the model's own latent format.",
             inputs=[
-                io.Model.Input("model", tooltip="The model that will sample it; only its latent format is read."),
+                io.Model.Input(
+                    "model", tooltip="The model that will sample the latent; only its latent format is read."
+                ),
                 *inputs.pixels("Ignored when `size` names a size."),
-                inputs.size("A size the published models were made for: 1K for f32 models, 2K and 4K for f64 ones."),
+                inputs.size("A size that the published models were trained for: 1K for f32 models, 2K and 4K for f64."),
             ],
             outputs=[io.Latent.Output()],
         )
 
     @classmethod
     def execute(cls, model, width: int, height: int, batch_size: int, size: str = CUSTOM) -> io.NodeOutput:
-        return io.NodeOutput(empty_latent(model, *chosen(size, width, height), batch_size))
+        return io.NodeOutput(empty_latent(model, *size_of(size, width, height), batch_size))
 
 
 class DCGenLatentComposite(io.ComfyNode):
-    """One latent pasted into another, at a place in image pixels."""
+    """Pastes one latent into another, at a position in image pixels."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -46,17 +48,19 @@ class DCGenLatentComposite(io.ComfyNode):
             search_aliases=["latent composite", "latent composite masked", "paste latent"],
             display_name="Latent Composite (DC-Gen)",
             category=CATEGORY,
-            description="Pastes a latent into another of the same autoencoder, at a place in image pixels. Core's "
-            "LatentComposite nodes count 8 pixels to a latent pixel, which is wrong for deep latents.",
+            description="Pastes a latent into another of the same autoencoder, at a position in image pixels. Core's "
+            "LatentComposite nodes assume 8 pixels per latent pixel, which is wrong for deep latents.",
             inputs=[
-                io.Latent.Input("destination", tooltip="What is pasted into; it says which autoencoder it is of."),
-                io.Latent.Input("source", tooltip="What is pasted. What sticks out of the destination is cut."),
-                io.Int.Input("x", default=0, min=0, max=16384, step=32, tooltip=_place("Left edge")),
-                io.Int.Input("y", default=0, min=0, max=16384, step=32, tooltip=_place("Upper edge")),
+                io.Latent.Input(
+                    "destination", tooltip="The latent to paste into, from a node that tags it with its autoencoder."
+                ),
+                io.Latent.Input("source", tooltip="The latent to paste, cropped to the destination."),
+                io.Int.Input("x", default=0, min=0, max=16384, step=32, tooltip=_position("Left edge")),
+                io.Int.Input("y", default=0, min=0, max=16384, step=32, tooltip=_position("Upper edge")),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White where the source is pasted; scaled to the source. Without one, all of it is.",
+                    tooltip="White where the source is pasted; scaled to the source. Without it, all is pasted.",
                 ),
             ],
             outputs=[io.Latent.Output()],
@@ -67,5 +71,5 @@ class DCGenLatentComposite(io.ComfyNode):
         return io.NodeOutput(composite(destination, source, x, y, mask))
 
 
-def _place(edge: str) -> str:
-    return f"{edge} of the source in pixels of the image: a multiple of 32 at f32, of 64 at f64."
+def _position(edge: str) -> str:
+    return f"{edge} of the source in image pixels: a multiple of 32 at f32, of 64 at f64."

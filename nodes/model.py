@@ -1,4 +1,4 @@
-"""Loading: whole releases, merged DC-Gen models, and DC-Gen adapters on a base model."""
+"""Loaders: release folders, merged DC-Gen models, and DC-Gen adapters on a base model."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .schema import schema
 CATEGORY = "DC-Gen"
 
 
-def _weight_dtype(more: str, optional: bool = False) -> io.Combo.Input:
+def _weight_dtype(note: str, optional: bool = False) -> io.Combo.Input:
     return io.Combo.Input(
         "weight_dtype",
         options=list(releases.WEIGHT_DTYPES),
         optional=optional,
-        tooltip="default keeps the file's dtype where the device can compute in it. The fp8 choices halve the memory "
-        f"of 16-bit weights of the diffusion model at some loss of quality. {more}",
+        tooltip="default keeps the file's dtype if the device can compute in it. The fp8 choices halve the memory of "
+        f"the diffusion model's 16-bit weights at some loss of quality. {note}",
     )
 
 
 class DCGenReleaseLoader(io.ComfyNode):
-    """MODEL, CLIP and VAE from one release folder."""
+    """Loads MODEL, CLIP and VAE from one release folder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -37,7 +37,7 @@ class DCGenReleaseLoader(io.ComfyNode):
             display_name="Load Release (DC-Gen)",
             category=CATEGORY,
             description="Loads model, text encoders and autoencoder from one release folder in the diffusers layout: "
-            "DC-Gen FLUX and SANA, or the base that an adapter goes on.",
+            "DC-Gen FLUX or SANA, or the base for an adapter.",
             inputs=[
                 io.Combo.Input(
                     "release",
@@ -60,7 +60,7 @@ class DCGenReleaseLoader(io.ComfyNode):
 
 
 class DCGenModelLoader(io.ComfyNode):
-    """MODEL from a merged DC-Gen FLUX or SANA (or a base SANA), folder or single file."""
+    """Loads a MODEL from a merged DC-Gen FLUX or SANA (or a base SANA), folder or single file."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -69,21 +69,21 @@ class DCGenModelLoader(io.ComfyNode):
             search_aliases=["unet loader", "load diffusion model", "flux 4k", "sana loader"],
             display_name="Load Model (DC-Gen)",
             category=CATEGORY,
-            description="Loads a merged DC-Gen FLUX, or any SANA: a release folder, or one file with diffusers or "
-            "original key names. The latent (f32c32, f64c128) is found from the file.",
+            description="Loads a merged DC-Gen FLUX or any SANA: a release folder, or one file with diffusers or "
+            "original key names. The latent (f32c32, f64c128) is detected from the file.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=releases.model_names(),
                     tooltip="Release folders from models/diffusers, then files from models/diffusion_models.",
                 ),
-                _weight_dtype("Ignored for files that are quantized."),
+                _weight_dtype("Ignored for quantized files."),
                 io.Combo.Input(
                     "autoencoder",
                     options=releases.autoencoder_names(),
                     optional=True,
-                    tooltip="Which autoencoder's latents the model works on. Ignored when the file or folder says it, "
-                    "as releases and files written by dcgen.convert do.",
+                    tooltip="The autoencoder of the model's latents. Ignored when the file or folder names it, as "
+                    "releases and files written by dcgen.convert do.",
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -99,7 +99,7 @@ class DCGenModelLoader(io.ComfyNode):
 
 
 class DCGenApply(io.ComfyNode):
-    """A DC-Gen adapter on a base MODEL."""
+    """Applies a DC-Gen adapter to a base MODEL."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -108,10 +108,10 @@ class DCGenApply(io.ComfyNode):
             search_aliases=["model patch", "dc-gen adapter", "deep latent", "fewer tokens", "flux 4k"],
             display_name="Apply DC-Gen",
             category=CATEGORY,
-            description="Moves a base FLUX or SANA onto a deep latent: the adapter's new embedder and head around the "
-            "base's own blocks, and its LoRA on them. The base MODEL stays usable beside it and no weight is copied.",
+            description="Moves a base FLUX or SANA to a deep latent: the adapter replaces embedder and head and adds "
+            "its LoRA to the base's blocks. The base MODEL stays usable, and its weights are shared, not copied.",
             inputs=[
-                io.Model.Input("model", tooltip="The base: FLUX from any loader, or a SANA; with or without LoRA."),
+                io.Model.Input("model", tooltip="The base: FLUX from any loader, or SANA; with or without LoRA."),
                 io.Combo.Input(
                     "adapter_name",
                     options=folder_paths.get_filename_list("model_patches"),
@@ -124,7 +124,7 @@ class DCGenApply(io.ComfyNode):
                     max=2.0,
                     step=0.05,
                     tooltip="Strength of the adapter's LoRA. 0 = alignment only: the new embedder and head without "
-                    "finetuned blocks. The embedder and head are always applied whole.",
+                    "finetuned blocks. The embedder and head are always applied in full.",
                 ),
             ],
             outputs=[io.Model.Output()],

@@ -11,13 +11,13 @@ from .bridge.sampling import sample, sigmas_for, start
 from .checks import numbers
 from .model import CATEGORY
 from .schema import schema
-from .sizes import LARGEST, posted
+from .sizes import LARGEST, size_or_default
 
 SEED_MAX = 0xFFFFFFFFFFFFFFFF
 
 
 class DCGenScheduler(io.ComfyNode):
-    """Sigmas by the checkpoint's own rule and the latent's real token count."""
+    """Sigmas by the checkpoint's own rule and the latent's token count."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -26,15 +26,15 @@ class DCGenScheduler(io.ComfyNode):
             search_aliases=["sigmas", "shift", "flow schedule"],
             display_name="Scheduler (DC-Gen)",
             category=CATEGORY,
-            description="Noise levels with the shift the checkpoint was made for, at the number of tokens the latent "
-            "really has. ModelSamplingFlux counts 16-pixel patches and is wrong for deep latents; leave it out.",
+            description="Sigmas with the checkpoint's own shift, for the actual number of tokens of the latent. Do not "
+            "use ModelSamplingFlux: it assumes 16-pixel patches, which is wrong for deep latents.",
             inputs=[
                 io.Model.Input("model", tooltip="Its checkpoint decides the rule of the shift."),
-                io.Latent.Input("latent", tooltip="Only its size is read: it decides how far the schedule is shifted."),
+                io.Latent.Input("latent", tooltip="Only its size is read: the shift depends on it."),
                 inputs.steps("Sampling steps."),
                 inputs.denoise(
-                    "1 = from pure noise. Less keeps that much of the latent's picture: the last `steps` of a schedule "
-                    "of steps / denoise. 0 gives no steps at all."
+                    "1 = from pure noise. Less keeps more of the latent's image: the last `steps` of a schedule of "
+                    "steps / denoise. 0 gives no steps."
                 ),
                 inputs.shift(),
             ],
@@ -48,7 +48,7 @@ class DCGenScheduler(io.ComfyNode):
 
 
 class DCGen4KSampler(io.ComfyNode):
-    """MODEL and CONDITIONING to LATENT in one node."""
+    """Schedule, guidance and sampling in one node."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -58,15 +58,15 @@ class DCGen4KSampler(io.ComfyNode):
             display_name="Sampler 4K (DC-Gen)",
             category=CATEGORY,
             description="Guidance, schedule and sampling in one node, for text-to-image and image-to-image up to 4K. "
-            "The same picture, bit for bit, as core's sampler given the same sigmas.",
+            "Gives the same image, bit for bit, as core's samplers with the same sigmas.",
             inputs=[
-                io.Model.Input("model", tooltip="A DC-Gen model (or a base FLUX or SANA model with its own latent)."),
+                io.Model.Input("model", tooltip="A DC-Gen model (or a base FLUX or SANA on its own latent)."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="An empty latent for text-to-image, an encoded image for image-to-image or refining. A "
-                    "noise mask on it is respected. Without it, an empty one of `size` is made.",
+                    tooltip="An empty latent for text-to-image, an encoded image for image-to-image or refining. Its "
+                    "noise mask is used. If not connected, an empty latent of `size` is made.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -74,16 +74,16 @@ class DCGen4KSampler(io.ComfyNode):
                     min=0,
                     max=SEED_MAX,
                     control_after_generate=True,
-                    tooltip="The noise that the picture starts from.",
+                    tooltip="Seed of the initial noise.",
                 ),
-                inputs.steps("Sampling steps; 20 as published, for SANA-Sprint 1 or 2."),
+                inputs.steps("Sampling steps: 20 as published, 1 or 2 for SANA-Sprint."),
                 io.Float.Input(
                     "guidance",
                     default=3.5,
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="Distilled guidance: FLUX's, 3.5 as published, or SANA-Sprint's, 4.5. It replaces the "
+                    tooltip="Distilled guidance scale, as published 3.5 for FLUX and 4.5 for SANA-Sprint. Replaces the "
                     "conditioning's own. Ignored by models without a guidance embedding (schnell, SANA).",
                 ),
                 io.Combo.Input(
@@ -92,14 +92,13 @@ class DCGen4KSampler(io.ComfyNode):
                     tooltip="As published: euler for FLUX, flow_dpmpp_2m for SANA, flow_consistency for SANA-Sprint.",
                 ),
                 inputs.denoise(
-                    "1 = from pure noise. Less keeps that much of the latent's picture; 0.3 to 0.5 refines. Leave it "
-                    "at 1 for an empty latent."
+                    "1 = from pure noise. Less keeps more of the latent's image; 0.3 to 0.5 refines it. Leave it at 1 "
+                    "for an empty latent."
                 ),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="For true classifier-free guidance: each step then costs two model runs. Ignored when cfg "
-                    "is 1.",
+                    tooltip="For true classifier-free guidance, with two model runs per step. Ignored when cfg is 1.",
                 ),
                 io.Float.Input(
                     "cfg",
@@ -113,8 +112,8 @@ class DCGen4KSampler(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="A picture to start from instead of the latent's own content: scaled to the latent's size "
-                    "(so a 1K picture can be refined at 4K) and encoded with `vae`. Set denoise below 1.",
+                    tooltip="An image to start from instead of the latent's content: it is scaled to the latent's size "
+                    "(so a 1K image can be refined at 4K) and encoded with `vae`. Set denoise below 1.",
                 ),
                 io.Vae.Input(
                     "vae",
@@ -122,8 +121,8 @@ class DCGen4KSampler(io.ComfyNode):
                     tooltip="The model's autoencoder, to encode `image`. Ignored without an image.",
                 ),
                 inputs.size(
-                    "Size of the image when no `latent` is connected: 1K is what f32 models were made for, 2K and 4K "
-                    "f64 ones. Ignored with a latent.",
+                    "Size of the image when no `latent` is connected: 1K for f32 models, 2K and 4K for f64. Ignored "
+                    "with a latent.",
                     LARGEST,
                 ),
                 *inputs.pixels("Ignored when `size` names a size, and with a latent.", optional=True),
@@ -154,6 +153,6 @@ class DCGen4KSampler(io.ComfyNode):
         shift=0.0,
     ) -> io.NodeOutput:
         numbers(guidance=guidance, denoise=denoise, cfg=cfg, shift=shift)
-        latent = latent or empty_latent(model, *posted(size, width, height), batch_size)
+        latent = latent or empty_latent(model, *size_or_default(size, width, height), batch_size)
         latent, sigmas = start(model, latent, image, vae, steps, denoise, shift)
         return io.NodeOutput(sample(model, latent, sigmas, seed, sampler_name, positive, negative, cfg, guidance))

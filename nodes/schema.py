@@ -1,4 +1,4 @@
-"""The schema of a node, as far as the installed core knows its fields."""
+"""Node schemas with only the fields that the installed ComfyUI has."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ _KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
 
 
 def schema(**fields: Any) -> io.Schema:
-    """io.Schema without the fields that an older core has not (search_aliases: not in 0.8.0)."""
+    """io.Schema without the fields that older versions lack (0.8.0 has no search_aliases)."""
     return io.Schema(**{name: value for name, value in fields.items() if name in _KNOWN})

@@ -1,4 +1,4 @@
-"""The base models that the method knows, by what their files look like. A new one is a module here with a BACKBONE."""
+"""The known base models and how to detect them. To add one, add a module with a BACKBONE to this folder."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def detect_backbone(state_dict: Mapping[str, Tensor]) -> tuple[Backbone, Config]
     for backbone in BACKBONES.values():
         if backbone.matches(state_dict):
             return backbone, backbone.detect(state_dict)
-    first = ", ".join(shown(key) for key in sorted(state_dict)[:4])
+    examples = ", ".join(shown(key) for key in sorted(state_dict)[:4])
     advice = what_it_may_be(state_dict, f"Known are {', '.join(BACKBONES)}.")
-    raise ValueError(f"no known model has these keys (first: {first}). {advice}")
+    raise ValueError(f"no known model has these keys (first: {examples}). {advice}")
 
 
 __all__ = ["BACKBONES", "Backbone", "Config", "Ends", "detect_backbone"]

@@ -1,7 +1,7 @@
 # C latent channels, p patch size, D width, f spatial factor
 """The file formats of a base model: names, shapes, config. One subclass per family, one module per subclass.
 
-How the network of a family is called and trained is in train/families, how ComfyUI runs it in nodes/bridge/families.
+train/families says how a family's network is called and trained, nodes/bridge/families how ComfyUI runs it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FIELDS: dict[str, Check] = {
 
 @dataclass(frozen=True)
 class Ends:
-    """The two layers that are tied to the latent, by module path in the diffusers network."""
+    """The two layers that depend on the latent, by module path in the diffusers network."""
 
     embedder: str
     head: str
@@ -55,45 +55,45 @@ class Ends:
 
     @property
     def prefixes(self) -> tuple[str, str]:
-        """What the names of their tensors begin with."""
+        """Prefixes of their tensors' names."""
         return f"{self.embedder}.", f"{self.head}."
 
 
 class Backbone(ABC):
-    """A family of base models on disk: where the latent enters and leaves it, names and shapes of its tensors.
+    """A family of base models on disk: its embedder and head, and the names and shapes of its tensors.
 
-    Configs are those of the diffusers class (its config.json, names and all).
+    Configs are the config.json of the diffusers class.
     """
 
     name: str
     title: ClassVar[str]
-    """As messages name it."""
+    """Its name in messages."""
     diffusers_class: str
     modelspec: str
     keys: KeyMap
     prefixes: tuple[str, ...] = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "module.")
     original_signature: tuple[str, ...]
     diffusers_signature: tuple[str, ...]
-    """Keys in either naming; a state dict that has all of one set is this family's."""
+    """Keys in either naming; a state dict with all keys of one of them belongs to this family."""
     probes: ClassVar[Mapping[str, tuple[str, str, int]]]
-    """What tensor shapes tell: field -> (diffusers tensor, original tensor, dimension)."""
+    """Numbers that are read from tensor shapes: field -> (diffusers tensor, original tensor, dimension)."""
     stacks: ClassVar[Mapping[str, tuple[str, str, str]]]
-    """Lists of blocks in the order they run: kind in `keys` -> (config field with their number, both names)."""
+    """Lists of blocks in execution order: kind in `keys` -> (config field with their number, both names)."""
     extras: tuple[str, ...] = ()
-    """Trained tensors that original files have and diffusers has no name for; kept where original names are written."""
+    """Trained tensors of original files without a diffusers name; kept when original names are written."""
     signature_fields: tuple[str, ...]
-    """Config fields that, beside the width, two models share if they fit one adapter."""
+    """Config fields that, besides the width, must agree for two models to take the same adapter."""
     identity_layers: ClassVar[Mapping[str, str]]
-    """Kind of block in `stacks` -> a layer in it that every LoRA of the method changes: see dcgen.identity."""
+    """Kind of block in `stacks` -> a layer in it that every DC-Gen LoRA changes; see dcgen.identity."""
     base_spatial_factor: int | None = None
-    """f of the latents that the published bases of this family work on; None where it differs among them."""
+    """f of the published bases' latents; None if they differ."""
     temporal_patch: int = 1
     fields: ClassVar[Mapping[str, Check]] = FIELDS
-    """What a config field may hold, as far as anything here reads it."""
+    """Allowed values of the config fields that are read."""
     needed_fields: tuple[str, ...]
-    """Config fields without which no shape is known."""
-    told_fields: tuple[str, ...] = ()
-    """What the base signature holds beside the width and signature_fields."""
+    """Config fields that are required to know the shapes."""
+    extra_signature_fields: tuple[str, ...] = ()
+    """Fields of the base signature besides the width and signature_fields."""
 
     @abstractmethod
     def ends(self, config: Mapping[str, Any]) -> Ends:
@@ -101,32 +101,32 @@ class Backbone(ABC):
 
     @abstractmethod
     def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:
-        """The config of the same network on a latent of `channels` channels cut into patches of `patch_size`."""
+        """The config of the same network on a latent of `channels` channels with patches of `patch_size`."""
 
     def base_signature(self, config: Config) -> dict[str, Any]:
-        """The parts of the config that do not depend on the latent: two models fit one adapter if these agree."""
+        """The parts of the config that do not depend on the latent; models with equal ones take the same adapters."""
         return {"width": self.width(config), **{field: config[field] for field in self.signature_fields}}
 
     def check_config(self, config: Mapping[str, Any]) -> None:
-        """ValueError that names the first field which no model of this kind can have."""
+        """ValueError that names the first invalid field."""
         check_fields(config, self.fields, self.needed_fields)
 
     def check_base_signature(self, base: Mapping[str, Any]) -> None:
-        """ValueError unless this is the base signature of a model of this kind."""
+        """ValueError unless this is a base signature of this family."""
         try:
-            check_fields(base, self.fields, ("width", *self.signature_fields, *self.told_fields))
+            check_fields(base, self.fields, ("width", *self.signature_fields, *self.extra_signature_fields))
         except ValueError as error:
             raise ValueError(f"the base signature is not one of a {self.name} model: {error}") from error
 
     def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that a model with this (checked) config can have, by diffusers name."""
-        found = self.end_shapes(config)
+        shapes = self.end_shapes(config)
         for path, shape in self.linears(self.base_signature(dict(config))).items():
-            found |= {f"{path}.weight": shape, f"{path}.bias": shape[:1]}
-        return found | self.other_shapes(config)
+            shapes |= {f"{path}.weight": shape, f"{path}.bias": shape[:1]}
+        return shapes | self.other_shapes(config)
 
     def end_shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Shapes of embedder and head on the latent that the config says."""
+        """Shapes of embedder and head on the config's latent."""
         p, channels = config["patch_size"], config["in_channels"]
         outputs = (config.get("out_channels") or channels) * p * p
         return self._end_shapes(self.ends(config), self.width(config), channels, p, outputs)
@@ -146,64 +146,64 @@ class Backbone(ABC):
         }
 
     def embedder_shape(self, width: int, channels: int, p: int) -> tuple[int, ...]:
-        """Shape of the embedder's weight: here a convolution over patches."""
+        """Shape of the embedder's weight, by default a convolution over patches."""
         return width, channels, p, p
 
     def other_shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Shapes of what is neither an end nor in linears(): norms, tables, spatial convolutions."""
-        rest = self.others(config)
-        found = dict(rest.get("", {}))
+        """Shapes of the tensors that are not in embedder, head or linears(): norms, tables, spatial convolutions."""
+        others = self.others(config)
+        shapes = dict(others.get("", {}))
         for kind, (field, name, _) in self.stacks.items():
             for i in range(config[field]):
-                found |= {f"{name}.{i}.{tensor}": shape for tensor, shape in rest.get(kind, {}).items()}
-        return found
+                shapes |= {f"{name}.{i}.{tensor}": shape for tensor, shape in others.get(kind, {}).items()}
+        return shapes
 
     @abstractmethod
     def others(self, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
-        """As other_shapes, but of one block of each kind in `stacks`, and under "" of what stands around the blocks."""
+        """As other_shapes, for one block of each kind in `stacks`, and under "" for the tensors outside of blocks."""
 
     @abstractmethod
     def extra_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Tensors beside the head that an adapter may replace whole: the norm or modulation before it."""
+        """Tensors that an adapter may replace besides embedder and head: the norm or modulation before the head."""
 
     @abstractmethod
     def layers(self, base: Mapping[str, Any]) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
-        """As linears, but of one block of each kind in `stacks`, and under "" of what stands around the blocks."""
+        """As linears, for one block of each kind in `stacks`, and under "" for the layers outside of blocks."""
 
     def linears(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Weight shape of every layer that a LoRA may sit on, by module path, for a base with this signature.
+        """Weight shape of every layer that can have a LoRA, by module path, for a base with this signature.
 
         (out, in) of a Linear, (out, in, 1, 1) of a 1x1 convolution.
         """
         layers = self.layers(base)
-        found = dict(layers[""])
+        shapes = dict(layers[""])
         for kind, (field, name, _) in self.stacks.items():
             for i in range(base[field]):
-                found |= {f"{name}.{i}.{layer}": shape for layer, shape in layers[kind].items()}
-        return found
+                shapes |= {f"{name}.{i}.{layer}": shape for layer, shape in layers[kind].items()}
+        return shapes
 
     def matches(self, state_dict: Mapping[str, Tensor]) -> bool:
-        """Whether the keys look like this model, in either naming (cheap; detect() does the checking)."""
+        """Whether the keys look like this family, in either naming (a quick check; detect() checks in full)."""
         keys = self.bare_keys(state_dict)
         return any(all(key in keys for key in names) for names in (self.original_signature, self.diffusers_signature))
 
     @abstractmethod
     def detect(self, state_dict: Mapping[str, Tensor]) -> Config:
-        """The config read off tensor shapes (meta tensors do), in either naming; ValueError says what is missing."""
+        """The config, from tensor shapes in either naming (meta tensors suffice); ValueError names what is missing."""
 
     def read(self, keys: Mapping[str, Tensor]) -> dict[str, int]:
-        """Every probe's number, and how many blocks there are by config field; keys without prefix."""
+        """The number of each probe and the number of blocks, by config field; keys without prefix."""
         original = self.is_original(keys)
-        found = {field: count_blocks(keys, f"{names[original]}.") for field, *names in self.stacks.values()}
+        values = {field: count_blocks(keys, f"{names[original]}.") for field, *names in self.stacks.values()}
         for field, (diffusers_key, original_key, dim) in self.probes.items():
             key = original_key if original else diffusers_key
             if key not in keys:
                 raise ValueError(f"this is not a {self.keys.model} state dict: it has no {key}")
-            found[field] = dimension(keys[key], dim, key)
-        return found
+            values[field] = dimension(keys[key], dim, key)
+        return values
 
     def read_values(self, names: Mapping[str, Any], get: Callable[[str], Tensor]) -> Config:
-        """What of the config only a tensor's values tell. names: keys without prefix; get: a tensor by such a key."""
+        """Config fields that depend on a tensor's values. names: keys without prefix; get: a tensor by such a key."""
         return {}
 
     def depths(self, config: Mapping[str, Any]) -> dict[str, int]:
@@ -224,10 +224,10 @@ class Backbone(ABC):
 
     @abstractmethod
     def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> Schedule:
-        """The schedule of the published models on this latent, for files that do not say."""
+        """The schedule of the published models on this latent, for files that do not name one."""
 
     def identity_names(self, base: Mapping[str, Any]) -> list[str]:
-        """Weights, by diffusers name, whose values tell one base of this signature from another."""
+        """Weights, by diffusers name, that identify a base among those with the same signature."""
         names = []
         for kind, layer in self.identity_layers.items():
             field, path, _ = self.stacks[kind]
@@ -236,7 +236,7 @@ class Backbone(ABC):
         return names
 
     def rule_of(self, name: str, config: Mapping[str, Any]) -> Rule:
-        """The rule of the key map that a tensor, by diffusers name, is in; KeyError for a name that it has not."""
+        """The key map rule for a tensor, by diffusers name; KeyError for an unknown name."""
         for rule in self.key_map(config).rules(self.depths(config)):
             if name in rule.parts:
                 return rule
@@ -251,15 +251,15 @@ class Backbone(ABC):
         return strip_prefix(state_dict, self.prefixes)
 
     def is_original(self, state_dict: Mapping[str, Any]) -> bool:
-        """Whether keys without prefix are the original ones rather than diffusers'."""
+        """Whether keys (without prefix) are the original ones rather than diffusers'."""
         return all(key in state_dict for key in self.original_signature)
 
     def to_original(
         self, state_dict: Mapping[str, Tensor], config: Config | None = None, *, partial: bool = False
     ) -> dict[str, Tensor]:
-        """Diffusers names -> original names, bit-exact. partial: some tensors only (an adapter's).
+        """Diffusers names -> original names, bit-exact. partial: only some tensors (an adapter's).
 
-        config is read off the tensors when it is not given. ValueError lists missing and unknown keys.
+        config is detected from the tensors when it is not given. ValueError lists missing and unknown keys.
         """
         keys = self.bare_keys(state_dict)
         config = config or self.detect(keys)
@@ -282,14 +282,16 @@ class Backbone(ABC):
 
 
 def dimension(tensor: Tensor, dim: int, key: str) -> int:
-    """One side of a tensor; ValueError when it has no such side or nothing on it."""
+    """Size of one dimension of a tensor; ValueError when it is missing or 0."""
     if tensor.ndim <= dim or tensor.shape[dim] < 1:
-        raise ValueError(f"{key} has shape {tuple(tensor.shape)}, which no such tensor has: the file is damaged")
+        raise ValueError(
+            f"{key} has shape {tuple(tensor.shape)}, expected more dimensions or values: the file is damaged"
+        )
     return tensor.shape[dim]
 
 
 def patch_size(packed_channels: int, channels: int, what: str) -> int:
-    """p with channels * p*p == packed_channels; ValueError when there is none: the latent is another model's."""
+    """p with channels * p*p == packed_channels; ValueError when there is none: the latent is for another model."""
     size = math.isqrt(packed_channels // channels) if channels and packed_channels % channels == 0 else 0
     if not size or channels * size * size != packed_channels:
         raise ValueError(

@@ -47,7 +47,7 @@ KEYS = KeyMap(
             ),
         )
     },
-    dropped=("pos_embed",),  # fixed sine-cosine positions, made anew for any grid
+    dropped=("pos_embed",),  # fixed sine-cosine positions, computed for each grid
 )
 
 
@@ -76,7 +76,7 @@ class DiT(Backbone):
     identity_layers: ClassVar[dict[str, str]] = {"block": "attn1.to_q"}
     base_spatial_factor = 8
     signature_fields = ("num_layers", "num_attention_heads", "num_embeds_ada_norm")
-    told_fields = ("learned_sigma",)
+    extra_signature_fields = ("learned_sigma",)
     fields: ClassVar[dict[str, Check]] = {**FIELDS, "num_embeds_ada_norm": whole(0, 1 << 20)}
     needed_fields = ("in_channels", "attention_head_dim", "patch_size", "sample_size", *signature_fields)
 
@@ -84,7 +84,7 @@ class DiT(Backbone):
         return Ends("pos_embed.proj", "proj_out_2")
 
     def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:
-        """The head keeps predicting a variance if it did. sample_size, which positions refer to, keeps its tokens."""
+        """The head predicts a variance if it did before. sample_size, which positions refer to, keeps its tokens."""
         size = config["sample_size"] // config["patch_size"] * patch_size
         outputs = channels * (2 if _learned_sigma(config) else 1)
         return {
@@ -115,27 +115,27 @@ class DiT(Backbone):
         return {"": {"proj_out_1": (2 * D, D)}, "block": block}
 
     def others(self, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
-        table = (config["num_embeds_ada_norm"] + 1, self.width(config))  # the last row is for no class
+        table = (config["num_embeds_ada_norm"] + 1, self.width(config))  # the last row is the null class
         return {"block": {"norm1.emb.class_embedder.embedding_table.weight": table}}
 
     def detect(self, state_dict: Mapping[str, Tensor]) -> Config:
-        """Heads are in no tensor: 72 wide as in DiT-XL, else 64. So is the size: that of 256 px at f8 is taken."""
-        found = self.read(self.bare_keys(state_dict))
-        width, p = found.pop("width"), found["patch_size"]
+        """No tensor shows the heads (assumed 72 wide as in DiT-XL, else 64) or the size (assumed 256 px at f8)."""
+        values = self.read(self.bare_keys(state_dict))
+        width, p = values.pop("width"), values["patch_size"]
         head_dim = HEAD_DIM if width % HEAD_DIM == 0 else 64
         if width % head_dim:
             raise ValueError(f"DiT width {width} is a multiple of neither 72 nor 64")
         return {
-            **found,
-            "out_channels": found["out_channels"] // p**2,
-            "num_embeds_ada_norm": found["num_embeds_ada_norm"] - 1,  # the last row is for no class
+            **values,
+            "out_channels": values["out_channels"] // p**2,
+            "num_embeds_ada_norm": values["num_embeds_ada_norm"] - 1,  # the last row is the null class
             "num_attention_heads": width // head_dim,
             "attention_head_dim": head_dim,
             "sample_size": 16 * p,
         }
 
     def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> Schedule:
-        """DiT was trained on all steps alike: no shift."""
+        """DiT was trained on uniform steps: no shift."""
         return Schedule("static", shift=1.0)
 
 

@@ -23,7 +23,7 @@ def _block(prefix: str, *names: str) -> tuple[str, ...]:
 
 
 def _norm(original: str, part: str) -> Row:
-    # ComfyUI renamed the norms' `scale` to `weight` in 2026; both are read, `scale` is written.
+    # ComfyUI renamed the norms' `scale` to `weight` in 2026; we read both and write `scale`.
     return Row(f"{original}.scale", (f"{part}.weight",), suffixes=("",), alias=f"{original}.weight")
 
 
@@ -47,7 +47,7 @@ KEYS = KeyMap(
         *_mlp("vector_in", "text_embedder"),
         *_mlp("guidance_in", "guidance_embedder", optional="guidance"),
         Row("final_layer.linear", ("proj_out",)),
-        # BFL splits this layer's output as (shift, scale), diffusers as (scale, shift).
+        # BFL splits the output of this layer into (shift, scale), diffusers into (scale, shift).
         Row("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap=True),
     ),
     blocks={
@@ -120,7 +120,7 @@ class Flux(Backbone):
         "pooled_projection_dim",
         "guidance_embeds",
     )
-    told_fields = ("axes_dims_rope",)
+    extra_signature_fields = ("axes_dims_rope",)
     fields: ClassVar[dict[str, Check]] = {
         **FIELDS,
         "num_single_layers": BLOCKS,
@@ -134,7 +134,7 @@ class Flux(Backbone):
         return Ends("x_embedder", "proj_out")
 
     def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:
-        """The diffusers class sees packed tokens, so its own patch_size stays 1."""
+        """The diffusers class takes packed tokens, so its own patch_size stays 1."""
         packed = channels * patch_size * patch_size
         return {**config, "in_channels": packed, "out_channels": packed, "patch_size": 1}
 
@@ -189,15 +189,15 @@ class Flux(Backbone):
 
     def detect(self, state_dict: Mapping[str, Tensor]) -> Config:
         keys = self.bare_keys(state_dict)
-        found = self.read(keys)
-        width = found.pop("width")
+        values = self.read(keys)
+        width = values.pop("width")
         head_dim = _head_dim(keys)
         if width % head_dim:
             raise ValueError(f"FLUX.1 width {width} is not a multiple of its head dimension {head_dim}")
         guidance = ("time_text_embed.guidance_embedder.linear_1.weight", "guidance_in.in_layer.weight")
         return {
             "patch_size": 1,
-            **found,
+            **values,
             "attention_head_dim": head_dim,
             "num_attention_heads": width // head_dim,
             "guidance_embeds": any(key in keys for key in guidance),
@@ -208,14 +208,14 @@ class Flux(Backbone):
         return config["in_channels"]
 
     def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> Schedule:
-        """DC-Gen's f32 models follow FLUX.2's rule, its f64 models and FLUX itself FLUX.1's."""
+        """FLUX.2's rule for DC-Gen's f32 models, FLUX.1's for its f64 models and for FLUX itself."""
         return Schedule("flux2" if latent.spatial_factor == 32 else "flux")
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
-    """RoPE axes as FLUX.1 shares its 128 out, (16, 56, 56) = 1 : 3.5 : 3.5, in even numbers for any head dimension.
+    """RoPE axes in FLUX.1's ratio, (16, 56, 56) of 128 = 1 : 3.5 : 3.5, as even numbers for any head dimension.
 
-    No tensor holds the axes; a model that shares them otherwise needs its config.json.
+    No tensor shows the axes; a model with another ratio needs its config.json.
     """
     text = max(2, 2 * round(head_dim / 16))
     text += (head_dim - text) % 4
@@ -226,7 +226,7 @@ def rope_axes(head_dim: int) -> tuple[int, int, int]:
 
 
 def _axes(config: Mapping[str, Any]) -> Sequence[int]:
-    """RoPE axes of a config; the config.json of FLUX.1 itself does not name them."""
+    """RoPE axes of a config; the config.json of FLUX.1 itself omits them."""
     return config.get("axes_dims_rope") or rope_axes(config["attention_head_dim"])
 
 

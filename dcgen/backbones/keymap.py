@@ -1,7 +1,7 @@
-"""Key maps between the diffusers names of a model and its original ones, as data, run both ways.
+"""Key maps between a model's diffusers names and its original names, as data that works in both directions.
 
-A map is a list of rows. A row says: this original tensor is these diffusers tensors, joined along dim 0. Running a row
-moves whole slices and never computes, so both directions are exact to the bit. Every key must be used by one row.
+A map is a list of rows. A row says: this original tensor is these diffusers tensors, concatenated along dim 0. Rows
+only copy slices and never compute, so both directions are bit-exact. Every key must be used by exactly one row.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ T = TypeVar("T")
 class Row:
     """One line of a map; `{i}` stands for the block number.
 
-    original: original module (or, with suffixes ("",), tensor) name; parts: diffusers names that make it, in order;
-    sizes: rows of each part in units of the model width, REST for what remains; empty = equal parts;
-    swap: the two halves along dim 0 change places; alias: another original spelling that files use;
-    optional: name of a group of rows that a model has all of or none of; "" = every model has this row;
+    original: original module (or, with suffixes ("",), tensor) name; parts: its diffusers names, in order;
+    sizes: rows of each part in units of the model width, REST for the remainder; empty = equal parts;
+    swap: the two halves along dim 0 are swapped; alias: another original name in some files;
+    optional: name of a group of rows that a model has all or none of; "" = every model has this row;
     copied: one original tensor that diffusers repeats in every block (the parts are these equal copies).
     """
 
@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Rule:
-    """A Row for one block and one suffix: full key names."""
+    """A Row for one block and one suffix, with full key names."""
 
     original: str
     parts: tuple[str, ...]
@@ -55,13 +55,13 @@ class Rule:
     copied: bool
 
     def original_key(self, keys: Mapping[str, Any]) -> str:
-        """The spelling of the original key that `keys` has (the usual one when it has neither)."""
+        """The original key or its alias, whichever is in `keys` (the original key if neither is)."""
         return (
             self.alias if self.alias is not None and self.alias in keys and self.original not in keys else self.original
         )
 
     def join(self, get: Callable[[str], Tensor]) -> Tensor:
-        """Native tensor from its diffusers parts."""
+        """The original tensor from its diffusers parts."""
         if self.copied:
             return self._one_of_equals(get)
         tensors = [get(key) for key in self.parts]
@@ -69,7 +69,7 @@ class Rule:
         return _swap_halves(joined, self.parts[0]) if self.swap else joined
 
     def split(self, tensor: Tensor, width: int) -> Iterator[tuple[str, Tensor]]:
-        """(diffusers key, tensor) for each part of a original tensor; the tensors are views."""
+        """(diffusers key, tensor) for each part of an original tensor; the tensors are views."""
         if self.swap:
             tensor = _swap_halves(tensor, self.original)
         if len(self.parts) == 1 or self.copied:
@@ -78,7 +78,7 @@ class Rule:
         yield from zip(self.parts, torch.split(tensor, self._rows(tensor.shape[0], width)), strict=True)
 
     def rows(self, total: int, width: int) -> list[tuple[str, int, int]]:
-        """(diffusers key, first row, last row + 1) of each part in a original tensor of `total` rows; not for swap."""
+        """(diffusers key, first row, last row + 1) of each part in an original tensor of `total` rows; not for swap."""
         if self.copied:
             return [(key, 0, total) for key in self.parts]
         counts = [total] if len(self.parts) == 1 else self._rows(total, width)
@@ -88,10 +88,10 @@ class Rule:
     def _one_of_equals(self, get: Callable[[str], Tensor]) -> Tensor:
         first = get(self.parts[0])
         if first.device.type != "meta":
-            differing = [key for key in self.parts[1:] if not torch.equal(get(key), first)]
-            if differing:
+            different = [key for key in self.parts[1:] if not torch.equal(get(key), first)]
+            if different:
                 raise ValueError(
-                    f"{self.original} is one tensor in the original format, but {differing[0]} is not {self.parts[0]}"
+                    f"{self.original} is one tensor in the original format, but {different[0]} is not {self.parts[0]}"
                 )
         return first
 
@@ -99,8 +99,8 @@ class Rule:
         if not self.sizes:
             counts = [rows // len(self.parts)] * len(self.parts)
         else:
-            known = [size * width for size in self.sizes if size != REST]
-            counts = [rows - sum(known) if size == REST else size * width for size in self.sizes]
+            fixed = [size * width for size in self.sizes if size != REST]
+            counts = [rows - sum(fixed) if size == REST else size * width for size in self.sizes]
         if sum(counts) != rows or min(counts) < 1:
             raise ValueError(
                 f"{self.original}: {rows} rows cannot be split into {', '.join(self.parts)} (width {width})"
@@ -116,14 +116,14 @@ class KeyMap:
     top: tuple[Row, ...]
     blocks: Mapping[str, tuple[Row, ...]]
     dropped: tuple[str, ...] = ()
-    """Native key beginnings that diffusers has no place for (buffers that are made anew)."""
+    """Prefixes of original keys without a diffusers name (buffers that are recomputed)."""
 
     def rules(self, depths: Mapping[str, int]) -> list[Rule]:
         """The map of a model with depths[kind] blocks of each kind."""
         rules = [rule for row in self.top for rule in _rules(row, None)]
         for kind, rows in self.blocks.items():
-            own = [row for row in rows if not row.copied]
-            rules += [rule for i in range(depths[kind]) for row in own for rule in _rules(row, i)]
+            per_block = [row for row in rows if not row.copied]
+            rules += [rule for i in range(depths[kind]) for row in per_block for rule in _rules(row, i)]
             rules += [rule for row in rows if row.copied for rule in _rules(row, None, range(depths[kind]))]
         return rules
 
@@ -138,8 +138,8 @@ class KeyMap:
         self, keys: Mapping[str, Any], depths: Mapping[str, int], *, partial: bool = False
     ) -> list[Rule]:
         """The rules that turn these original keys into diffusers ones; errors as in original_plan."""
-        kept = {key: value for key, value in keys.items() if not key.startswith(self.dropped or ("\0",))}
-        return self._plan(kept, self.rules(depths), lambda rule: (rule.original_key(keys),), partial)
+        mapped = {key: value for key, value in keys.items() if not key.startswith(self.dropped or ("\0",))}
+        return self._plan(mapped, self.rules(depths), lambda rule: (rule.original_key(keys),), partial)
 
     def to_original(
         self, state_dict: Mapping[str, Tensor], depths: Mapping[str, int], *, partial: bool = False
@@ -151,7 +151,7 @@ class KeyMap:
     def to_diffusers(
         self, state_dict: Mapping[str, Tensor], depths: Mapping[str, int], width: int, *, partial: bool = False
     ) -> dict[str, Tensor]:
-        """Native state dict -> diffusers one; width is the model's hidden size."""
+        """Original state dict -> diffusers one; width is the model's hidden size."""
         plan = self.diffusers_plan(state_dict, depths, partial=partial)
         return {
             key: part for rule in plan for key, part in rule.split(state_dict[rule.original_key(state_dict)], width)
@@ -182,17 +182,17 @@ class KeyMap:
 
 
 def describe_keys(missing: list[str], unknown: list[str], limit: int = 8) -> str:
-    """The keys at fault in words, at most `limit` of each kind by name."""
-    told = []
+    """The missing and unknown keys in words, at most `limit` of each by name."""
+    parts = []
     for label, keys in (("missing", missing), ("unknown", unknown)):
         if keys:
             names = ", ".join(key if len(key) < 200 else shown(key) for key in sorted(keys)[:limit])
-            told.append(f"{len(keys)} {label}: {names}{', ...' if len(keys) > limit else ''}")
-    return "; ".join(told)
+            parts.append(f"{len(keys)} {label}: {names}{', ...' if len(keys) > limit else ''}")
+    return "; ".join(parts)
 
 
 def strip_prefix(state_dict: Mapping[str, T], prefixes: tuple[str, ...]) -> Mapping[str, T]:
-    """Take off whichever of `prefixes` every key starts with, as often as one does; the mapping itself if none does."""
+    """Remove any of `prefixes` that all keys start with, repeatedly; the mapping itself if none applies."""
     for prefix in prefixes:
         if state_dict and all(key.startswith(prefix) for key in state_dict):
             return strip_prefix({key[len(prefix) :]: value for key, value in state_dict.items()}, prefixes)
@@ -200,17 +200,19 @@ def strip_prefix(state_dict: Mapping[str, T], prefixes: tuple[str, ...]) -> Mapp
 
 
 def count_blocks(keys: Mapping[str, Any], prefix: str) -> int:
-    """Number of blocks named prefix0., prefix1., ...; a gap in the numbers is a ValueError that names it."""
+    """Number of blocks named prefix0., prefix1., ...; ValueError names a gap in the numbers."""
     heads = {key[len(prefix) :].split(".")[0] for key in keys if key.startswith(prefix)}
     numbers = {head for head in heads if head.isascii() and head.isdecimal()}
-    beyond = [head for head in numbers if len(head) > len(str(MAX_BLOCKS)) or int(head) >= MAX_BLOCKS]
-    if beyond:
-        raise ValueError(f"a block {prefix}{shown(beyond[0])} is no block of any model: the file is damaged")
-    found = {int(head) for head in numbers}
-    gaps = sorted(set(range(max(found, default=-1) + 1)) - found)
+    excessive = [head for head in numbers if len(head) > len(str(MAX_BLOCKS)) or int(head) >= MAX_BLOCKS]
+    if excessive:
+        raise ValueError(f"no model has a block {prefix}{shown(excessive[0])}: the file is damaged")
+    indices = {int(head) for head in numbers}
+    gaps = sorted(set(range(max(indices, default=-1) + 1)) - indices)
     if gaps:
-        raise ValueError(f"blocks {prefix}{gaps[0]}. is absent though {prefix}{max(found)}. is there: incomplete file")
-    return len(found)
+        raise ValueError(
+            f"blocks {prefix}{gaps[0]}. is absent though {prefix}{max(indices)}. is there: incomplete file"
+        )
+    return len(indices)
 
 
 def _rules(row: Row, index: int | None, copies: range = range(0)) -> Iterator[Rule]:
@@ -232,6 +234,6 @@ def _rules(row: Row, index: int | None, copies: range = range(0)) -> Iterator[Ru
 
 def _swap_halves(tensor: Tensor, key: str) -> Tensor:
     if tensor.shape[0] % 2:
-        raise ValueError(f"{key}: {tensor.shape[0]} rows have no two halves")
+        raise ValueError(f"{key}: {tensor.shape[0]} rows cannot be split into halves")
     first, second = tensor.chunk(2, dim=0)
     return torch.cat((second, first), dim=0)

@@ -1,1 +1,1 @@
-"""The only folder that touches ComfyUI's internals. Nodes call it; dcgen knows nothing of it."""
+"""The only package that uses ComfyUI's internals. The nodes import it; dcgen does not."""

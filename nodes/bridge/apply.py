@@ -1,4 +1,4 @@
-"""A DC-Gen adapter on a MODEL, whichever base model that is and whoever loaded it."""
+"""Applies a DC-Gen adapter to a MODEL of any family and any loader."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .loader import info_for
 def apply_adapter(model: Patcher, adapter: Adapter, strength: float, name: str = "the adapter") -> Patcher:
     """The DC-Gen MODEL: `model`'s blocks with the adapter's embedder and head, and its LoRA at `strength`.
 
-    `model` is not changed and shares its weights with the result. strength 0 = alignment only. ValueError when the
-    adapter is not one for this base; nothing has been computed by then.
+    `model` is not changed and shares its weights with the result. strength 0 = alignment only. ValueError, before
+    any compute, when the adapter is for another base.
     """
     host = host_of(model)
     family = host.family(model)
     config = check_adapter(host, family, adapter, model, name)
-    moved = family.backbone.config_with_latent(config, adapter.latent.channels, adapter.patch_size)
-    info = info_for(family, adapter.latent, adapter.patch_size, adapter.schedule, moved, image_side(adapter))
+    new_config = family.backbone.config_with_latent(config, adapter.latent.channels, adapter.patch_size)
+    info = info_for(family, adapter.latent, adapter.patch_size, adapter.schedule, new_config, image_side(adapter))
     return guarded(host.apply(model, family, adapter, info, strength))
 
 
@@ -37,24 +37,24 @@ def check_adapter(host: Host, family: Family, adapter: Adapter, model: Patcher, 
             f"{name} is an adapter for {adapter.backbone!r} models, and DCGenApply was given {title}. "
             f"Choose an adapter made for {title}."
         )
-    given = f"the MODEL given to DCGenApply with {name}"
+    source = f"the MODEL given to DCGenApply with {name}"
     config = host.config(model, family)
-    adapter.check_base(family.backbone.base_signature(config), given)
-    adapter.check_base_latent(_base_space(info_of(model), adapter), given)
-    adapter.check_weights(*host.identity(model, family, config), given)
+    adapter.check_base(family.backbone.base_signature(config), source)
+    adapter.check_base_latent(_base_space(info_of(model), adapter), source)
+    adapter.check_weights(*host.identity(model, family, config), source)
     return config
 
 
 def _base_space(info: ModelInfo, adapter: Adapter) -> LatentSpace:
-    """The latent that a MODEL works on. Of another loader's only channels and depth are known: that it has the base's
-    own autoencoder is taken for granted.
+    """The latent space of a MODEL. Of a MODEL from another loader only channels and spatial factor are known; the rest
+    is assumed to be that of the base's own autoencoder.
     """
-    known = adapter.base_latent
-    if isinstance(info, FamilyInfo) or known is None:
+    expected = adapter.base_latent
+    if isinstance(info, FamilyInfo) or expected is None:
         return info.space
-    if known.channels != info.space.channels:
+    if expected.channels != info.space.channels:
         return info.space
-    return replace(known, spatial_factor=info.space.spatial_factor)
+    return replace(expected, spatial_factor=info.space.spatial_factor)
 
 
 def image_side(adapter: Adapter) -> int | None:

@@ -1,6 +1,6 @@
-"""Where files of strangers come in: whatever a damaged one makes stumble becomes an error that names it.
+"""Reading untrusted files: any exception that a damaged file causes becomes an error that names the file.
 
-JSON is read by dcgen.jsons, everywhere.
+JSON is always read by dcgen.jsons.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from pathlib import Path
 
 from .vae import out_of_memory
 
-STUMBLES = (TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError, RuntimeError)
-AGAIN = "Download it again"
+READ_ERRORS = (TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError, RuntimeError)
+REMEDY = "Download it again"
 
 
 @contextmanager
 def reading(part: Path) -> Iterator[None]:
-    """Around the reading of a file, or of a part of a release folder: any error comes out as one that names it."""
+    """While a file or a part of a release folder is read: every error is raised again with its name."""
     try:
         yield
-    except STUMBLES as error:
+    except READ_ERRORS as error:
         if out_of_memory(error):
             raise
-        found = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{part}: a file there is damaged or is not what its name says ({found}). {AGAIN}.") from error
+        cause = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{part}: a file there is damaged or not what its name says ({cause}). {REMEDY}.") from error
     except ValueError as error:
         if part.name in str(error):
             raise

@@ -1,5 +1,5 @@
 # C latent channels, p patch size
-"""What ComfyUI needs to know of a family of base models, beside its file formats. One subclass a family."""
+"""What ComfyUI needs to know about a family of base models besides its file formats. One subclass per family."""
 
 from __future__ import annotations
 
@@ -17,60 +17,60 @@ from .latent_format import ModelInfo
 
 
 class Family(ABC):
-    """A family in ComfyUI: its network there, how that is recognised and built, and how its text is read.
+    """A family in ComfyUI: how to recognise, configure and build its network, and how to load its text encoder.
 
-    A config is always one of the diffusers class, as far as the network tells it.
+    Configs are those of the diffusers class, as far as the network shows them.
     """
 
     backbone: ClassVar[Backbone]
     original_names: ClassVar[bool]
-    """Whether ComfyUI's network has the original names of the files, rather than diffusers'."""
+    """Whether ComfyUI's network uses the original key names of the files, rather than diffusers'."""
     text_node: ClassVar[str]
-    """What encodes a prompt for this family, for messages."""
+    """The node that encodes a prompt for this family, for messages."""
 
     @abstractmethod
     def recognises(self, model: comfy.model_base.BaseModel) -> bool:
-        """Whether a MODEL's network is this family's, whoever loaded it into ComfyUI's own layers."""
+        """Whether a model with ComfyUI's own layers is of this family, whichever loader made it."""
 
     @abstractmethod
     def config(self, network: nn.Module) -> Config:
-        """The config of such a network, as far as the latent does not matter."""
+        """The config of such a network, without the fields that depend on the latent."""
 
     @abstractmethod
     def model_config(self, shapes: Mapping[str, Tensor], config: Config) -> Any:
-        """The core's model_config of weights with these shapes by the network's names; None when core knows none."""
+        """Core's model_config for weights with these shapes, by the network's names; None when core has none."""
 
     @abstractmethod
     def unet_config(self, config: Config, info: ModelInfo) -> dict[str, Any]:
-        """What of the core's unet_config a config and a latent decide."""
+        """The entries of core's unet_config that depend on the config and the latent."""
 
     @abstractmethod
     def attributes(self, config: Config, info: ModelInfo) -> dict[str, Any]:
-        """Plain attributes of the network that the latent decides. config: of the model on that latent."""
+        """Plain attributes of the network that depend on the latent. config: of the model on that latent."""
 
     @abstractmethod
     def memory_factor(self, model: comfy.model_base.BaseModel, config: Config, info: ModelInfo) -> float:
-        """The core's memory_usage_factor on this latent: its estimate counts latent pixels, not tokens."""
+        """Core's memory_usage_factor on this latent: its estimate counts latent pixels, not tokens."""
 
     @abstractmethod
     def text_width(self, config: Config) -> int:
-        """Channels of the text features that the network reads."""
+        """Channels of the text features that the network takes."""
 
     @abstractmethod
     def load_text(self, release: Path, index: dict[str, Any], disable_dynamic: bool = False) -> comfy.sd.CLIP:
-        """CLIP of a release folder with this model_index.json, encoding as the release's own pipeline does."""
+        """CLIP of a release folder with this model_index.json that encodes like the release's diffusers pipeline."""
 
     def renamed(self, part: dict[str, Tensor], model_config: Any) -> dict[str, Tensor]:
-        """Tensors of a layer by the names and in the shapes that the network has."""
+        """Tensors of a layer with the names and shapes of the network."""
         return part
 
-    def settle(self, model: comfy.model_base.BaseModel) -> None:  # noqa: B027  most families change nothing
-        """Changes a model before its weights are loaded."""
+    def prepare(self, model: comfy.model_base.BaseModel) -> None:  # noqa: B027  most families change nothing
+        """Change a model before its weights are loaded."""
 
     def check_text(self, text: Tensor, cond: Mapping[str, Any], made_by: str | None, config: Config) -> None:
-        """ValueError for a conditioning, text (B,T,D) and the rest of it, that is not for this family.
+        """ValueError when a conditioning (text (B,T,D) and its dict) is not for this family.
 
-        made_by: the family for which a node of ours made it; None for any other node.
+        made_by: the family that one of our nodes encoded it for; None for any other node.
         """
         if made_by is not None and made_by != self.backbone.name:
             raise ValueError(
@@ -85,13 +85,13 @@ class Family(ABC):
             )
 
     def network_layers(self, config: Config) -> dict[str, str]:
-        """Layers of ComfyUI's network that are tied to the latent -> their names in LoRA files (diffusers')."""
+        """Layers of ComfyUI's network that depend on the latent -> their names in LoRA files (diffusers')."""
         names = self.backbone.extra_shapes(self.backbone.base_signature(config))
         layers = [*self.backbone.ends(config), *dict.fromkeys(name.rpartition(".")[0] for name in names)]
         return {self.network_name(layer, config): layer for layer in layers if layer}
 
     def network_name(self, layer: str, config: Config) -> str:
-        """Name in ComfyUI's network of a layer that is one in both namings, by diffusers name."""
+        """Name in ComfyUI's network of a layer that exists in both namings, by diffusers name."""
         if not self.original_names:
             return layer
         return self.backbone.rule_of(f"{layer}.weight", config).original.removesuffix(".weight")

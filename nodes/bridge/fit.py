@@ -1,5 +1,5 @@
 # B batch, H W image rows and columns, f spatial factor, C latent channels, h w latent rows and columns
-"""Images whose sides the autoencoder's factor does not divide, and pasting one latent into another, in pixels."""
+"""Fitting image sides to the autoencoder's spatial factor, and latent compositing with positions in pixels."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...dcgen.latent import LatentSpace
-from .latent_format import STAMP
+from .latent_format import LATENT_TAG
 
 FITS = ("crop", "pad", "resize")
 SIZE = "dcgen_size"  # in a LATENT: (height, width) of the image before it was padded
 
 
 def fitted(image: Tensor, f: int, fit: str) -> Tensor:
-    """IMAGE (B,H,W,C) with sides in multiples of f: cropped around the middle, padded at the right and below by
-    repeating the border, or resized to the nearest multiples. ValueError for an unknown `fit`.
+    """IMAGE (B,H,W,C) with sides that are multiples of f: center-cropped, padded at the right and bottom by repeating
+    the border, or resized to the nearest multiples. ValueError for an unknown `fit`.
     """
     if fit not in FITS:
         raise ValueError(f"`fit` is {fit!r}; choose one of {', '.join(FITS)}")
@@ -40,12 +40,12 @@ def fitted(image: Tensor, f: int, fit: str) -> Tensor:
 
 
 def with_size(latent: dict[str, Any], image: Tensor) -> dict[str, Any]:
-    """The LATENT of a padded image (B,H,W,C), with a note of the size that it had."""
+    """The LATENT of a padded image, with the size of the image (B,H,W,C) before padding."""
     return {**latent, SIZE: tuple(image.shape[1:3])}
 
 
 def original_size(latent: dict[str, Any], image: Tensor, f: int) -> Tensor:
-    """What was decoded (B,H,W,3) without the padding that `with_size` noted, unless it has another size by now."""
+    """The decoded image (B,H,W,3) without the padding that `with_size` recorded, unless its size has changed since."""
     height, width = latent.get(SIZE, image.shape[1:3])
     padded = (-(-height // f) * f, -(-width // f) * f)
     return image[:, :height, :width] if tuple(image.shape[1:3]) == padded else image
@@ -54,25 +54,25 @@ def original_size(latent: dict[str, Any], image: Tensor, f: int) -> Tensor:
 def composite(
     destination: dict[str, Any], source: dict[str, Any], x: int, y: int, mask: Tensor | None = None
 ) -> dict[str, Any]:
-    """LATENT: `source` pasted into `destination` with its upper left corner at pixel (x, y); what sticks out is cut.
+    """LATENT: `source` pasted into `destination` with its upper left corner at pixel (x, y), cropped to fit.
 
-    mask: (B,H,W) of any size over the source, 1 where it is pasted. ValueError where the latents are not of one
-    autoencoder, do not say of which, or x and y are no multiples of its factor.
+    mask: (B,H,W), scaled to the source, 1 where it is pasted. ValueError when the destination has no latent tag, the
+    latents are from different autoencoders, or x and y are not multiples of the spatial factor.
     """
-    space = destination.get(STAMP)
+    space = destination.get(LATENT_TAG)
     if not isinstance(space, LatentSpace):
         raise ValueError(
-            "the destination does not say which autoencoder it is of. Make it with DC-AE Encode, Empty Latent (DC-Gen) "
-            "or Sampler 4K; for f8 latents use LatentCompositeMasked."
+            "the destination does not say which autoencoder it is from. Make it with DC-AE Encode, Empty Latent "
+            "(DC-Gen) or Sampler 4K; for f8 latents use LatentCompositeMasked."
         )
-    other = source.get(STAMP)
-    if isinstance(other, LatentSpace) and (wrong := space.differences(other)):
-        raise ValueError(f"the two latents are of different autoencoders: {'; '.join(wrong)}")
+    other = source.get(LATENT_TAG)
+    if isinstance(other, LatentSpace) and (differences := space.differences(other)):
+        raise ValueError(f"the two latents are from different autoencoders: {'; '.join(differences)}")
     f = space.spatial_factor
     if x % f or y % f:
-        near = [round(side / f) * f for side in (x, y)]
+        nearest = [round(side / f) * f for side in (x, y)]
         raise ValueError(
-            f"({x}, {y}) is no multiple of {f} pixels, a latent pixel here. Nearest: ({near[0]}, {near[1]})."
+            f"({x}, {y}) is not a multiple of {f} pixels, one latent pixel. Nearest: ({nearest[0]}, {nearest[1]})."
         )
     target = destination["samples"].clone()
     pasted = comfy.utils.repeat_to_batch_size(source["samples"].to(target), target.shape[0])
@@ -82,16 +82,16 @@ def composite(
         raise ValueError(
             f"({x}, {y}) lies outside the destination of {target.shape[3] * f}x{target.shape[2] * f} pixels"
         )
-    share = _share(mask, pasted)[:, :, :rows, :columns]
+    opacity = _opacity(mask, pasted)[:, :, :rows, :columns]
     part = target[:, :, top : top + rows, left : left + columns]
-    part.copy_(torch.lerp(part, pasted[:, :, :rows, :columns], share))
+    part.copy_(torch.lerp(part, pasted[:, :, :rows, :columns], opacity))
     return {**destination, "samples": target}
 
 
-def _share(mask: Tensor | None, pasted: Tensor) -> Tensor:
-    """(B,1,h,w): how much of the source is pasted."""
+def _opacity(mask: Tensor | None, pasted: Tensor) -> Tensor:
+    """(B,1,h,w) in 0..1: the mask in latent pixels."""
     if mask is None:
         return pasted.new_ones((pasted.shape[0], 1, *pasted.shape[2:]))
-    whole = mask.reshape(-1, 1, *mask.shape[-2:]).to(pasted)
-    small = F.interpolate(whole, size=pasted.shape[2:], mode="area")
-    return comfy.utils.repeat_to_batch_size(small, pasted.shape[0])
+    full = mask.reshape(-1, 1, *mask.shape[-2:]).to(pasted)
+    scaled = F.interpolate(full, size=pasted.shape[2:], mode="area")
+    return comfy.utils.repeat_to_batch_size(scaled, pasted.shape[0])

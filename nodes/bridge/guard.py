@@ -1,8 +1,8 @@
 # B batch, C latent channels, h w latent rows and columns, f spatial factor
-"""What is looked after whenever any sampler, the core's or ours, samples one of our models.
+"""Checks around every sampling of our models, whether by core's samplers or ours.
 
-Core nodes count 8 image pixels to a latent pixel: areas are set right here, and a size that was meant for f8 is said.
-Text of another family is refused before, NaN after.
+Core nodes assume 8 image pixels per latent pixel: areas are converted here, and a size meant for f8 is logged.
+Conditionings of another family are refused before sampling, NaN after it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .families import FAMILIES
 from .latent_format import TEXT_KEY, FamilyInfo, ModelInfo
 
 KEY = "dcgen_guard"
-CORE_PIXELS = 8  # image pixels that core's nodes take a latent pixel for
-LARGE = 4  # an image of more than this many times the pixels that a model was made for is said aloud
+CORE_PIXELS = 8  # image pixels per latent pixel that core's nodes assume
+LARGE = 4  # warn about images of more than this many times the pixels that a model was trained for
 
 Conds = dict[str, list[dict[str, Any]]]
 
 
 def guarded(patcher: Any) -> Any:
-    """The same patcher; from now on its sampling is looked after."""
+    """The same patcher, with these checks around its sampling."""
     kind = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
     patcher.remove_wrappers_with_key(kind, KEY)
     patcher.add_wrapper_with_key(kind, KEY, _sample)
@@ -40,14 +40,14 @@ def _sample(executor: Any, noise: Tensor, latent: Tensor, *args: Any, **kwargs: 
     check_text(guider.conds, info)
     rows, columns = noise.shape[-2:]
     set_areas(guider.conds, info, rows, columns)
-    say_size(info, rows, columns)
+    warn_large(info, rows, columns)
     samples = executor(noise, latent, *args, **kwargs)
     check_finite(samples, "sampling", _causes(noise, latent, guider.conds, args))
     return samples
 
 
 def check_frames(latent: Tensor) -> None:
-    """ValueError for a latent of a video (B,C,T,h,w) with more than one frame."""
+    """ValueError for a video latent (B,C,T,h,w) with more than one frame."""
     if latent.ndim == 5 and latent.shape[2] > 1:
         raise ValueError(
             f"the latent has {latent.shape[2]} frames, and this model makes images. Take one frame of it "
@@ -56,7 +56,7 @@ def check_frames(latent: Tensor) -> None:
 
 
 def check_text(conds: Conds, info: FamilyInfo) -> None:
-    """ValueError when a conditioning is not one for the model's family."""
+    """ValueError when a conditioning is not for the model's family."""
     family = FAMILIES[info.family]
     for cond in _all(conds):
         text = cond.get("cross_attn")
@@ -65,9 +65,9 @@ def check_text(conds: Conds, info: FamilyInfo) -> None:
 
 
 def set_areas(conds: Conds, info: ModelInfo, rows: int, columns: int) -> None:
-    """Areas of conditionings, which core's nodes give as (height, width, y, x) in units of 8 pixels, in latent pixels.
+    """Convert the areas of conditionings, (height, width, y, x) in core's units of 8 pixels, to latent pixels.
 
-    Those in percent are left alone. ValueError for an area that lies outside the image.
+    Areas in percent stay as they are. ValueError for an area outside the image.
     """
     factor = info.space.spatial_factor
     if factor == CORE_PIXELS:
@@ -96,44 +96,42 @@ def set_areas(conds: Conds, info: ModelInfo, rows: int, columns: int) -> None:
             )
 
 
-def say_size(info: ModelInfo, rows: int, columns: int) -> None:
-    """Warn of an image far larger than the model was made for: a latent that a core node made for f8 is one."""
+def warn_large(info: ModelInfo, rows: int, columns: int) -> None:
+    """Log a warning for an image much larger than the model was trained for, as core's f8 latent nodes cause."""
     factor = info.space.spatial_factor
-    pixels, made_for = rows * columns * factor**2, info.native_tokens * (factor * info.patch_size) ** 2
-    if factor > CORE_PIXELS and pixels > LARGE * made_for:
-        side = round(made_for**0.5)
+    pixels, trained = rows * columns * factor**2, info.native_tokens * (factor * info.patch_size) ** 2
+    if factor > CORE_PIXELS and pixels > LARGE * trained:
+        side = round(trained**0.5)
         logging.warning(
             "DC-Gen: this makes an image of %dx%d; the model was made for about %dx%d. Core's EmptyLatentImage, "
-            "EmptySD3LatentImage and LatentUpscale count 8 pixels to a latent pixel, this model has %d: for the size "
+            "EmptySD3LatentImage and LatentUpscale assume 8 pixels per latent pixel, this model has %d: for the size "
             "you type, use Empty Latent (DC-Gen).",
             *(columns * factor, rows * factor, side, side, factor),
         )
 
 
 def check_finite(result: Tensor, stage: str, causes: Iterable[str] = ()) -> None:
-    """ValueError when a result has NaN or infinity, which would be a black image; one reduction over it.
+    """ValueError when a result has NaN or infinity, which would be a black image. Costs one reduction.
 
-    causes: what may be behind it, best known first; only looked at then.
+    causes: explanations, the most certain first; evaluated only on failure.
     """
     if result.sum().isfinite():
         return
-    known = next(iter(causes), None) or (
-        "the numbers overflowed in the model: try another weight_dtype, or start ComfyUI with --force-fp32 or a bf16 "
+    cause = next(iter(causes), None) or (
+        "values overflowed in the model: try another weight_dtype, or start ComfyUI with --force-fp32 or a bf16 "
         "option, and check LoRA strengths"
     )
-    raise ValueError(
-        f"{stage} gave values that are no numbers (NaN or infinity), and would end in a black image: {known}."
-    )
+    raise ValueError(f"{stage} gave NaN or infinite values, which would be a black image: {cause}.")
 
 
 def _causes(noise: Tensor, latent: Tensor, conds: Conds, args: tuple) -> Iterator[str]:
-    """Inputs of sampling that had NaN already."""
-    named: dict[str, Any] = {"the latent given to the sampler": latent, "the noise": noise}
-    named |= {f"the {name} conditioning": c.get("cross_attn") for name, group in conds.items() for c in group}
-    named |= {"the sampler's sigmas or mask": next((a for a in args[1:3] if isinstance(a, Tensor)), None)}
-    for name, value in named.items():
+    """Inputs of the sampling that already had NaN."""
+    inputs: dict[str, Any] = {"the latent given to the sampler": latent, "the noise": noise}
+    inputs |= {f"the {name} conditioning": c.get("cross_attn") for name, group in conds.items() for c in group}
+    inputs |= {"the sampler's sigmas or mask": next((a for a in args[1:3] if isinstance(a, Tensor)), None)}
+    for name, value in inputs.items():
         if isinstance(value, Tensor) and not value.float().sum().isfinite():
-            yield f"{name} already had them. Look at the node that made it"
+            yield f"{name} already had them. Check the node that made it"
 
 
 def _all(conds: Conds) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What differs by who loaded the base. One subclass a loader; each works with every family."""
+"""What depends on the loader of the base. One subclass per loader; each works with every family."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .latent_format import FamilyInfo
 
 
 class Host(ABC):
-    """A loader's MODELs: how their config and weights are read, and how an adapter goes on them."""
+    """The MODELs of one loader: how to read their config and weights, and how to apply an adapter to them."""
 
     order: ClassVar[int] = 0
-    """Hosts are asked from the highest down; the core's, which takes any MODEL, is the last."""
+    """The host with the highest order is tried first; core's, which accepts any MODEL, is last."""
 
     @abstractmethod
     def recognises(self, model: Patcher) -> bool:
@@ -27,32 +27,30 @@ class Host(ABC):
 
     @abstractmethod
     def family(self, model: Patcher) -> Family:
-        """The family of its network; ValueError when that is none of ours."""
+        """The family of its network; ValueError when it is not supported."""
 
     @abstractmethod
     def config(self, model: Patcher, family: Family) -> Config:
-        """The diffusers config of its network, as far as the latent does not matter."""
+        """The diffusers config of its network, without the fields that depend on the latent."""
 
     @abstractmethod
     def weight(self, model: Patcher, family: Family, config: Config, name: str) -> tuple[Tensor, float] | None:
-        """A weight as it was loaded, by diffusers name, without LoRA, and the bits of a stored value; None where it
-        cannot be read.
-        """
+        """(weight by diffusers name as loaded, without LoRA, bits per stored value); None when it cannot be read."""
 
     @abstractmethod
     def apply(self, model: Patcher, family: Family, adapter: Adapter, info: FamilyInfo, strength: float) -> Patcher:
-        """The DC-Gen MODEL over `model`'s blocks, with the adapter's LoRA at `strength`; not finished."""
+        """The DC-Gen MODEL on `model`'s blocks, with the adapter's LoRA at `strength`; not yet guarded."""
 
     def identity(self, model: Patcher, family: Family, config: Config) -> tuple[BaseIdentity, int]:
-        """Which base's weights the MODEL has, and the bits of a value: 4, 8 or 16."""
+        """(identity of the MODEL's base weights, bits per value: 4, 8 or 16)."""
         bits: list[float] = []
 
         def get(name: str) -> Tensor | None:
-            read = self.weight(model, family, config, name)
-            if read is None:
+            loaded = self.weight(model, family, config, name)
+            if loaded is None:
                 return None
-            bits.append(read[1])
-            return read[0]
+            bits.append(loaded[1])
+            return loaded[0]
 
         identity = identity_of(family.backbone, family.backbone.base_signature(config), get)
         fewest = min(bits, default=16)

@@ -1,4 +1,4 @@
-"""Weights on disk as a MODEL, whichever family's: plain or quantized, any latent, read a layer at a time."""
+"""Loads weights of any family as a MODEL: plain or quantized, on any latent, one layer at a time."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from .loading import Parts, by_layer, fill, is_dynamic, new_patcher, set_dtype
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights by the names of ComfyUI's network: shapes of all (meta tensors do), and the tensors layer by layer."""
+    """Weights by the names of ComfyUI's network: all shapes (meta tensors suffice), and the tensors layer by layer."""
 
     path: Path
     shapes: Mapping[str, Tensor]
     parts: Parts
 
 
-@torch.inference_mode(False)  # inference tensors could not be trained through (TrainLoraNode)
+@torch.inference_mode(False)  # inference tensors cannot be trained through (TrainLoraNode)
 def load(
     source: Model,
     pixels: int | None = None,
     options: Mapping[str, Any] | None = None,
     disable_dynamic: bool = False,
 ) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL from weights in either naming, read a layer at a time: nothing is held twice.
+    """A MODEL from weights in either naming, read one layer at a time: no weight is in memory twice.
 
-    source: its latent must be known; pixels: the image side it was made for, if known; options: dtype,
+    source: its latent must be known; pixels: the image side that it was trained for, if known; options: dtype,
     fp8_optimizations, custom_operations as in comfy.sd.load_diffusion_model. ValueError names what does not fit.
     """
     family = FAMILIES.get(source.backbone.name)
@@ -75,7 +75,7 @@ def info_for(
     config: Config,
     pixels: int | None = None,
 ) -> FamilyInfo:
-    """What a MODEL of a family with this config says of itself."""
+    """The FamilyInfo of a MODEL with this config and latent."""
     return FamilyInfo(
         space,
         patch_size,
@@ -93,17 +93,19 @@ def build(
     """The BaseModel with its weights, and its patcher."""
     model_config = family.model_config(weights.shapes, info.config)
     if model_config is None:
-        raise ValueError(f"{weights.path}: ComfyUI does not take these weights for a {family.backbone.title} model.")
+        raise ValueError(
+            f"{weights.path}: ComfyUI does not recognise these weights as a {family.backbone.title} model."
+        )
     model_config.unet_config.update(family.unet_config(info.config, info))
     model_config.latent_format = latent_format(info.space)
     set_dtype(model_config, weights.shapes, options)
     model = model_config.get_model(dict(weights.shapes), "").to(comfy.model_management.unet_offload_device())
-    family.settle(model)
+    family.prepare(model)
     patcher = new_patcher(model, disable_dynamic)
     fill(model.diffusion_model, _renamed(family, weights.parts, model_config), weights.path, is_dynamic(patcher))
     finish(family, model, info)
-    on_own_latent = info.space.spatial_factor == family.backbone.base_spatial_factor
-    return guarded(patcher if on_own_latent else lora.reported(patcher))
+    on_base_latent = info.space.spatial_factor == family.backbone.base_spatial_factor
+    return guarded(patcher if on_base_latent else lora.with_report(patcher))
 
 
 def _renamed(family: Family, parts: Iterable[dict[str, Tensor]], model_config: Any) -> Iterator[dict[str, Tensor]]:
@@ -113,11 +115,11 @@ def _renamed(family: Family, parts: Iterable[dict[str, Tensor]], model_config: A
 
 
 def finish(family: Family, model: comfy.model_base.BaseModel, info: FamilyInfo) -> None:
-    """What the latent decides on a BaseModel beyond its network: memory per latent pixel, shift, and its own info."""
+    """Set what depends on the latent on a BaseModel beside its network: memory estimate, shift, info, LoRA names."""
     model.memory_usage_factor = family.memory_factor(model, info.config, info)
     model.dcgen = info
     model.dcgen_lora_names = lora.Names(family, info.config)
-    # Core schedulers cannot know the image size: for them the shift is that of the size the model was made for.
+    # Core schedulers do not know the image size: they get the shift of the native resolution.
     ratio = info.schedule.ratio(tokens=info.native_tokens, channels=info.token_channels)
     if isinstance(model.model_sampling, comfy.model_sampling.ModelSamplingFlux):
         model.model_sampling.set_parameters(shift=math.log(ratio))

@@ -1,4 +1,4 @@
-"""Weights into a core model: which dtype, a layer at a time, nothing too few, too many or of another shape."""
+"""Strict loading of weights into a core model, one layer at a time, and the choice of its dtype."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LISTED = 8
 
 
 def set_dtype(model_config: Any, shapes: Mapping[str, Tensor], options: Mapping[str, Any]) -> None:
-    """Storage and computing dtype of a model_config, as the core chooses them for weights of these dtypes.
+    """Set storage and compute dtype of a model_config, chosen as core does for weights of these dtypes.
 
     options: dtype, fp8_optimizations, custom_operations as in comfy.sd.load_diffusion_model.
     """
@@ -37,7 +37,7 @@ def set_dtype(model_config: Any, shapes: Mapping[str, Tensor], options: Mapping[
 
 
 def new_patcher(model: nn.Module, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """A patcher of the kind that the core's own loaders make (dynamic on a default start, where it has that)."""
+    """A patcher of the class that core's own loaders use (dynamic by default, in versions that have it)."""
     plain = comfy.model_patcher.ModelPatcher
     kind = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
     load_device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
@@ -45,12 +45,12 @@ def new_patcher(model: nn.Module, disable_dynamic: bool = False) -> comfy.model_
 
 
 def is_dynamic(patcher: Any) -> bool:
-    """Whether weights come to the device when they are used (dynamic VRAM, which older cores have not)."""
+    """Whether weights move to the device on use (dynamic VRAM; older versions of ComfyUI lack it)."""
     return bool(getattr(patcher, "is_dynamic", bool)())
 
 
 def by_layer(names: Iterable[str]) -> list[list[str]]:
-    """Tensor names grouped by the module they belong to; what stands beside the modules is under ""."""
+    """Tensor names grouped by module; the group "" holds those without a module."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name.rpartition(".")[0], []).append(name)
@@ -60,40 +60,40 @@ def by_layer(names: Iterable[str]) -> list[list[str]]:
 def fill(network: nn.Module, parts: Parts, file: Any, assign: bool = False) -> None:
     """Load `parts` (tensors by the network's own names, whole layers together) strictly.
 
-    assign: take the tensors themselves, uncast and uncopied, which the core's dynamic patcher wants. ValueError, naming
-    `file`, for a tensor that is missing, unknown or of another shape; then the network is no use.
+    assign: use the tensors themselves without cast or copy, as core's dynamic patcher requires. ValueError, naming
+    `file`, for a tensor that is missing, unknown or of another shape; the network is then only partly loaded.
     """
     loaded: set[str] = set()
     for part in parts:
         for names in by_layer(part):
             _fill_layer(network, {name: part[name] for name in names}, file, assign)
         loaded |= set(part)
-    absent = sorted(_expected(network) - loaded)
-    if absent:
-        raise ValueError(f"{file}: no weights for {_some(absent)}. The file is incomplete; download it again.")
-    misfits = list(_misfits(network))
-    if misfits:
-        raise ValueError(f"{file}: the weights do not fit the model it describes: {_some(misfits)}")
+    missing = sorted(_expected(network) - loaded)
+    if missing:
+        raise ValueError(f"{file}: no weights for {_some(missing)}. The file is incomplete; download it again.")
+    mismatches = list(_mismatches(network))
+    if mismatches:
+        raise ValueError(f"{file}: the weights do not fit the model it describes: {_some(mismatches)}")
 
 
 def _fill_layer(network: nn.Module, layer: Mapping[str, Tensor], file: Any, assign: bool) -> None:
     path = next(iter(layer)).rpartition(".")[0]
     try:
         target = network.get_submodule(path)
-        bare = {name[len(path) + bool(path) :]: value for name, value in layer.items()}
+        tensors = {name[len(path) + bool(path) :]: value for name, value in layer.items()}
         if not assign:
-            bare = {name: _cast(target, name, value) for name, value in bare.items()}
+            tensors = {name: _cast(target, name, value) for name, value in tensors.items()}
         if any(True for _ in target.children()):  # parameters of a module that has layers below it
-            for name, value in bare.items():
+            for name, value in tensors.items():
                 _set(target, name, value, assign)
         else:
-            target.load_state_dict(bare, strict=True, assign=assign)
+            target.load_state_dict(tensors, strict=True, assign=assign)
     except (AttributeError, RuntimeError) as error:
         raise ValueError(f"{file}: the weights of {path or list(layer)} do not fit this model: {error}") from error
 
 
 def _cast(module: nn.Module, name: str, value: Tensor) -> Tensor:
-    """In the dtype that the core notes for a parameter, which its layers without weights yet would not give it."""
+    """In the dtype that core has recorded for a parameter; layers whose weights do not exist yet would not cast it."""
     dtype = getattr(module, f"{name}_comfy_model_dtype", None)
     return value.to(dtype) if isinstance(dtype, torch.dtype) and value.is_floating_point() else value
 
@@ -109,13 +109,13 @@ def _set(module: nn.Module, name: str, value: Tensor, assign: bool) -> None:
 
 
 def _expected(network: nn.Module) -> set[str]:
-    """Names of all parameters, also of layers that make theirs only when they are loaded."""
+    """Names of all parameters, also those that layers create only when they are loaded."""
     lazy = {f"{name}.weight" for name, module in network.named_modules() if _geometry(module) is not None}
     return lazy | {name for name, _ in network.named_parameters()}
 
 
-def _misfits(network: nn.Module) -> Iterator[str]:
-    """Layers whose weights have another shape than the layer says (not every layer of the core checks that)."""
+def _mismatches(network: nn.Module) -> Iterator[str]:
+    """Layers whose weights have another shape than the layer's own sizes (not all of core's layers check that)."""
     for name, module in network.named_modules():
         shape, weight = _geometry(module), getattr(module, "weight", None)
         if shape is not None and weight is not None and tuple(weight.shape) != shape:
@@ -126,7 +126,7 @@ def _misfits(network: nn.Module) -> Iterator[str]:
 
 
 def _geometry(module: nn.Module) -> tuple[int, int] | None:
-    """Shape of the weight that a Linear or an Embedding is for, by what it was built with."""
+    """Shape of the weight of a Linear or an Embedding, from the sizes it was built with."""
     for rows, columns in (("out_features", "in_features"), ("num_embeddings", "embedding_dim")):
         if isinstance(getattr(module, rows, None), int) and isinstance(getattr(module, columns, None), int):
             return getattr(module, rows), getattr(module, columns)
@@ -134,12 +134,12 @@ def _geometry(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+    rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + rest
 
 
 def renamed(parts: Parts, rename: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Parts after the core's own last change of names (some cores call a norm's `scale` its `weight`)."""
+    """Parts with core's final renaming of keys (some versions rename a norm's `scale` to `weight`)."""
     for part in parts:
         yield rename(part)
         part.clear()

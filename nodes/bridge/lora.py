@@ -1,7 +1,7 @@
-"""LoRA and merges that users put on a DC-Gen MODEL: what fits, what cannot, and a line in the log that says so.
+"""Users' LoRA and merges on a DC-Gen MODEL: apply what fits, leave out the rest, and log one line about it.
 
-A LoRA trained on plain FLUX changes the blocks, which DC-Gen shares, and sometimes the embedder and head, which belong
-to the f8 latent. Those few are left out here; the core would try them at each load and print an error.
+A LoRA trained on plain FLUX changes the blocks, which DC-Gen shares, and sometimes the embedder and head, which depend
+on the f8 latent. The latter are left out here; core would try them at each load and log an error each time.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from ...dcgen.backbones import Config
 from .family import Family
 
 if TYPE_CHECKING:
-    from comfy.model_patcher import ModelPatcher as PatcherMixin  # whose methods the mixins call
+    from comfy.model_patcher import ModelPatcher as PatcherMixin  # the class that the mixins extend
 else:
     PatcherMixin = object
 
 NETWORK = "diffusion_model."
 LISTED = 8
-MARK = "dcgen"  # on the function of the core that register() wraps
+WRAPPED = "dcgen"  # attribute of core's function after register() has wrapped it
 Patches = dict[Any, Any]
 
 
 class Names:
-    """How LoRA files name the layers of a family's network, from the rows of its key map."""
+    """The names that LoRA files use for the layers of a family's network, from the rows of its key map."""
 
     def __init__(self, family: Family, config: Config) -> None:
         self.family, self.config = family, config
 
     @cached_property
     def targets(self) -> dict[str, Any]:
-        """Module path in the diffusers network -> the weight it is in, as the core's patches name that: its key, or
-        (key, (dimension, first row, rows)) of one in which several are joined, or (key, None, function).
+        """Module path in the diffusers network -> its weight as core's patches name it: the key, or
+        (key, (dimension, first row, rows)) when several modules are joined in one weight, or (key, None, function).
         """
         backbone, config = self.family.backbone, self.config
         shapes = backbone.shapes(config)
@@ -62,7 +62,7 @@ class Names:
 
     @cached_property
     def aliases(self) -> dict[str, Any]:
-        """The names in LoRA files of trainers that follow diffusers -> the same."""
+        """Names in LoRA files of trainers that use diffusers' module names -> the same targets."""
         aliases: dict[str, Any] = {}
         for layer, target in self.targets.items():
             flat = layer.replace(".", "_")
@@ -71,7 +71,7 @@ class Names:
         return aliases
 
     def patches(self, lora: Mapping[str, LoraPair]) -> Patches:
-        """An adapter's LoRA as the core's patches; ValueError names modules that the network does not have."""
+        """An adapter's LoRA as core's patches; ValueError names modules that the network does not have."""
         unknown = [module for module in lora if module not in self.targets]
         if unknown:
             raise ValueError(f"the adapter's LoRA names modules that this base lacks: {', '.join(sorted(unknown)[:8])}")
@@ -83,16 +83,16 @@ class Names:
 
 
 def _swapped(weight: Tensor) -> Tensor:
-    """The halves of a change's rows exchanged, as a row of a key map with `swap` has them."""
+    """A weight change with the two halves of its rows swapped, for key map rows with `swap`."""
     return torch.cat(weight.chunk(2, dim=0)[::-1], dim=0)
 
 
 def register() -> None:
-    """Let the core's LoRA loaders find our names for models of ours. The core knows those of its own classes only, and
-    asks no model; for any other model its answer is unchanged.
+    """Make core's LoRA loaders find the names of our models' layers. Core only knows its own classes and does not ask
+    the model; for all other models the result is unchanged.
     """
     core = comfy.lora.model_lora_keys_unet
-    if getattr(core, MARK, False):
+    if getattr(core, WRAPPED, False):
         return
 
     @wraps(core)
@@ -103,33 +103,33 @@ def register() -> None:
             keys.setdefault(alias, target)
         return keys
 
-    setattr(model_lora_keys_unet, MARK, True)
+    setattr(model_lora_keys_unet, WRAPPED, True)
     comfy.lora.model_lora_keys_unet = model_lora_keys_unet
 
 
 @dataclass(frozen=True)
 class LoraReport:
-    """Weights by core's name: changed, left out because their shape is another here, not in this model at all.
+    """What happened to a LoRA, as weights by core's name: applied, left out for their shape, or not in this model.
 
-    public: names in LoRA files of the layers that depend on the latent; hint: what to do where nothing was applied.
+    public: names in LoRA files of the layers that depend on the latent; hint: the remedy when nothing was applied.
     """
 
     applied: tuple[str, ...]
-    misfits: tuple[str, ...]
+    mismatched: tuple[str, ...]
     unknown: tuple[str, ...]
     public: Mapping[str, str] = field(default_factory=dict)
     hint: str = ""
 
     def __str__(self) -> str:
-        whole = len(self.applied) + len(self.misfits) + len(self.unknown)
-        if not whole:
+        total = len(self.applied) + len(self.mismatched) + len(self.unknown)
+        if not total:
             return f"LoRA on a DC-Gen model: nothing in it fits, it was made for another kind of model.{self.hint}"
-        text = f"LoRA on a DC-Gen model: {len(self.applied)} of {whole} changes applied."
-        if self.misfits:
-            text += f" Left out, made for another latent: {', '.join(map(self._named, self.misfits))}."
+        text = f"LoRA on a DC-Gen model: {len(self.applied)} of {total} changes applied."
+        if self.mismatched:
+            text += f" Left out, made for another latent: {', '.join(map(self._named, self.mismatched))}."
         if self.unknown:
-            more = f" and {len(self.unknown) - LISTED} more" if len(self.unknown) > LISTED else ""
-            text += f" Not in this model: {', '.join(map(self._named, self.unknown[:LISTED]))}{more}."
+            rest = f" and {len(self.unknown) - LISTED} more" if len(self.unknown) > LISTED else ""
+            text += f" Not in this model: {', '.join(map(self._named, self.unknown[:LISTED]))}{rest}."
         return text if self.applied else text + self.hint
 
     def _named(self, name: str) -> str:
@@ -139,45 +139,45 @@ class LoraReport:
 def split_patches(patches: Mapping[Any, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Patches, tuple[str, ...]]:
     """(patches that can be applied, weights of those that cannot).
 
-    patches: as comfy.lora.load_lora makes them; shapes: of the weights that depend on the latent. A layer of which one
-    change does not fit is left out whole: its bias alone would mean nothing.
+    patches: as comfy.lora.load_lora makes them; shapes: of the weights that depend on the latent. When one change of a
+    layer does not fit, all changes of that layer are left out: its bias is useless without its weight.
     """
-    bad = {
+    rejected = {
         _layer(key)
         for key, patch in patches.items()
         if weight_name(key) in shapes and not fits(patch, shapes[weight_name(key)])
     }
-    kept = {key: patch for key, patch in patches.items() if _layer(key) not in bad}
-    return kept, _names(key for key in patches if _layer(key) in bad)
+    applicable = {key: patch for key, patch in patches.items() if _layer(key) not in rejected}
+    return applicable, _names(key for key in patches if _layer(key) in rejected)
 
 
 def fits(patch: Any, shape: tuple[int, ...]) -> bool:
-    """Whether the core can apply a patch of any kind (LoRA, LoHa, LoKr, DoRA, OFT, a difference) to such a weight.
+    """Whether core can apply a patch of any kind (LoRA, LoHa, LoKr, DoRA, OFT, a difference) to a weight of this shape.
 
-    The core is asked: it applies the patch to zeros, and says in its log what it could not do.
+    Core itself tries it on zeros; it logs a warning when it fails.
     """
     if is_merge(patch):
         return tuple(patch[0][0].shape) == shape
-    ears = _Ears()
-    logging.getLogger().addFilter(ears)
+    warnings = _WarningFilter()
+    logging.getLogger().addFilter(warnings)
     try:
         weight = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, None)], torch.zeros(shape), "a weight")
     finally:
-        logging.getLogger().removeFilter(ears)
-    return not ears.heard and tuple(weight.shape) == shape
+        logging.getLogger().removeFilter(warnings)
+    return not warnings.seen and tuple(weight.shape) == shape
 
 
-class _Ears(logging.Filter):
-    """Hears that the core warns in this thread, and keeps it from the log."""
+class _WarningFilter(logging.Filter):
+    """Notices warnings of this thread and keeps them out of the log."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.heard, self.thread = False, threading.get_ident()
+        self.seen, self.thread = False, threading.get_ident()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        troubled = record.levelno >= logging.WARNING and record.thread == self.thread
-        self.heard |= troubled
-        return not troubled
+        warning = record.levelno >= logging.WARNING and record.thread == self.thread
+        self.seen |= warning
+        return not warning
 
 
 def is_merge(patch: Any) -> bool:
@@ -185,64 +185,66 @@ def is_merge(patch: Any) -> bool:
     return isinstance(patch, list)
 
 
-def report(patches: Mapping[Any, Any], misfits: Iterable[str], added: Iterable[Any], model: Any = None) -> LoraReport:
-    """What became of `patches`, given what add_patches said it `added`."""
-    applied, left = _names(added), tuple(misfits)
-    unknown = tuple(name for name in _names(patches) if name not in {*applied, *left})
+def report(
+    patches: Mapping[Any, Any], mismatched: Iterable[str], added: Iterable[Any], model: Any = None
+) -> LoraReport:
+    """The report on `patches`, given the keys that add_patches returned as `added`."""
+    applied, skipped = _names(added), tuple(mismatched)
+    unknown = tuple(name for name in _names(patches) if name not in {*applied, *skipped})
     info = getattr(model, "dcgen", None)
     hint = getattr(getattr(model, "diffusion_model", None), "dcgen_lora_hint", "")
-    return LoraReport(applied, left, unknown, getattr(info, "latent_layers", None) or {}, hint)
+    return LoraReport(applied, skipped, unknown, getattr(info, "latent_layers", None) or {}, hint)
 
 
 def log(report: LoraReport) -> None:
-    """One line, a warning when something was left out."""
-    whole = report.applied and not report.misfits and not report.unknown
-    logging.log(logging.INFO if whole else logging.WARNING, "%s", report)
+    """Log one line, a warning when something was left out."""
+    complete = report.applied and not report.mismatched and not report.unknown
+    logging.log(logging.INFO if complete else logging.WARNING, "%s", report)
 
 
-def log_merge(misfits: Iterable[str], public: Mapping[str, str]) -> None:
-    """A merge comes a weight at a time, and most of them fit: one line for each that does not."""
-    for name in misfits:
+def log_merge(mismatched: Iterable[str], public: Mapping[str, str]) -> None:
+    """Log one line per weight left out of a merge: core adds merges one weight at a time, and most fit."""
+    for name in mismatched:
         logging.warning(
             "Merging into a DC-Gen model: %s is left out, made for another latent.", public_name(name, public)
         )
 
 
 class Reporting(PatcherMixin):
-    """Mixin for the ModelPatcher of a DC-Gen model: LoRA without what was made for another latent, with a report."""
+    """Mixin for the ModelPatcher of a DC-Gen model: leaves out LoRA changes for another latent, and logs a report."""
 
     def latent_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the weights that a LoRA for another latent cannot change."""
+        """Shapes of the weights that depend on the latent."""
         paths = tuple(f"{NETWORK}{layer}." for layer in self.model.dcgen.latent_layers)
         return {name: tuple(value.shape) for name, value in self.model.named_parameters() if name.startswith(paths)}
 
     def add_patches(self, patches: Mapping, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
-        """As the core's; says in the log what was applied and what was left out."""
+        """As in core; logs what was applied and what was left out."""
         return self._reported(patches, self._add_patches, strength_patch, strength_model)
 
     def add_hook_patches(
         self, hook: Any, patches: Mapping, strength_patch: float = 1.0, strength_model: float = 1.0
     ) -> list:
-        """The same for LoRA that come with a conditioning (Create Hook LoRA), which the core swaps while it samples."""
+        """The same for LoRA on a conditioning (Create Hook LoRA), which core swaps during sampling."""
         add = partial(super().add_hook_patches, hook)
         return self._reported(patches, add, strength_patch, strength_model)
 
     def clone(self, *args: Any, **kwargs: Any) -> Any:
-        """As the core's, which makes a plain ModelPatcher of a dynamic one."""
-        return reported(super().clone(*args, **kwargs))
+        """As in core, which turns a dynamic patcher into a plain ModelPatcher."""
+        return with_report(super().clone(*args, **kwargs))
 
     def _add_patches(self, patches: Mapping, *strengths: float) -> list:
         return super().add_patches(patches, *strengths)
 
     def _reported(self, patches: Mapping, add: Callable[..., list], *strengths: float) -> list:
-        kept, misfits = split_patches(patches, self.latent_shapes())
-        added = add(kept, *strengths)
+        applicable, mismatched = split_patches(patches, self.latent_shapes())
+        added = add(applicable, *strengths)
         if patches and all(map(is_merge, patches.values())):
-            log_merge(misfits, self.model.dcgen.latent_layers)
+            log_merge(mismatched, self.model.dcgen.latent_layers)
         else:
-            log(report(patches, misfits, added, self.model))
-        # The core warns once more of each change that is not in the answer.
-        return [*added, *(key for key in patches if key not in kept)]
+            log(report(patches, mismatched, added, self.model))
+        # Core logs another warning for each change that is not in the returned list.
+        return [*added, *(key for key in patches if key not in applicable)]
 
 
 @cache
@@ -250,17 +252,17 @@ def _reporting(kind: Any) -> type:
     return type(kind.__name__, (Reporting, kind), {})
 
 
-def reported(patcher: Any) -> Any:
-    """The same patcher, with a LoRA report from now on."""
+def with_report(patcher: Any) -> Any:
+    """The same patcher, with a LoRA report."""
     if not isinstance(patcher, Reporting):
-        # Not another class at construction: the core's dynamic patcher chooses its own class there.
+        # Set after construction: core's dynamic patcher chooses its own class when it is constructed.
         kind: Any = type(patcher)
         patcher.__class__ = _reporting(kind)
     return patcher
 
 
 def weight_name(key: Any) -> str:
-    """A patch's weight; the core's key may be (weight, slice, function)."""
+    """The weight of a patch; core's key may be (weight, slice, function)."""
     return key if isinstance(key, str) else key[0]
 
 
@@ -269,10 +271,10 @@ def _layer(key: Any) -> str:
 
 
 def _names(keys: Iterable[Any]) -> tuple[str, ...]:
-    return tuple(sorted(set(map(weight_name, keys))))  # the core's own order changes from run to run
+    return tuple(sorted(set(map(weight_name, keys))))  # core's order differs from run to run
 
 
 def public_name(name: str, public: Mapping[str, str]) -> str:
-    """A layer by the core's name, with the one that LoRA files use where that is another."""
+    """A layer by core's name, and in brackets the name in LoRA files if it differs."""
     layer = _layer(name).removeprefix(NETWORK)
     return f"{layer} ({public[layer]})" if public.get(layer, layer) != layer else layer

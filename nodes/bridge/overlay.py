@@ -1,17 +1,16 @@
-"""A MODEL over the weights of another MODEL: new embedder and head, no second copy of the base.
+"""The overlay: a MODEL with a new embedder and head that shares all other weights with the base's MODEL.
 
-Two things must both be true of DCGenApply's result. The core reads a model's latent format, memory factor and network
-straight off `patcher.model`, before and after any patch is applied, so the DC-Gen model needs a BaseModel of its own.
-And the blocks must be loaded, offloaded and patched by one owner only, or base and DC-Gen would each move the other's
-weights away. So the new BaseModel (the overlay) holds only the new layers and its network looks everything else up in
-the base's network. Its patcher carries a clone of the base's patcher as an "additional model", which the core loads
-beside it and which swaps with the base by the core's own rules for clones.
+DCGenApply's result has to meet two conditions. Core reads a model's latent format, memory factor and network directly
+from `patcher.model`, before and after any patch is applied, so the DC-Gen model needs a BaseModel of its own. And the
+shared blocks must be loaded, offloaded and patched by one owner only, or base and DC-Gen would move each other's
+weights. So the new BaseModel (the overlay) holds only the new layers, and its network looks everything else up in the
+base's network. Its patcher has a clone of the base's patcher as an "additional model": core loads that beside it, and
+swaps it with the base by its own rules for clones.
 
-Who of the two answers is a rule, written down in owners.py for every method and attribute of the core's patchers; a
-test walks the installed core and fails on a name that is not there. Where the core wants a model with weights that
-nothing else uses (hooks and torch.compile under dynamic VRAM, training, a second GPU), it asks for a copy through
-`cached_patcher_init`: that copy is the base loaded anew with the new layers in place of its own, an ordinary model
-without any sharing.
+owners.py lists which of the two patchers handles each method and attribute of core's patchers; a test walks the
+installed core and fails on a name that is not listed. When core needs a model with weights that nothing else uses
+(hooks and torch.compile under dynamic VRAM, training, a second GPU), it gets a copy through `cached_patcher_init`: the
+base loaded again with the new layers in place of its own, an ordinary model without sharing.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ from .owners import ATTRIBUTES, OWNERS
 BASE = "dcgen_base"  # key of the base's patcher among the additional models
 NETWORK = "diffusion_model."
 Ends = Mapping[str, Any]
-"""What an overlay has of its own, by path in the network: layers, parameters and plain attributes. ABSENT takes away
-what the base has there: the ends of some families have other names on another latent."""
+"""What an overlay has instead of the base, by path in the network: layers, parameters and plain attributes. ABSENT
+removes what the base has there: in some families the embedder and head have other names on another latent."""
 ABSENT = object()
 
 _own_only: ContextVar[bool] = ContextVar("dcgen_own_only", default=False)
@@ -46,7 +45,7 @@ _own_only: ContextVar[bool] = ContextVar("dcgen_own_only", default=False)
 
 @contextlib.contextmanager
 def own_layers_only() -> Iterator[None]:
-    """While it lasts, walking the modules of an overlay finds its own layers and not the base's."""
+    """Within this context, iterating over the modules of an overlay gives its own layers only, not the base's."""
     token = _own_only.set(True)
     try:
         yield
@@ -55,9 +54,9 @@ def own_layers_only() -> Iterator[None]:
 
 
 class Overlay(nn.Module):
-    """Mixin: layers of its own; all else (modules, buffers, plain attributes) is the base's, looked up each time.
+    """Mixin: has its own layers, and looks up everything else (modules, buffers, attributes) in the base each time.
 
-    Walks over modules and parameters find both. Moving it (`to`) moves its own layers only.
+    Iterating over modules and parameters gives both. Moving it (`to`) moves its own layers only.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -84,11 +83,11 @@ class Overlay(nn.Module):
     def named_children(self):
         yield from super().named_children()
         if not _own_only.get():
-            rest = (child for child in self._base.named_children() if not self._lacks(child[0]))
-            yield from ((name, module) for name, module in rest if name not in self._modules)
+            shared = (child for child in self._base.named_children() if not self._lacks(child[0]))
+            yield from ((name, module) for name, module in shared if name not in self._modules)
 
     def _lacks(self, name: str, prefix: str = "") -> bool:
-        """Whether a tensor or module of the base's, by its path behind `prefix`, is one that was taken away."""
+        """Whether a tensor or module of the base, by its path after `prefix`, is ABSENT here."""
         path = name[len(prefix) :].removeprefix(".")
         if path.partition(".")[0] in self._absent:
             return True
@@ -100,7 +99,7 @@ class Overlay(nn.Module):
             return super()._apply(*args, **kwargs)
 
     def state_dict(self, *args: Any, destination: dict | None = None, prefix: str = "", keep_vars: bool = False):
-        """All keys, own and the base's: LoRA keys are looked up here, and saving writes a whole model."""
+        """All keys, own and shared: LoRA loaders look keys up here, and saving writes the whole model."""
         kwargs: Any = {"destination": destination, "prefix": prefix, "keep_vars": keep_vars}
         own: Any = super().state_dict(*args, **kwargs)
         for key, value in self._base.state_dict(prefix=prefix, keep_vars=keep_vars).items():
@@ -110,7 +109,7 @@ class Overlay(nn.Module):
 
 
 class OverlaySequence(Overlay):
-    """Mixin for nn.Sequential and nn.ModuleList, which are iterated, not asked by name."""
+    """Mixin for nn.Sequential and nn.ModuleList, which are accessed by iteration and index."""
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter([self._modules.get(name, module) for name, module in self._base._modules.items()])
@@ -123,12 +122,12 @@ class OverlaySequence(Overlay):
 
 
 def overlay(base: nn.Module, ends: Ends) -> nn.Module:
-    """A module of the base's class: what `ends` names (by dotted path) replaces the base's, the rest is the base's."""
+    """A module of the base's class with `ends` (by dotted path) in place of the base's parts; it shares the rest."""
     mixin = OverlaySequence if isinstance(base, (nn.Sequential, nn.ModuleList)) else Overlay
     kind: Any = type(type(base).__name__, (mixin, type(base)), {})
     module = kind.__new__(kind)
     nn.Module.__init__(module)
-    module.__dict__["_base"] = base  # not a registered child: whoever loads the base moves it
+    module.__dict__["_base"] = base  # not a registered child: the base's own patcher moves it
     module.__dict__["_absent"] = {path for path, value in ends.items() if value is ABSENT}
     inner: dict[str, dict[str, Any]] = {}
     for path, value in ends.items():
@@ -137,7 +136,7 @@ def overlay(base: nn.Module, ends: Ends) -> nn.Module:
             inner.setdefault(name, {})[rest] = value
         elif name in module._absent:
             continue
-        elif isinstance(value, nn.Parameter):  # which setattr refuses: the base has one of that name
+        elif isinstance(value, nn.Parameter):  # setattr refuses it: the base has a module or attribute of that name
             module._parameters[name] = value
         else:
             setattr(module, name, value)
@@ -147,7 +146,7 @@ def overlay(base: nn.Module, ends: Ends) -> nn.Module:
 
 
 def replace_ends(network: nn.Module, ends: Ends) -> None:
-    """Put `ends` into a network that nothing else uses."""
+    """Put `ends` into a network that nothing else shares."""
     for path, value in ends.items():
         parent, _, name = path.rpartition(".")
         if value is ABSENT:
@@ -157,7 +156,7 @@ def replace_ends(network: nn.Module, ends: Ends) -> None:
 
 
 class OverlayPatcher(lora.Reporting):
-    """Mixin for the core's patchers: who of overlay and base answers, by OWNERS."""
+    """Mixin for core's patchers: passes calls to the overlay or to the base, by OWNERS."""
 
     load_device: Any
     offload_device: Any
@@ -174,17 +173,17 @@ class OverlayPatcher(lora.Reporting):
             setattr(self.base, name, value)
 
     def owner(self, name: str) -> comfy.model_patcher.ModelPatcher:
-        """The patcher that answers for a weight, module or attribute, by its name in the BaseModel."""
+        """The patcher that owns a weight, module or attribute, by its name in the BaseModel."""
         node = self.model
         for part in name.split("."):
             if isinstance(node, Overlay) and not any(part in store for store in _stores(node)):
-                # A plain attribute or method is the overlay's: setting it must not change the base.
+                # Plain attributes and methods belong to the overlay: setting one must not change the base.
                 return self.base if any(part in store for store in _stores(node._base)) else self
             node = getattr(node, part, None)
         return self
 
     def latent_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all weights that are this model's own."""
+        """Shapes of all weights that are not shared."""
         with own_layers_only():
             return {key: tuple(value.shape) for key, value in self.model.named_parameters()}
 
@@ -196,20 +195,20 @@ class OverlayPatcher(lora.Reporting):
         return self.size
 
     def _add_patches(self, patches: Mapping, *strengths: float) -> list:
-        ours = {key: value for key, value in patches.items() if self.owner(lora.weight_name(key)) is self}
-        theirs = {key: value for key, value in patches.items() if key not in ours}
+        own = {key: value for key, value in patches.items() if self.owner(lora.weight_name(key)) is self}
+        shared = {key: value for key, value in patches.items() if key not in own}
         self.patches_uuid = uuid.uuid4()
-        added = super()._add_patches(ours, *strengths) if ours else []
-        return added + (self.base.add_patches(theirs, *strengths) if theirs else [])
+        added = super()._add_patches(own, *strengths) if own else []
+        return added + (self.base.add_patches(shared, *strengths) if shared else [])
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict:
-        """Weights with their patches, own and the base's (model merging and saving read these)."""
-        found = self.base.get_key_patches(filter_prefix)
+        """Weights with their patches, own and shared (model merging and saving read these)."""
+        shared = self.base.get_key_patches(filter_prefix)
         own = {key: value for key, value in super().get_key_patches(filter_prefix).items() if self.owner(key) is self}
-        return {**found, **own}
+        return {**shared, **own}
 
     def set_model_compute_dtype(self, dtype: Any) -> None:
-        """As the core's; the base's layers must cast their weights too."""
+        """As in core; the shared layers must cast their weights too."""
         super().set_model_compute_dtype(dtype)
         self.base.patches_uuid = uuid.uuid4()
 
@@ -220,29 +219,29 @@ class OverlayPatcher(lora.Reporting):
 
     def register_load_device(self, device: Any) -> None:
         super().register_load_device(device)
-        if self.additional_models.get(BASE):  # not yet while it is made
+        if self.additional_models.get(BASE):  # not set yet during construction
             self.base.register_load_device(device)
 
     def use_ejected(self, *args: Any, **kwargs: Any) -> contextlib.ExitStack:
-        both = contextlib.ExitStack()
-        both.enter_context(super().use_ejected(*args, **kwargs))
-        both.enter_context(self.base.use_ejected(*args, **kwargs))
-        return both
+        stack = contextlib.ExitStack()
+        stack.enter_context(super().use_ejected(*args, **kwargs))
+        stack.enter_context(self.base.use_ejected(*args, **kwargs))
+        return stack
 
     def model_patches_models(self) -> list:
-        """Models the core loads together with this one, also outside sampling."""
+        """Models that core loads together with this one, also outside sampling."""
         return [*super().model_patches_models(), self.base]
 
     def clone(self, *args: Any, **kwargs: Any) -> comfy.model_patcher.ModelPatcher:
-        """As the core's: over the same base, or (disable_dynamic, force_deepcopy, a model given) a model by itself."""
+        """As in core: on the same base, or (disable_dynamic, force_deepcopy, a given model) a model without sharing."""
         if kwargs.get("force_deepcopy") and self.cached_patcher_init is None:
             raise NoCopyError(self.base)
-        made = super().clone(*args, **kwargs)
-        return made if made.model is self.model else _by_itself(made, self.base)
+        clone = super().clone(*args, **kwargs)
+        return clone if clone.model is self.model else _standalone(clone, self.base)
 
 
 class NoCopyError(ValueError, RuntimeError):
-    """The base cannot be loaded a second time. Nodes of the core catch RuntimeError here."""
+    """The base cannot be loaded a second time. Core's nodes catch RuntimeError here."""
 
     def __init__(self, base: comfy.model_patcher.ModelPatcher) -> None:
         super().__init__(
@@ -256,23 +255,23 @@ def _stores(module: nn.Module) -> tuple[Mapping[str, Any], ...]:
     return module._modules, module._parameters, module._buffers
 
 
-def _by_itself(made: Any, base: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
-    """A patcher whose model has all weights itself: what the overlay's and the base's patchers knew, in one."""
+def _standalone(clone: Any, base: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """A patcher whose model owns all its weights, with the state of the overlay's and the base's patchers."""
     core = comfy.model_patcher
-    made.__class__ = core.ModelPatcherDynamic if made.is_dynamic() else core.ModelPatcher
-    lora.reported(made)
-    made.size = 0
-    made.remove_additional_models(BASE)
+    clone.__class__ = core.ModelPatcherDynamic if clone.is_dynamic() else core.ModelPatcher
+    lora.with_report(clone)
+    clone.size = 0
+    clone.remove_additional_models(BASE)
     for key, patches in base.patches.items():
-        made.patches.setdefault(key, []).extend(patches)
+        clone.patches.setdefault(key, []).extend(patches)
     for key, wrappers in base.weight_wrapper_patches.items():
-        made.weight_wrapper_patches.setdefault(key, []).extend(wrappers)
+        clone.weight_wrapper_patches.setdefault(key, []).extend(wrappers)
     for name, value in base.object_patches.items():
         if name.startswith(NETWORK):
-            made.object_patches.setdefault(name, value)
+            clone.object_patches.setdefault(name, value)
     for key, injections in base.injections.items():
-        made.injections.setdefault(key, []).extend(injections)
-    return made
+        clone.injections.setdefault(key, []).extend(injections)
+    return clone
 
 
 def _of_own_layers(method: Callable) -> Callable:
@@ -302,7 +301,7 @@ def _of_base(name: str) -> Callable:
 
 @cache
 def _overlay_kind(kind: type, mixin: type) -> type:
-    """The core's patcher class `kind` for an overlay. Methods that OverlayPatcher writes out are left to it."""
+    """Core's patcher class `kind` for an overlay; methods that OverlayPatcher defines itself are not generated."""
     methods: dict[str, Callable] = {}
     for name in OWNERS["own layers"] - {"__del__"} - set(vars(OverlayPatcher)):
         if hasattr(kind, name):
@@ -315,14 +314,14 @@ def _overlay_kind(kind: type, mixin: type) -> type:
 def overlay_patcher(
     base: comfy.model_patcher.ModelPatcher, network: nn.Module, config: Any, mixin: type = OverlayPatcher
 ) -> comfy.model_patcher.ModelPatcher:
-    """Wrap `network` (an overlay of base's) in a BaseModel of the base's class with `config`, and in a patcher of the
-    core's with `mixin`, which is OverlayPatcher or a subclass.
+    """Wrap `network`, an overlay on the base's, in a BaseModel of the base's class with `config`, and that in a core
+    patcher with `mixin` (OverlayPatcher or a subclass).
 
-    What was set on the base's MODEL before (options, wrappers, callbacks, a sampling object) carries over.
+    Options, wrappers, callbacks and the sampling object that were set on the base's MODEL are taken over.
     """
-    core, old, below = comfy.model_patcher, base.model, base.clone()
+    core, base_model, shared = comfy.model_patcher, base.model, base.clone()
     config.unet_config = {**config.unet_config, "disable_unet_model_creation": True}
-    model = type(old)(config, model_type=old.model_type, device=base.offload_device)
+    model = type(base_model)(config, model_type=base_model.model_type, device=base.offload_device)
     config.unet_config = {k: v for k, v in config.unet_config.items() if k != "disable_unet_model_creation"}
     model.model_config = config
     model.diffusion_model = network
@@ -330,19 +329,19 @@ def overlay_patcher(
     patcher = kind(model, base.load_device, base.offload_device)
     patcher.__class__ = _overlay_kind(kind, mixin)
     for name in ATTRIBUTES["carried"]:
-        setattr(patcher, name, getattr(below, name))
-    patcher.force_cast_weights = below.force_cast_weights
-    carried = {k: v for k, v in below.object_patches.items() if k in ("model_sampling", "manual_cast_dtype")}
+        setattr(patcher, name, getattr(shared, name))
+    patcher.force_cast_weights = shared.force_cast_weights
+    carried = {k: v for k, v in shared.object_patches.items() if k in ("model_sampling", "manual_cast_dtype")}
     patcher.object_patches = carried
-    below.callbacks = comfy.patcher_extension.CallbacksMP.init_callbacks()  # now the overlay calls them, once
-    below.remove_additional_models("multigpu")  # copies of the base, which nothing of the overlay could use
-    patcher.set_additional_models(BASE, [below])
+    shared.callbacks = comfy.patcher_extension.CallbacksMP.init_callbacks()  # the overlay calls them, once
+    shared.remove_additional_models("multigpu")  # copies of the base that the overlay cannot use
+    patcher.set_additional_models(BASE, [shared])
     return patcher
 
 
 def own_layers(tensors: Mapping[str, Tensor], dtype: Any, device: Any) -> dict[str, Any]:
-    """Layers of an overlay by path, of the tensors by the network's names: Linear, Conv2d over patches (a weight of
-    four dimensions), and parameters that stand beside the layers. They follow their input's device and dtype.
+    """Layers of an overlay by path, from tensors by the network's names: Linear, Conv2d over patches (for a weight of
+    four dimensions), and parameters outside of layers. They cast to their input's device and dtype.
     """
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -358,27 +357,27 @@ def _layer(weights: Mapping[str, Tensor], dtype: Any, device: Any) -> nn.Module 
     if weights["weight"].ndim == 2:
         return linear(weights, dtype, device)
     out_channels, in_channels, p, _ = weights["weight"].shape
-    kwargs = {"stride": p, "bias": "bias" in weights, "dtype": dtype, "device": device}
-    return _filled(comfy.ops.manual_cast.Conv2d(in_channels, out_channels, p, **kwargs), weights, dtype, device)
+    options = {"stride": p, "bias": "bias" in weights, "dtype": dtype, "device": device}
+    return _filled(comfy.ops.manual_cast.Conv2d(in_channels, out_channels, p, **options), weights, dtype, device)
 
 
 def linear(weights: Mapping[str, Tensor], dtype: Any, device: Any) -> nn.Module:
-    """A comfy.ops Linear holding {"weight": (out,in)[, "bias": (out,)]}; it follows its input's device and dtype."""
+    """A comfy.ops Linear with {"weight": (out,in)[, "bias": (out,)]}; it casts to its input's device and dtype."""
     out_features, in_features = weights["weight"].shape
     layer = comfy.ops.manual_cast.Linear(in_features, out_features, bias="bias" in weights, dtype=dtype, device=device)
     return _filled(layer, weights, dtype, device)
 
 
 def _filled(layer: nn.Module, weights: Mapping[str, Tensor], dtype: Any, device: Any) -> nn.Module:
-    # load_state_dict, not copy_: newer cores create the parameter only here.
+    # load_state_dict, not copy_: newer versions of ComfyUI create the parameter only here.
     layer.load_state_dict({name: tensor.to(device, dtype, copy=True) for name, tensor in weights.items()})
     return layer.eval().requires_grad_(False)
 
 
 def copied_config(config: Any) -> Any:
-    """A model_config of its own (its class answers any attribute with None, which confuses copy.copy)."""
+    """A copy of a model_config (its class returns None for any attribute, which breaks copy.copy)."""
     kind: Any = type(config)
-    twin = kind.__new__(kind)
-    twin.__dict__.update(config.__dict__)
-    twin.unet_config = dict(config.unet_config)
-    return twin
+    copy = kind.__new__(kind)
+    copy.__dict__.update(config.__dict__)
+    copy.unet_config = dict(config.unet_config)
+    return copy

@@ -1,4 +1,4 @@
-"""Who answers for an overlay and its base: every method and attribute of the core's patchers, by what it is about.
+"""Which patcher, the overlay's or the base's, handles each method and attribute of core's patchers.
 
 See overlay.py. A test walks the patcher classes of the installed core and fails on a name that is not in these tables.
 """
@@ -11,7 +11,7 @@ def _names(text: str) -> frozenset[str]:
 
 
 OWNERS: dict[str, frozenset[str]] = {
-    # Where the weights are. The core calls these on both patchers, so each sees to its own layers.
+    # Loading and offloading. Core calls these on both patchers, so each handles its own layers.
     "own layers": _names(
         """
         load _load_list patch_model unpatch_model partially_load partially_unload detach model_size loaded_size
@@ -20,26 +20,26 @@ OWNERS: dict[str, frozenset[str]] = {
         current_loaded_device inject_model eject_model __del__
         """
     ),
-    # About one weight, module or attribute, whose name is the first argument: whoever has it answers.
+    # About one weight, module or attribute, named by the first argument: its owner handles it.
     "by name": _names(
         """
         patch_weight_to_device pin_weight_to_device unpin_weight add_weight_wrapper add_object_patch get_model_object
         """
     ),
-    # About modules that are exchanged while a model is loaded, which are nearly always the base's.
+    # About modules that are replaced while a model is loaded; these are nearly always in the base.
     "base": _names("set_injections remove_injections get_injections"),
-    # Asked of both, or told to both; written out in OverlayPatcher.
+    # Calls that both handle; defined in OverlayPatcher.
     "both": _names(
         """
         add_patches get_key_patches add_hook_patches set_model_compute_dtype clone_has_same_weights use_ejected
         model_patches_models register_load_device
         """
     ),
-    # Makes another patcher; OverlayPatcher.clone decides whether it is one over the same base.
+    # Return another patcher; OverlayPatcher.clone decides whether it is on the same base.
     "copies": _names(
         "clone deepclone_multigpu match_multigpu_clones get_clone_model_override get_non_dynamic_delegate"
     ),
-    # About the model as one thing: options, wrappers, hooks, whole state dicts (which list both).
+    # About the model as a whole: options, wrappers, hooks, state dicts (which list both).
     "overlay": _names(
         """
         __new__ __init__ is_dynamic is_clone get_free_memory memory_required model_dtype model_patches_to
@@ -64,20 +64,20 @@ OWNERS: dict[str, frozenset[str]] = {
 }
 
 ATTRIBUTES: dict[str, frozenset[str]] = {
-    # Taken over from the base's MODEL when the overlay is made.
+    # Copied from the base's MODEL when the overlay is created.
     "carried": _names("model_options wrappers callbacks attachments"),
     # Set on both.
     "both": _names("force_cast_weights load_device offload_device"),
-    # The base's patcher has its own, which counts for the base's layers.
+    # The base's patcher has its own, for the shared layers.
     "own layers": _names(
         """
         size patches backup backup_buffers weight_wrapper_patches weight_inplace_update patches_uuid pinned injections
         is_injected skip_injection
         """
     ),
-    # Split by name: what is about a shared module is in the base's.
+    # Split by name: entries about a shared module are in the base's.
     "by name": _names("object_patches object_patches_backup"),
-    # The overlay's alone. Hooks name weights of both, and it puts them back.
+    # The overlay's only. Hooks name weights of both, and the overlay restores them.
     "overlay": _names(
         """
         model parent additional_models hook_patches hook_patches_backup hook_backup cached_hook_patches current_hooks

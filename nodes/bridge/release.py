@@ -38,7 +38,7 @@ _DEPTH = 3
 
 
 def release_names() -> list[str]:
-    """Release folders below models/diffusers and its extra paths, as paths relative to their root."""
+    """Release folders in models/diffusers and its extra paths, as paths relative to their root."""
     names: dict[str, None] = {}
     for root in map(Path, folder_paths.get_folder_paths("diffusers")):
         names.update({folder.relative_to(listing_root(root)).as_posix(): None for folder in _with_index(root)})
@@ -54,9 +54,9 @@ def _with_index(root: Path) -> Iterator[Path]:
 
 
 def find_release(name: str) -> Path:
-    """The folder of a name from release_names(); ValueError says where it was looked for.
+    """The folder of a name from release_names(); ValueError lists the folders that were searched.
 
-    No other path is taken: a stranger's graph may bring any text here through a link.
+    No other path is accepted: an untrusted graph can pass any text here through a link.
     """
     roots = folder_paths.get_folder_paths("diffusers")
     for root in map(Path, roots if name in release_names() else ()):
@@ -97,11 +97,10 @@ def _text_patcher(folder: Path, disable_dynamic: bool = False) -> comfy.model_pa
 def load_vae(folder: Path, index: dict[str, Any]) -> comfy.sd.VAE:
     """VAE of a release folder: core's own class for an f8 AutoencoderKL, ours for a DC-AE.
 
-    Where model_index.json says that the release comes without one, the VAE is core's empty one, which refuses when it
-    is used.
+    When model_index.json says that the release has no VAE, it is core's empty VAE, which raises an error when used.
     """
     if index.get("vae") == [None, None]:
-        logging.info("DC-Gen: %s comes without an autoencoder; load its VAE by another node", folder)
+        logging.info("DC-Gen: %s comes without an autoencoder; load its VAE with another node", folder)
         return comfy.sd.VAE(sd={})
     file = folder / "vae" / "config.json"
     if not file.is_file():
@@ -114,24 +113,24 @@ def load_vae(folder: Path, index: dict[str, Any]) -> comfy.sd.VAE:
 
 
 def native_pixels(folder: Path) -> int | None:
-    """Image side that a release's autoencoder names as its own, if it does (FLUX's says 1024)."""
+    """Native image side in pixels from the autoencoder's config, if it has one (1024 for FLUX)."""
     file = folder / "vae" / "config.json"
     size = read_object(file).get("sample_size") if file.is_file() else None
     return size if isinstance(size, int) else None
 
 
 def model_names() -> list[str]:
-    """Everything DCGenModelLoader offers."""
+    """All choices of DCGenModelLoader."""
     return [*release_names(), *folder_paths.get_filename_list("diffusion_models")]
 
 
 def autoencoder_names() -> list[str]:
-    """Latent spaces a user may name for a file that does not say its own."""
+    """Latent spaces to choose from for a file that does not name its own."""
     return [FROM_FILE, *SPACES]
 
 
 def model_path(name: str) -> Path:
-    """Where a name from model_names() lies; an error that names it when it is none."""
+    """The path of a name from model_names(); any other name is an error."""
     if name in release_names():
         return find_release(name)
     return Path(folder_paths.get_full_path_or_raise("diffusion_models", name))
@@ -145,7 +144,7 @@ def load_model(name: str, weight_dtype: str, autoencoder: str) -> comfy.model_pa
 def load_weights(
     path: Path, weight_dtype: str, autoencoder: str, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
-    """MODEL of a release folder or a single file, which the core can load again by itself."""
+    """MODEL of a release folder or a single file; core can load it again through cached_patcher_init."""
     with reading(path):
         patcher = _load_weights(path, WEIGHT_DTYPES[weight_dtype], autoencoder, disable_dynamic)
     patcher.cached_patcher_init = (load_weights, (path, weight_dtype, autoencoder))
@@ -157,19 +156,19 @@ def _load_weights(
 ) -> comfy.model_patcher.ModelPatcher:
     if path.is_file() and is_quantized(path):
         return load_quantized(path, SPACES.get(autoencoder), options, disable_dynamic)
-    model = _known(open_model(path), autoencoder, path)
+    model = _with_latent(open_model(path), autoencoder, path)
     return load(model, native_pixels(path) if path.is_dir() else None, options, disable_dynamic)
 
 
-def _known(model: Model, autoencoder: str, path: Path) -> Model:
-    """The model with its latent space: its own, else the one the user named."""
+def _with_latent(model: Model, autoencoder: str, path: Path) -> Model:
+    """The model with its latent space: its own, else the one that the user chose."""
     if model.latent is not None:
         return model
     channels = model.backbone.packed_channels(model.config)
     if autoencoder == FROM_FILE:
-        fits = [name for name, space in SPACES.items() if space.channels == channels]
+        candidates = [name for name, space in SPACES.items() if space.channels == channels]
         raise ValueError(
             f"{path} does not say which autoencoder its latents come from. Choose it in `autoencoder`; of the "
-            f"published ones these have its {channels} channels: {', '.join(fits) or 'none'}."
+            f"published ones these have its {channels} channels: {', '.join(candidates) or 'none'}."
         )
     return model.on_latent(SPACES[autoencoder])

@@ -1,15 +1,17 @@
-"""What the browser asks this pack for: how deep a model's latent is, so that a node can show its tokens."""
+"""HTTP route for the page: the spatial factor and patch size of a model, so that a node can show its token count."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import folder_paths
 from aiohttp import web
 
 from ...dcgen.adapter import load_adapter
+from ...dcgen.latent import LatentSpace
 from ...dcgen.release import open_model
 from ...dcgen.spaces import SPACES
 from .release import find_release, release_names
@@ -18,39 +20,40 @@ PATH = "/dcgen/latent"
 
 
 def register() -> None:
-    """Add the route to a running server; scripts that load the pack without one have nothing to add it to."""
-    running = sys.modules.get("server")  # main.py has imported it by now; importing it elsewhere starts half of one
-    server = getattr(getattr(running, "PromptServer", None), "instance", None)
+    """Add the route to the running server; does nothing in scripts that load the pack without one."""
+    module = sys.modules.get("server")  # main.py has imported it; importing it in a script has side effects
+    server = getattr(getattr(module, "PromptServer", None), "instance", None)
     if server is not None:
         server.routes.get(PATH)(_answer)
 
 
 class UnknownName(ValueError):
-    """ComfyUI lists no file of that kind and name."""
+    """ComfyUI lists no file with this kind and name."""
 
 
 async def _answer(request: web.Request) -> web.Response:
-    """GET ?kind=release|model|adapter&name=NAME[&autoencoder=NAME] -> {"factor": f, "patch": p, "channels": C}.
+    """GET ?kind=release|model|adapter&name=NAME[&autoencoder=NAME] -> {"factor": f, "patch": p, "channels": C,
+    "guidance": whether the model has a guidance embedding}.
 
-    404 when there is no such file, 422 when the file does not tell; both with a message.
+    404 when there is no such file, 422 when the file does not state it; both with a message.
     """
-    asked = [request.query.get(key, "") for key in ("kind", "name", "autoencoder")]
+    query = [request.query.get(key, "") for key in ("kind", "name", "autoencoder")]
     try:
-        found = await asyncio.to_thread(describe, *asked)
+        facts = await asyncio.to_thread(describe, *query)
     except (ValueError, FileNotFoundError) as error:
         missing = isinstance(error, (UnknownName, FileNotFoundError))
         return web.json_response({"error": str(error)}, status=404 if missing else 422)
-    return web.json_response(found)
+    return web.json_response(facts)
 
 
 def describe(kind: str, name: str, autoencoder: str = "") -> dict[str, Any]:
-    """Latent and patch size of a named model. Only names that ComfyUI lists are looked at; no path can be asked for.
+    """Spatial factor, patch size and channels of a model by name. Only names that ComfyUI lists are read, never a path.
 
-    autoencoder: the latent space of a model whose file does not say its own.
+    autoencoder: the latent space to use when the model's file does not name its own.
     """
     if kind == "adapter" and name in folder_paths.get_filename_list("model_patches"):
         adapter = load_adapter(folder_paths.get_full_path_or_raise("model_patches", name))
-        return _facts(adapter.latent, adapter.patch_size)
+        return _facts(adapter.latent, adapter.patch_size, adapter.base)
     if kind in ("release", "model") and name in release_names():
         model = open_model(find_release(name))
     elif kind == "model" and name in folder_paths.get_filename_list("diffusion_models"):
@@ -61,8 +64,9 @@ def describe(kind: str, name: str, autoencoder: str = "") -> dict[str, Any]:
         model = model.on_latent(SPACES[autoencoder])
     if model.latent is None:
         raise ValueError(f"{name} does not say what its latent is")
-    return _facts(model.latent, model.patch_size)
+    return _facts(model.latent, model.patch_size, model.config)
 
 
-def _facts(space: Any, patch: int) -> dict[str, Any]:
-    return {"factor": space.spatial_factor, "patch": patch, "channels": space.channels}
+def _facts(space: LatentSpace, patch: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    guidance = bool(config.get("guidance_embeds"))
+    return {"factor": space.spatial_factor, "patch": patch, "channels": space.channels, "guidance": guidance}

@@ -1,8 +1,8 @@
 # B batch, C latent channels, h w latent rows and columns
-"""The samplers on offer: the core's own, and SANA's, which the core has not: flow-DPM++ and Sprint's consistency steps.
+"""The available samplers: core's own, and SANA's, which core lacks: flow-DPM++ 2M and Sprint's consistency steps.
 
-The core's `lcm` takes the same consistency steps; its noise is drawn on the model's device, so that a seed is another
-picture on another machine.
+Core's `lcm` takes the same consistency steps, but draws noise on the model's device, so that a seed gives different
+images on different devices.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from tqdm.auto import tqdm
 
 from ...dcgen import solver
 
-# x0 of (x (B,C,h,w), sigma scalar); x and sigmas; the seed; what to call after each evaluation
-Solve = Callable[[solver.Denoise, Tensor, Tensor, int, solver.Callback], Tensor]
+# (denoise, x (B,C,h,w), sigmas, seed, progress) -> x0
+Solve = Callable[[solver.Denoise, Tensor, Tensor, int, solver.Progress], Tensor]
 
 
-def _dpmpp(denoise: solver.Denoise, x: Tensor, sigmas: Tensor, _seed: int, report: solver.Callback) -> Tensor:
-    return solver.flow_dpmpp_2m(denoise, x, sigmas, report)
+def _dpmpp(denoise: solver.Denoise, x: Tensor, sigmas: Tensor, _seed: int, progress: solver.Progress) -> Tensor:
+    return solver.flow_dpmpp_2m(denoise, x, sigmas, progress)
 
 
-def _consistency(denoise: solver.Denoise, x: Tensor, sigmas: Tensor, seed: int, report: solver.Callback) -> Tensor:
-    # Not `seed` itself, which has drawn the noise that sampling starts from.
+def _consistency(denoise: solver.Denoise, x: Tensor, sigmas: Tensor, seed: int, progress: solver.Progress) -> Tensor:
+    # Not `seed` itself, which was used for the initial noise.
     generator = torch.Generator().manual_seed((seed + 1) % 2**64)
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator).to(like)
 
-    return solver.consistency(denoise, x, sigmas, noise, report)
+    return solver.consistency(denoise, x, sigmas, noise, progress)
 
 
 SOLVERS: dict[str, Solve] = {"flow_dpmpp_2m": _dpmpp, "flow_consistency": _consistency}
-# A list of our own: the core's stays as it is.
+# A separate list: core's is not changed.
 SAMPLER_NAMES: list[str] = [*comfy.samplers.SAMPLER_NAMES, *SOLVERS]
 
 
@@ -51,7 +51,7 @@ def sampler_object(name: str, model: Any) -> comfy.samplers.Sampler:
 
 
 def _as_core_calls(solve: Solve) -> Callable[..., Tensor]:
-    """A solver as the core calls samplers: model(x, sigma (B,), **extra_args) -> x0 (B,C,h,w)."""
+    """A solver with the signature of core's samplers, where model(x, sigma (B,), **extra_args) -> x0 (B,C,h,w)."""
 
     def sampler(
         model: Any, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, callback: Any = None, disable: Any = None
@@ -59,11 +59,11 @@ def _as_core_calls(solve: Solve) -> Callable[..., Tensor]:
         ones, extra = x.new_ones([x.shape[0]]), extra_args or {}
         with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
 
-            def report(i: int, x0: Tensor, now: Tensor) -> None:
+            def progress(i: int, x0: Tensor, x: Tensor) -> None:
                 bar.update()
                 if callback is not None:
-                    callback({"i": i, "x": now, "denoised": x0, "sigma": sigmas[i], "sigma_hat": sigmas[i]})
+                    callback({"i": i, "x": x, "denoised": x0, "sigma": sigmas[i], "sigma_hat": sigmas[i]})
 
-            return solve(lambda x, sigma: model(x, sigma * ones, **extra), x, sigmas, extra.get("seed") or 0, report)
+            return solve(lambda x, sigma: model(x, sigma * ones, **extra), x, sigmas, extra.get("seed") or 0, progress)
 
     return sampler

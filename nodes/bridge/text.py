@@ -1,5 +1,5 @@
 # B batch, T text tokens
-"""Text encoders of release folders as CLIP: what every family's has in common. No code out of a folder runs."""
+"""The common part of all families' text encoders as CLIP. No code from a release folder is executed."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ LONGEST_PROMPT = 32768  # tokens; far more than any encoder here reads
 
 
 class ReleaseCLIP(comfy.sd.CLIP):
-    """The core's CLIP, which always encodes with the model of its patcher.
+    """Core's CLIP, but it always encodes with the model of its patcher.
 
-    The core's own keeps the first model, also where a node gives its patcher another one (Set CLIP Hooks under dynamic
-    VRAM, Select CLIP Device), so that the node has no effect.
+    Core's own class keeps the first model even when a node replaces the patcher's (Set CLIP Hooks under dynamic VRAM,
+    Select CLIP Device), so that the node has no effect.
     """
 
     @property
     def cond_stage_model(self) -> Any:
-        return self.patcher.model if "patcher" in self.__dict__ else self.__dict__["made"]
+        return self.patcher.model if "patcher" in self.__dict__ else self.__dict__["_initial"]
 
     @cond_stage_model.setter
     def cond_stage_model(self, model: Any) -> None:
-        self.__dict__["made"] = model  # by the constructor, before there is a patcher
+        self.__dict__["_initial"] = model  # set by the constructor, before there is a patcher
 
     def clone(self, *args: Any, **kwargs: Any) -> comfy.sd.CLIP:
-        twin = super().clone(*args, **kwargs)
-        twin.__class__ = ReleaseCLIP
-        return twin
+        clone = super().clone(*args, **kwargs)
+        clone.__class__ = ReleaseCLIP
+        return clone
 
 
 def new_clip(target: Any, weights: list[Tensors], disable_dynamic: bool) -> comfy.sd.CLIP:
-    """A CLIP of random weights, as large as `weights`, which belong into it."""
+    """A CLIP without its weights; `weights` are the files that will be loaded into it and give its size."""
     size = sum(tensor.numel() for files in weights for tensor in files.meta().values())
     kwargs = {"disable_dynamic": True} if disable_dynamic else {}
     return ReleaseCLIP(
@@ -49,9 +49,9 @@ def new_clip(target: Any, weights: list[Tensors], disable_dynamic: bool) -> comf
 
 
 def load_tokenizer(folder: Path, entry: list[str] | None) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer class that model_index.json names, as diffusers loads it; else what the folder says.
+    """A tokenizer of the class that model_index.json names, as in diffusers; else of the class in the folder's config.
 
-    A class may fail on a folder that another transformers wrote. tokenizer.json alone then says the same.
+    A class may fail on a folder written by another version of transformers. tokenizer.json alone is then used.
     """
     kind: Any = getattr(transformers, entry[1], None) if entry and entry[0] == "transformers" else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)):
@@ -59,10 +59,10 @@ def load_tokenizer(folder: Path, entry: list[str] | None) -> transformers.PreTra
     _check_files(folder)
     try:
         return kind.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever a class trips over; nothing in here can be cancelled
+    except Exception as error:  # classes raise anything; there is no interrupt in here
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(_unreadable(folder, error)) from error
-        logging.info("DC-Gen: %s: %s failed (%s); tokenizer.json is read by itself", folder, kind.__name__, error)
+        logging.info("DC-Gen: %s: %s failed (%s); tokenizer.json is read instead", folder, kind.__name__, error)
     try:
         return _plain_tokenizer(folder)
     except Exception as error:  # tokenizers raises no narrower kind
@@ -70,7 +70,7 @@ def load_tokenizer(folder: Path, entry: list[str] | None) -> transformers.PreTra
 
 
 def _check_files(folder: Path) -> None:
-    """Of a folder without vocabulary transformers 5 makes a tokenizer that knows no word."""
+    """ValueError for a folder without vocabulary, from which transformers 5 makes an empty tokenizer."""
     files = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if not any(name.startswith(("tokenizer.", "vocab.", "spiece.")) for name in files):
         raise ValueError(
@@ -80,12 +80,12 @@ def _check_files(folder: Path) -> None:
 
 
 def _plain_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
-    """tokenizer.json as it is, with the special tokens and the length that tokenizer_config.json names."""
+    """tokenizer.json alone, with the special tokens and the length from tokenizer_config.json."""
     file = folder / "tokenizer_config.json"
     config = read_object(file) if file.is_file() else {}
     names = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-    found = {name: config[name] for name in names if config.get(name)}
-    settings = {name: token["content"] if isinstance(token, dict) else token for name, token in found.items()}
+    tokens = {name: config[name] for name in names if config.get(name)}
+    settings = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
     settings |= {name: config[name] for name in ("model_max_length", "padding_side") if config.get(name)}
     return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **settings)
 
@@ -98,7 +98,7 @@ def _unreadable(folder: Path, error: Exception) -> str:
 
 
 def check_length(tokenizer: Any, folder: Path) -> None:
-    """Prompts are padded to the tokenizer's own length; transformers makes up 1e30 where a file says none."""
+    """ValueError for a length that prompts cannot be padded to: transformers uses 1e30 when the file has none."""
     if not 1 <= tokenizer.model_max_length <= LONGEST_PROMPT:
         raise ValueError(
             f"{folder}: tokenizer_config.json gives model_max_length {tokenizer.model_max_length:g}, expected 1 to "
@@ -107,7 +107,7 @@ def check_length(tokenizer: Any, folder: Path) -> None:
 
 
 class LoadedTokenizer(SDTokenizer):
-    """ComfyUI's tokenizer around one that is already loaded; `limit` cuts the prompt as the release's pipeline does."""
+    """ComfyUI's tokenizer around a loaded one; `limit` truncates the prompt as the release's pipeline does."""
 
     def __init__(self, tokenizer: Any, limit: int | None, **kwargs: Any):
         class Loaded:
@@ -119,7 +119,7 @@ class LoadedTokenizer(SDTokenizer):
         self.limit = limit
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> list:
-        # Half of an emoji, which a prompt cut at some length may end in, is no text to any tokenizer.
+        # A truncated prompt may end in half of an emoji (a lone surrogate), which tokenizers reject.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         batches = super().tokenize_with_weights(text, return_word_ids, **kwargs)
         if self.limit is None or len(batches[0]) <= self.limit:

@@ -1,4 +1,4 @@
-"""DC-AE autoencoders by name: .safetensors files and diffusers folders below models/vae, and the toy's."""
+"""DC-AE autoencoders by name: .safetensors files and diffusers folders in models/vae, and the toy's."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _DEPTH = 2
 
 
 def names() -> list[str]:
-    """Folders that hold an AutoencoderDC first, then the files of models/vae."""
+    """Folders with an AutoencoderDC, then the files of models/vae."""
     return [*_folders(), *folder_paths.get_filename_list("vae")]
 
 
 def _folders() -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for root in [*map(Path, folder_paths.get_folder_paths("vae")), TOY]:
         for folder in _with_config(root):
-            found.setdefault(folder.relative_to(listing_root(root)).as_posix(), folder)
-    return found
+            folders.setdefault(folder.relative_to(listing_root(root)).as_posix(), folder)
+    return folders
 
 
 def _with_config(root: Path) -> Iterator[Path]:
@@ -40,14 +40,14 @@ def _with_config(root: Path) -> Iterator[Path]:
 def _is_dcae(config: Path) -> bool:
     try:
         values = read_object(config)
-        # diffusers' class, or the name that mit-han-lab and dc-ai repositories give
+        # diffusers' class name, or the model name in mit-han-lab's and dc-ai's repositories
         return values.get("_class_name") == "AutoencoderDC" or str(values.get("model_name")).startswith("dc-ae")
     except (OSError, ValueError, AttributeError):
         return False
 
 
 def path_of(name: str) -> Path:
-    """Where a name from names() lies; an error that names it when it is none."""
+    """The path of a name from names(); any other name is an error."""
     return _folders().get(name) or Path(folder_paths.get_full_path_or_raise("vae", name))
 
 

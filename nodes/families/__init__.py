@@ -1,4 +1,4 @@
-"""Nodes that only one family of models needs. A new family's are a module here with NODES; most families have none."""
+"""Nodes for one family only, as modules with NODES; most families need none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SANA's text."""
+"""SANA's prompt encoding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..schema import schema
 
 
 class DCGenSanaTextEncode(io.ComfyNode):
-    """A prompt for SANA and DC-Gen-SANA."""
+    """Encodes a prompt for SANA and DC-Gen-SANA."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -19,8 +19,8 @@ class DCGenSanaTextEncode(io.ComfyNode):
             search_aliases=["clip text encode", "prompt", "gemma"],
             display_name="SANA Text Encode (DC-Gen)",
             category=CATEGORY,
-            description="Encodes a prompt as SANA was trained to read it: Gemma's last layer after its norm, the "
-            "instruction before positive prompts, 300 positions and their mask.",
+            description="Encodes a prompt as in SANA's training: Gemma's last layer after its norm, the instruction "
+            "before positive prompts, 300 positions and their mask.",
             inputs=[
                 io.Clip.Input(
                     "clip",
@@ -31,22 +31,22 @@ class DCGenSanaTextEncode(io.ComfyNode):
                     "text",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="The prompt. Upper case makes no difference and (word:1.2) has no weight. Empty is the "
-                    "usual negative.",
+                    tooltip="The prompt. Upper case makes no difference and weights such as (word:1.2) have no effect. "
+                    "The negative prompt is usually empty.",
                 ),
                 io.String.Input(
                     "instruction",
                     multiline=True,
                     default=sana_text.INSTRUCTION,
                     optional=True,
-                    tooltip="What Gemma reads before the prompt; empty for none. The default is the one SANA was "
+                    tooltip="Text that Gemma reads before the prompt; empty for none. The default is the one SANA was "
                     "trained with. Ignored when `negative` is on.",
                 ),
                 io.Boolean.Input(
                     "negative",
                     default=False,
                     optional=True,
-                    tooltip="On for the negative prompt, which SANA reads without the instruction.",
+                    tooltip="On for the negative prompt, which SANA encodes without the instruction.",
                 ),
             ],
             outputs=[io.Conditioning.Output()],

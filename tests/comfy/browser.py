@@ -139,11 +139,25 @@ class Browser:
 
     def js(self, expression: str):
         """The value of a JavaScript expression; promises are awaited."""
-        found = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        found = self._result("Runtime.evaluate", expression=expression, objectGroup="js")
+        if "objectId" not in found:
+            return found.get("value")
+        # A promise that only the page holds can be collected before it is fulfilled; one with an id is kept.
+        if found.get("subtype") == "promise":
+            found = self._result("Runtime.awaitPromise", promiseObjectId=found["objectId"], returnByValue=True)
+        else:
+            itself = {"functionDeclaration": "function () { return this; }", "objectId": found["objectId"]}
+            found = self._result("Runtime.callFunctionOn", **itself, returnByValue=True)
+        self.call("Runtime.releaseObjectGroup", objectGroup="js")
+        return found.get("value")
+
+    def _result(self, method: str, **params) -> dict:
+        """What a command of the Runtime domain gives back; what the page throws is raised."""
+        found = self.call(method, **params)
         if "exceptionDetails" in found:
             details = found["exceptionDetails"]
             raise RuntimeError(details.get("exception", {}).get("description", details["text"]))
-        return found["result"].get("value")
+        return found["result"]
 
     def until(self, expression: str, seconds: float = 60):
         """Wait until an expression is true; its value."""

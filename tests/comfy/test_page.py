@@ -248,6 +248,56 @@ def test_token_line(page, case):
     assert page.browser.errors == []
 
 
+# Widgets of `sampler` that are grey after what a user does to CHAIN, of those that ever are.
+SIZES = ["size", "width", "height", "batch_size"]
+GREY = {
+    "as built": ("", [*SIZES, "cfg"]),
+    "the latent is cut off": ("made.sampler.disconnectInput(2)", ["width", "height", "cfg"]),
+    "numbers count": (
+        "made.sampler.disconnectInput(2); // then: choose('sampler', 'size', 'width x height')",
+        ["cfg"],
+    ),
+    "a negative is connected": (
+        "made.text = LiteGraph.createNode('CLIPTextEncode'); app.graph.add(made.text);"
+        "join('text', 0, 'sampler', 'negative')",
+        SIZES,
+    ),
+    "a model without guidance": (
+        "choose('loader', 'release', 'toy/sana-base'); made.apply.mode = 4; app.graph.change(); captured()",
+        [*SIZES, "cfg", "guidance"],
+    ),
+}
+NAMES = "['size', 'width', 'height', 'batch_size', 'cfg', 'guidance', 'steps']"
+IS_GREY = f"{NAMES}.filter((name) => made.sampler.widgets.find((w) => w.name === name).disabled)"
+WHY = "made.sampler.widgets.filter((w) => w.disabled).every((w) => w.tooltip.startsWith('No effect now: '))"
+
+
+@pytest.mark.parametrize("case", GREY)
+def test_widgets_without_effect_are_grey(page, case):
+    done, grey = GREY[case]
+    page.put(CHAIN, LINKS)
+    page.js(CAPTURED + "; 0")
+    page.until(f"told('sampler') === {json.dumps(DEEP)}")
+    for step in done.split(THEN):
+        page.run(step)
+        page.settle()
+    assert settled(page, IS_GREY, grey) == grey
+    assert page.js(WHY)
+    values = page.js("made.sampler.widgets.filter((w) => w.disabled).map((w) => w.value).filter((v) => v == null)")
+    assert values == [], "a grey widget keeps its value"
+    assert page.browser.errors == []
+
+
+def test_an_image_without_effect_is_said(page):
+    page.put({**CHAIN, "image": ["EmptyImage", {}]}, LINKS)
+    page.js(CAPTURED + "; 0")
+    page.run("join('image', 0, 'sampler', 'image')")
+    wanted = "the image has no effect at denoise 1"
+    assert settled(page, "told('sampler')", wanted) == wanted
+    page.run("choose('sampler', 'denoise', 0.4)")
+    assert settled(page, "told('sampler')", DEEP) == DEEP
+
+
 def settled(page, expression, wanted):
     """The expression's value once it is what is wanted, else what it is after the wait."""
     with contextlib.suppress(TimeoutError):

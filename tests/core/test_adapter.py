@@ -175,7 +175,7 @@ SPOILED = {
         lambda t, m: t.update({key.replace("blocks.0", "blocks.7"): t[key].clone() for key in list(t) if QUERY in key}),
         r"unknown: transformer.transformer_blocks.7.attn.to_q",
     ),
-    "no part of a LoRA": (lambda t, m: t.update({f"{QUERY}.dora_scale": torch.zeros(1)}), "no part of a LoRA"),
+    "not part of a LoRA": (lambda t, m: t.update({f"{QUERY}.dora_scale": torch.zeros(1)}), "not part of a LoRA"),
 }
 
 

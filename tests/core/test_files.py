@@ -112,8 +112,13 @@ def test_a_rename_is_on_the_disk_when_the_block_ends(tmp_path, monkeypatch):
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     with files.replacing_folder(tmp_path / "model") as temporary:
         (temporary / "old").touch()
-    with pytest.raises(KeyboardInterrupt), files.replacing_folder(tmp_path / "model") as temporary:
-        (temporary / "new").touch()
-        raise KeyboardInterrupt
+
+    def stopped():
+        with files.replacing_folder(tmp_path / "model") as temporary:
+            (temporary / "new").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["old"]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dcgen.convert import main
 from dcgen.dcae import DCAE, DCAEConfig, load_dcae, save_dcae
 from dcgen.latent import LatentSpace
-from dcgen.preview import fit_preview, sample_pictures
+from dcgen.preview import fit_preview, sample_images
 
 SPACE = LatentSpace("linear", 6, 8, 0.5, 0.25)
 
@@ -47,7 +47,7 @@ def test_noise_explains_nothing():
 def test_own_pictures_and_too_few():
     space, explained = fit_preview(linear_encoder(), SPACE, [torch.rand(2, 3, 64, 64) for _ in range(3)])
     assert explained > 0.9
-    with pytest.raises(ValueError, match="2 latents cannot tell 7"):
+    with pytest.raises(ValueError, match="2 latents cannot determine 7"):
         fit_preview(linear_encoder(), SPACE, [torch.rand(2, 3, 8, 8)])
     assert len(space.rgb_factors) == 6
 
@@ -55,7 +55,7 @@ def test_own_pictures_and_too_few():
 def test_pictures_are_enough_and_in_range():
     for channels, factor in ((32, 32), (128, 64)):
         space = LatentSpace("x", channels, factor, 1.0)
-        batches = list(sample_pictures(space))
+        batches = list(sample_images(space))
         assert all(batch.shape == (4, 3, 8 * factor, 8 * factor) for batch in batches)
         assert all(batch.abs().max() <= 1 and batch.std() > 0.3 for batch in batches)
         assert sum(len(batch) * 64 for batch in batches) >= 8 * (channels + 1)

@@ -82,7 +82,7 @@ def test_positions_are_read_from_an_original_file(tmp_path, side, scale, shift, 
     assert (opened.config["sample_size"], opened.config["interpolation_scale"]) == (side, scale)
     assert sana.default_schedule(SPACES["dc-ae-f32c32-sana-1.0"], opened.config).shift == shift
     assert set(opened.entries) == set(model.state_dict())
-    with pytest.raises(ValueError, match=r"pos_embed has 10 places"):
+    with pytest.raises(ValueError, match=r"pos_embed has 10 positions"):
         sana.read_values({"pos_embed": None}, lambda key: torch.zeros(1, 10, 64))
 
 

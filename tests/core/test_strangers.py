@@ -242,8 +242,8 @@ TENSORS = {
     "a scalar": (lambda t: t.update({"img_in.weight": torch.tensor(1.0)}), "img_in.weight has shape"),
     "nothing": (lambda t: t.update({"img_in.weight": torch.zeros(0, 64)}), "img_in.weight has shape"),
     "whole numbers": (lambda t: t.update({"txt_in.bias": torch.zeros(48, dtype=torch.int64)}), "floating point"),
-    "a block far off": (lambda t: t.update({"double_blocks.99999999.x": torch.zeros(1)}), "no block of any model"),
-    "digits without end": (lambda t: t.update({f"double_blocks.{'9' * 6000}.x": torch.zeros(1)}), "no block of any"),
+    "a block far off": (lambda t: t.update({"double_blocks.99999999.x": torch.zeros(1)}), "no model has"),
+    "digits without end": (lambda t: t.update({f"double_blocks.{'9' * 6000}.x": torch.zeros(1)}), "no model has"),
 }
 
 

@@ -31,8 +31,14 @@ export function widgetValue(node, name) {
   return node?.widgets?.find((widget) => widget.name === name)?.value;
 }
 
-/** {factor, patch} of the model behind an input, or {missing: true} while its file is not there. `changed` runs when an
- * answer arrives later. */
+/** Whether anything is linked to an input. */
+export function connected(node, name) {
+  const slot = slotOf(node, name);
+  return slot >= 0 && Boolean(linkInto(node, slot));
+}
+
+/** {factor, patch, guidance} of the model behind an input, or {missing: true} while its file is not there. `changed`
+ * runs when an answer arrives later. */
 export function latentOf(api, node, changed, name = "model") {
   return latentAt(api, source(node, name), changed, 0);
 }

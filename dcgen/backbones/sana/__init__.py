@@ -19,7 +19,7 @@ from .keys import KEYS, SPRINT_KEYS
 from .network import QK_NORM, SanaConfig, SanaNet
 
 TIMESTEPS = 1000
-# No tensor holds the number of cross-attention heads; these are the published networks', by width.
+# No tensor shows the number of cross-attention heads; these are the published models', by width.
 CROSS_HEADS = {1152: 16, 2240: 20}
 HEAD_DIM = 32
 POSITIONS = "pos_embed"
@@ -33,7 +33,7 @@ class Sana(Backbone):
     diffusers_class = "SanaTransformer2DModel"
     modelspec = "sana"
     keys = KEYS
-    extras = ("y_embedder.y_embedding",)  # the null caption, which SANA's own training drops captions to
+    extras = ("y_embedder.y_embedding",)  # the null caption of SANA's own caption dropout
     original_signature = ("x_embedder.proj.weight", "attention_y_norm.weight")
     diffusers_signature = ("patch_embed.proj.weight", "caption_norm.weight")
     probes: ClassVar[dict[str, tuple[str, str, int]]] = {
@@ -75,9 +75,9 @@ class Sana(Backbone):
         SanaConfig.from_diffusers(config)
 
     def others(self, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
-        found = SanaConfig.from_diffusers(config)
-        D, hidden = found.width, int(found.mlp_ratio * found.width)
-        norms = {f"attn{n}.norm_{part}.weight": (D,) for n in (1, 2) for part in "qk"} if found.qk_norm else {}
+        values = SanaConfig.from_diffusers(config)
+        D, hidden = values.width, int(values.mlp_ratio * values.width)
+        norms = {f"attn{n}.norm_{part}.weight": (D,) for n in (1, 2) for part in "qk"} if values.qk_norm else {}
         block = {
             "scale_shift_table": (6, D),
             "ff.conv_depth.weight": (2 * hidden, 1, 3, 3),
@@ -93,7 +93,7 @@ class Sana(Backbone):
         return Ends("patch_embed.proj", "proj_out")
 
     def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:
-        """sample_size, which positions refer to, stays: the new grid spans what the old one spanned."""
+        """sample_size, which positions refer to, keeps its tokens: the new grid spans the same range."""
         old = config.get("patch_size", 1)
         size = config.get("sample_size", 32) // old * patch_size
         return {
@@ -130,22 +130,22 @@ class Sana(Backbone):
         return {"": top, "block": block}
 
     def detect(self, state_dict: Mapping[str, Tensor]) -> Config:
-        """Positions (interpolation_scale, sample_size; see read_values) and, beyond the published widths,
-        cross-attention heads are in no shape: a model with other than SANA-1K's (no positions) and one head per 32
-        needs its config.json.
+        """No shape shows the positions (interpolation_scale, sample_size; see read_values) or, for unpublished widths,
+        the cross-attention heads. Assumed are SANA-1K's (no positions) and one head per 32; other models need their
+        config.json.
         """
         keys = self.bare_keys(state_dict)
         original = self.is_original(keys)
-        found = self.read(keys)
-        width, hidden = found.pop("width"), found.pop("hidden")
+        values = self.read(keys)
+        width, hidden = values.pop("width"), values.pop("hidden")
         if width % HEAD_DIM:
             raise ValueError(f"SANA width {width} is not a multiple of its head dimension {HEAD_DIM}")
-        found["out_channels"] //= found["patch_size"] ** 2
+        values["out_channels"] //= values["patch_size"] ** 2
         cross = CROSS_HEADS.get(width, width // HEAD_DIM)
         normed = ("blocks.0.attn.q_norm.weight" if original else "transformer_blocks.0.attn1.norm_q.weight") in keys
         guided = ("cfg_embedder.mlp.0.weight" if original else "time_embed.guidance_embedder.linear_1.weight") in keys
         return {
-            **found,
+            **values,
             "num_attention_heads": width // HEAD_DIM,
             "attention_head_dim": HEAD_DIM,
             "num_cross_attention_heads": cross,
@@ -159,22 +159,24 @@ class Sana(Backbone):
         }
 
     def read_values(self, names: Mapping[str, Any], get: Callable[[str], Tensor]) -> Config:
-        """The positions of an original file, whose table is in every one of them: zeros where the model has none."""
+        """The positions, from the table in every original file; it is zero if the model has none."""
         if POSITIONS not in names:
             return {}
         table = get(POSITIONS)
         if table.ndim != 3 or not table.shape[0] or not table.shape[2] or not table.is_floating_point():
-            raise ValueError(f"{POSITIONS} is {table.dtype} {tuple(table.shape)}, expected one row of places")
+            raise ValueError(f"{POSITIONS} is {table.dtype} {tuple(table.shape)}, expected one row of positions")
         table = table[0]
         side = math.isqrt(len(table))
         if side < 2 or side * side != len(table):
-            raise ValueError(f"{POSITIONS} has {len(table)} places, which make no square")
-        # The first number of a place is the sine of its column, counted in steps of 1 / interpolation_scale.
+            raise ValueError(f"{POSITIONS} has {len(table)} positions, which is not a square")
+        # The first value of a position is the sine of its column, in steps of 1 / interpolation_scale.
         first = float(table[1, 0])
         if not table.any():
             return {"sample_size": side, "interpolation_scale": None}
         if not 0 < first <= 1:
-            raise ValueError(f"{POSITIONS} begins with {first} at its second place, which is the sine of no position")
+            raise ValueError(
+                f"{POSITIONS} has {first} as the first value of its second position, expected a sine in (0, 1]"
+            )
         return {"sample_size": side, "interpolation_scale": round(1 / math.asin(first), 1)}
 
     def width(self, config: Mapping[str, Any]) -> int:
@@ -192,7 +194,7 @@ class Sana(Backbone):
 
 
 def network_timestep(sigma: Tensor, scale: float = 1.0) -> Tensor:
-    """sigma (B,) in 0..1 -> what the network takes for it: whole steps of 1/1000, times the config's timestep_scale."""
+    """sigma (B,) in 0..1 -> the network's timestep: whole steps of 1/1000, times the config's timestep_scale."""
     return (sigma * TIMESTEPS).floor() * scale
 
 

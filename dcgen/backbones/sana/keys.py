@@ -16,7 +16,7 @@ def _row(original: str, *parts: str, **kwargs: Any) -> Row:
 
 _BLOCKS = (
     _row("scale_shift_table", "scale_shift_table", suffixes=("",)),
-    # Unlike in DC-AE, the thirds are the real q, k and v.
+    # Unlike in DC-AE, the thirds are q, k and v.
     _row("attn.qkv", *(f"attn1.to_{n}" for n in "qkv"), suffixes=_WEIGHT),
     _row("attn.qkv", *(f"attn1.to_{n}" for n in "qkv"), suffixes=(".bias",), optional="attention bias"),
     _row("attn.proj", "attn1.to_out.0"),
@@ -41,7 +41,7 @@ _TOP = (
     Row("final_layer.linear", ("proj_out",)),
     Row("final_layer.scale_shift_table", ("scale_shift_table",), suffixes=("",)),
 )
-# Of no use to the network: the null caption, for training; positions, which are made anew; a loss weight of training.
+# Not used by the network: the null caption (for training), positions (recomputed), a loss weight of training.
 _DROPPED = ("y_embedder.y_embedding", "pos_embed", "logvar_linear.")
 
 

@@ -1,8 +1,8 @@
 # B batch, C latent channels, h w latent rows and columns, p patch size, N image tokens, T text tokens, D width, H heads
 """SANA's denoising network (arXiv:2410.10629, 2501.18427, 2503.09641), with diffusers' names for its tensors.
 
-ComfyUI has no SANA, so this is the one network that lives here. It is equal to diffusers' SanaTransformer2DModel in
-float32; `operations` supplies the layers (torch.nn, or ComfyUI's comfy.ops classes with their dtype and device).
+ComfyUI has no SANA, so this is the one denoising network in this package. It equals diffusers' SanaTransformer2DModel
+in float32; `operations` supplies the layers (torch.nn or ComfyUI's comfy.ops), factory_kwargs their dtype and device.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ...cpu import onednn_linear
 QK_NORM = "rms_norm_across_heads"
 SINUSOID = 256
 FLOAT16_MAX = 65504.0
-# What a masked text token gets added to its attention score.
+# Added to the attention score of a masked text token.
 MASKED = -10000.0
-# The 3x3 convolution and its gate, the peak of a block's memory, run on so many tokens at a time: on a CPU what stays
-# in its cache, elsewhere enough for a GPU to be busy with.
+# Tokens at a time for the 3x3 convolution and its gate, the memory peak of a block: as many as fit a CPU's cache, or
+# keep a GPU busy.
 STRIP_CPU, STRIP = 128, 2048
 
 
 @dataclass(frozen=True)
 class SanaConfig:
-    """The fields of diffusers' SanaTransformer2DModel config that shape the network; its defaults are SANA-1.6B's."""
+    """The fields of diffusers' SanaTransformer2DModel config that affect the network; the defaults are SANA-1.6B's."""
 
     in_channels: int = 32
     out_channels: int = 32
@@ -53,21 +53,21 @@ class SanaConfig:
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> SanaConfig:
-        """Read a config.json; ValueError for a field value that no published SANA has."""
-        known = {field.name for field in fields(cls)}
-        found = cls(**{key: value for key, value in config.items() if key in known and value is not None})
-        width = found.width
+        """Read a config.json; ValueError for values that no published SANA has."""
+        names = {field.name for field in fields(cls)}
+        parsed = cls(**{key: value for key, value in config.items() if key in names and value is not None})
+        width = parsed.width
         expected = {
             "cross_attention_dim": (width, None),
             "norm_elementwise_affine": (False,),
             "qk_norm": (None, QK_NORM),
         }
-        strange = {key: config[key] for key, good in expected.items() if key in config and config[key] not in good}
-        if found.num_cross_attention_heads * found.cross_attention_head_dim != width:
-            strange["num_cross_attention_heads"] = found.num_cross_attention_heads
-        if strange:
-            raise ValueError(f"SANA of width {width}: unsupported config {strange}")
-        return found
+        unsupported = {key: config[key] for key, good in expected.items() if key in config and config[key] not in good}
+        if parsed.num_cross_attention_heads * parsed.cross_attention_head_dim != width:
+            unsupported["num_cross_attention_heads"] = parsed.num_cross_attention_heads
+        if unsupported:
+            raise ValueError(f"SANA of width {width}: unsupported config {unsupported}")
+        return parsed
 
     @property
     def width(self) -> int:
@@ -88,15 +88,17 @@ class SanaNet(nn.Module):
         super().__init__()
         self.config = config
         D, p = config.width, config.patch_size
-        place: dict[str, Any] = {"dtype": dtype, "device": device}
+        factory_kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         self.patch_embed: Any = nn.Module()
-        self.patch_embed.proj = operations.Conv2d(config.in_channels, D, p, stride=p, **place)
-        self.time_embed = TimeEmbed(D, config.guidance_embeds, operations, place)
-        self.caption_projection = MLP(config.caption_channels, D, operations, place)
-        self.caption_norm = operations.RMSNorm(D, eps=1e-5, **place)
-        self.transformer_blocks = nn.ModuleList(Block(config, operations, place) for _ in range(config.num_layers))
-        self.scale_shift_table = nn.Parameter(torch.empty(2, D, **place))
-        self.proj_out = operations.Linear(D, p * p * config.out_channels, **place)
+        self.patch_embed.proj = operations.Conv2d(config.in_channels, D, p, stride=p, **factory_kwargs)
+        self.time_embed = TimeEmbed(D, config.guidance_embeds, operations, factory_kwargs)
+        self.caption_projection = MLP(config.caption_channels, D, operations, factory_kwargs)
+        self.caption_norm = operations.RMSNorm(D, eps=1e-5, **factory_kwargs)
+        self.transformer_blocks = nn.ModuleList(
+            Block(config, operations, factory_kwargs) for _ in range(config.num_layers)
+        )
+        self.scale_shift_table = nn.Parameter(torch.empty(2, D, **factory_kwargs))
+        self.proj_out = operations.Linear(D, p * p * config.out_channels, **factory_kwargs)
         self._positions: tuple[Any, Tensor] | None = None
 
     def forward(
@@ -110,7 +112,7 @@ class SanaNet(nn.Module):
         """Velocity (B,C,h,w) at latents (B,C,h,w).
 
         timestep (B,): 1000*sigma for SANA, 0..1 for Sprint. caption (B,T,Dc): text features; caption_mask (B,T): 1 for
-        a token, 0 for padding. guidance (B,): what Sprint's guidance embedding takes (scale times 0.1), else None.
+        a token, 0 for padding. guidance (B,): input of Sprint's guidance embedding (scale times 0.1), else None.
         """
         config = self.config
         if (guidance is None) == config.guidance_embeds:
@@ -137,26 +139,28 @@ class SanaNet(nn.Module):
         return unpatchify(tokens, rows, columns, config.patch_size)
 
     def _add_positions(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        """Sine-cosine positions: the first half of the width tells the column, the second half the row."""
+        """Add sine-cosine positions: the first half of the width encodes the column, the second half the row."""
         key = (rows, columns, x.device)
         if self._positions is None or self._positions[0] != key:
             table = position_table(rows, columns, self.config)
             self._positions = (key, table.to(x.device))
-        placed = x.unflatten(1, (rows, columns)) + self._positions[1]
-        return placed.flatten(1, 2).to(x.dtype)
+        x_with_positions = x.unflatten(1, (rows, columns)) + self._positions[1]
+        return x_with_positions.flatten(1, 2).to(x.dtype)
 
 
 class Block(nn.Module):
-    """Linear self-attention, cross-attention to the text, convolutional GLU; modulated by the time step."""
+    """Linear self-attention, cross-attention to the text, convolutional GLU; modulated by the timestep."""
 
-    def __init__(self, config: SanaConfig, operations: Any, place: dict[str, Any]) -> None:
+    def __init__(self, config: SanaConfig, operations: Any, factory_kwargs: dict[str, Any]) -> None:
         super().__init__()
         D = config.width
         self.eps = config.norm_eps
-        self.attn1 = LinearAttention(D, config.num_attention_heads, config.attention_bias, config, operations, place)
-        self.attn2 = CrossAttention(D, config.num_cross_attention_heads, True, config, operations, place)
-        self.ff = GLUMBConv(D, int(config.mlp_ratio * D), operations, place)
-        self.scale_shift_table = nn.Parameter(torch.empty(6, D, **place))
+        self.attn1 = LinearAttention(
+            D, config.num_attention_heads, config.attention_bias, config, operations, factory_kwargs
+        )
+        self.attn2 = CrossAttention(D, config.num_cross_attention_heads, True, config, operations, factory_kwargs)
+        self.ff = GLUMBConv(D, int(config.mlp_ratio * D), operations, factory_kwargs)
+        self.scale_shift_table = nn.Parameter(torch.empty(6, D, **factory_kwargs))
 
     def forward(
         self, x: Tensor, text: Tensor, bias: Tensor | None, modulation: Tensor, rows: int, columns: int
@@ -170,25 +174,25 @@ class Block(nn.Module):
 
 
 class _Attention(nn.Module):
-    """The layers that both kinds of attention have."""
+    """The layers that both kinds of attention share."""
 
     def __init__(
-        self, D: int, heads: int, bias: bool, config: SanaConfig, operations: Any, place: dict[str, Any]
+        self, D: int, heads: int, bias: bool, config: SanaConfig, operations: Any, factory_kwargs: dict[str, Any]
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v = (operations.Linear(D, D, bias=bias, **place) for _ in range(3))
-        self.to_out = nn.ModuleList([operations.Linear(D, D, **place)])
+        self.to_q, self.to_k, self.to_v = (operations.Linear(D, D, bias=bias, **factory_kwargs) for _ in range(3))
+        self.to_out = nn.ModuleList([operations.Linear(D, D, **factory_kwargs)])
         normed = config.qk_norm is not None
-        self.norm_q = operations.RMSNorm(D, eps=1e-5, **place) if normed else None
-        self.norm_k = operations.RMSNorm(D, eps=1e-5, **place) if normed else None
+        self.norm_q = operations.RMSNorm(D, eps=1e-5, **factory_kwargs) if normed else None
+        self.norm_k = operations.RMSNorm(D, eps=1e-5, **factory_kwargs) if normed else None
 
     def qkv(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query (B,H,N,d), key and value (B,H,T,d)."""
         query, key, value = self.to_q(x), self.to_k(context), self.to_v(context)
         if self.norm_q is not None and self.norm_k is not None:
             query, key = self.norm_q(query), self.norm_k(key)
-        # Cross-attention's query is a projection of the un-normalised residual stream, which float16 may not hold.
+        # Cross-attention's query is a projection of the un-normalised residual stream and may overflow float16.
         query, key, value = (
             finite(part).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)
         )
@@ -199,10 +203,10 @@ class LinearAttention(_Attention):
     """softmax-free attention with ReLU features, O(N): relu(Q) (relu(K)^T V) / relu(Q) sum relu(K)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B,N,D) -> (B,N,D); the sums over tokens are float32 whatever x is."""
+        """(B,N,D) -> (B,N,D); the sums over tokens are always float32."""
         query, key, value = self.qkv(x, x)
         sums = _sums(relu(key).float(), value.float())
-        del key, value  # before the query's float32 is made
+        del key, value  # before the query is cast to float32
         mixed = relu(query).float() @ sums
         mixed = mixed[..., :-1] / (mixed[..., -1:] + 1e-15)
         return finite(self.to_out[0](mixed.transpose(1, 2).flatten(2).to(x.dtype)))
@@ -224,17 +228,17 @@ class CrossAttention(_Attention):
 
 
 class GLUMBConv(nn.Module):
-    """Norm, 1x1 -> SiLU -> depthwise 3x3 -> value * SiLU(gate) -> 1x1; the 3x3 is what tells SANA where a token is.
+    """Norm, 1x1 -> SiLU -> depthwise 3x3 -> value * SiLU(gate) -> 1x1; the 3x3 gives SANA its positional information.
 
-    The 1x1 convolutions of the files are Linear layers here, on tokens as they lie in memory: no copies, and they run
-    where a runtime has better kernels for Linear (fp8, nvfp4).
+    The 1x1 convolutions of the files are Linear layers here: no copies of the tokens, and quantized kernels for Linear
+    (fp8, nvfp4) apply.
     """
 
-    def __init__(self, D: int, hidden: int, operations: Any, place: dict[str, Any]) -> None:
+    def __init__(self, D: int, hidden: int, operations: Any, factory_kwargs: dict[str, Any]) -> None:
         super().__init__()
-        self.conv_inverted = operations.Linear(D, 2 * hidden, **place)
-        self.conv_depth = operations.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, **place)
-        self.conv_point = operations.Linear(hidden, D, bias=False, **place)
+        self.conv_inverted = operations.Linear(D, 2 * hidden, **factory_kwargs)
+        self.conv_depth = operations.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, **factory_kwargs)
+        self.conv_point = operations.Linear(hidden, D, bias=False, **factory_kwargs)
         self.register_load_state_dict_pre_hook(_as_linear)
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, rows: int, columns: int) -> Tensor:
@@ -244,7 +248,7 @@ class GLUMBConv(nn.Module):
             gated = torch.mul(*self._convolved(wide, 0, rows))
         else:
             gated = self._gated(wide)
-        del wide  # before the next large tensor is made
+        del wide  # before the next large tensor is allocated
         return finite(self.conv_point(finite(gated.flatten(1, 2))))
 
     def _gated(self, x: Tensor) -> Tensor:
@@ -261,15 +265,15 @@ class GLUMBConv(nn.Module):
         return out
 
     def _convolved(self, x: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Value and SiLU(gate) of the rows start..stop, which see one row beyond them where there is one."""
+        """Value and SiLU(gate) of the rows start..stop, with the neighbouring rows as context."""
         above, below = max(0, start - 1), min(x.shape[1], stop + 1)
-        seen = finite(self.conv_depth(x[:, above:below].permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        value, gate = seen[:, start - above : stop - above].chunk(2, dim=3)
+        convolved = finite(self.conv_depth(x[:, above:below].permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        value, gate = convolved[:, start - above : stop - above].chunk(2, dim=3)
         return value, silu(gate)
 
 
 def _as_linear(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """(out,in,1,1) weights of the files -> (out,in), before they are loaded."""
+    """(out,in,1,1) weights of the files -> (out,in), before loading."""
     for name in ("conv_inverted", "conv_point"):
         weight = state_dict.get(f"{prefix}{name}.weight")
         if isinstance(weight, Tensor) and weight.ndim == 4:
@@ -277,17 +281,17 @@ def _as_linear(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
 
 
 class TimeEmbed(nn.Module):
-    """AdaLN-single: the time step (and Sprint's guidance) as one vector, and all blocks' modulation from it."""
+    """AdaLN-single: one vector for the timestep (and Sprint's guidance), and the modulation of all blocks from it."""
 
-    def __init__(self, D: int, guided: bool, operations: Any, place: dict[str, Any]) -> None:
+    def __init__(self, D: int, guided: bool, operations: Any, factory_kwargs: dict[str, Any]) -> None:
         super().__init__()
         if guided:
-            self.timestep_embedder = MLP(SINUSOID, D, operations, place, silu)
-            self.guidance_embedder = MLP(SINUSOID, D, operations, place, silu)
+            self.timestep_embedder = MLP(SINUSOID, D, operations, factory_kwargs, silu)
+            self.guidance_embedder = MLP(SINUSOID, D, operations, factory_kwargs, silu)
         else:
             self.emb: Any = nn.Module()
-            self.emb.timestep_embedder = MLP(SINUSOID, D, operations, place, silu)
-        self.linear = operations.Linear(D, 6 * D, **place)
+            self.emb.timestep_embedder = MLP(SINUSOID, D, operations, factory_kwargs, silu)
+        self.linear = operations.Linear(D, 6 * D, **factory_kwargs)
 
     def forward(self, timestep: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """timestep (B,), guidance (B,) or None -> modulation (B,6D), time (B,D)."""
@@ -302,10 +306,12 @@ class TimeEmbed(nn.Module):
 class MLP(nn.Module):
     """Linear, activation (GELU tanh unless given), Linear."""
 
-    def __init__(self, inputs: int, D: int, operations: Any, place: dict[str, Any], activation: Any = None) -> None:
+    def __init__(
+        self, inputs: int, D: int, operations: Any, factory_kwargs: dict[str, Any], activation: Any = None
+    ) -> None:
         super().__init__()
-        self.linear_1 = operations.Linear(inputs, D, **place)
-        self.linear_2 = operations.Linear(D, D, **place)
+        self.linear_1 = operations.Linear(inputs, D, **factory_kwargs)
+        self.linear_2 = operations.Linear(D, D, **factory_kwargs)
         self._activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -317,23 +323,23 @@ class MLP(nn.Module):
 def readable(caption: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Caption (B,T,Dc) and mask (B,T) without the positions that are padding in the whole batch.
 
-    Exact: padding has no weight in float32, nor in 16 bit. The mask is None where no padding is left. A row of nothing
-    but padding would read it evenly, so then all of it stays; so it does under torch.compile, which wants one shape.
+    Exact: padding has zero attention weight in float32 and in 16 bits. The mask is None when no padding is left. When a
+    row is all padding, attention to it is uniform, so nothing is removed; nor under torch.compile, to keep one shape.
     """
     if mask is None or mask.device.type == "meta" or torch.compiler.is_compiling():
         return caption, mask
     tokens = (mask != 0).cpu()
     if not tokens.any(dim=1).all():
         return caption, mask
-    kept = tokens.any(dim=0).nonzero()[:, 0]
-    if len(kept) < tokens.shape[1]:
-        caption, mask = (part.index_select(1, kept.to(part.device)) for part in (caption, mask))
-    return caption, None if tokens[:, kept].all() else mask
+    used = tokens.any(dim=0).nonzero()[:, 0]
+    if len(used) < tokens.shape[1]:
+        caption, mask = (part.index_select(1, used.to(part.device)) for part in (caption, mask))
+    return caption, None if tokens[:, used].all() else mask
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """LayerNorm of x (B,N,D) over D, times (1 + scale), plus shift, both (B,1,D)."""
-    if len(x) == 1:  # the modulation is then the norm's own weight and bias, in one kernel
+    if len(x) == 1:  # the modulation is then weight and bias of the norm, in one kernel
         return finite(F.layer_norm(x, x.shape[-1:], (1 + scale).flatten(), shift.flatten(), eps))
     return finite(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale))
 
@@ -360,8 +366,8 @@ def position_table(rows: int, columns: int, config: SanaConfig) -> Tensor:
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
 
     def along(count: int) -> Tensor:
-        place = torch.arange(count, dtype=torch.float32) / (count / base) / scale
-        angles = place.double()[:, None] * frequencies
+        position = torch.arange(count, dtype=torch.float32) / (count / base) / scale
+        angles = position.double()[:, None] * frequencies
         return torch.cat((angles.sin(), angles.cos()), dim=-1).float()
 
     column, row = along(columns), along(rows)
@@ -369,26 +375,26 @@ def position_table(rows: int, columns: int, config: SanaConfig) -> Tensor:
 
 
 def silu(x: Tensor) -> Tensor:
-    """SiLU, in place where no gradient is kept."""
+    """SiLU, in place when gradients are disabled."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def relu(x: Tensor) -> Tensor:
-    """ReLU, in place where no gradient is kept."""
+    """ReLU, in place when gradients are disabled."""
     return F.relu(x, inplace=not torch.is_grad_enabled())
 
 
 def finite(x: Tensor) -> Tensor:
-    """float16 kept from running into infinity, where diffusers does it behind the linear attention only.
+    """Clamp float16 to its finite range; diffusers does so after the linear attention only.
 
-    For tensors just made: in place where no gradient is kept.
+    For temporary tensors: in place when gradients are disabled.
     """
     if x.dtype != torch.float16:
         return x
-    bounded = torch.clamp if torch.is_grad_enabled() else torch.clamp_
-    return bounded(x, -FLOAT16_MAX, FLOAT16_MAX)
+    clamp = torch.clamp if torch.is_grad_enabled() else torch.clamp_
+    return clamp(x, -FLOAT16_MAX, FLOAT16_MAX)
 
 
 def _table(table: Tensor, x: Tensor) -> Tensor:
-    """A modulation table (k,D) beside x, wherever an offloading runtime left it."""
+    """A modulation table (k,D) on the device and in the dtype of x; offloading may have left it elsewhere."""
     return table.to(device=x.device, dtype=x.dtype)[None]

@@ -1,4 +1,4 @@
-"""The families that ComfyUI can run, by the name of their backbone. A new one is a module here with a FAMILY."""
+"""The families that run in ComfyUI, by backbone name. To add one, add a module with a FAMILY to this folder."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def titles(joint: str) -> str:
-    """The families' names in words."""
+def titles(conjunction: str) -> str:
+    """The titles of all families: "FLUX.1 or SANA"."""
     *names, last = [family.backbone.title for family in FAMILIES.values()]
-    return f"{', '.join(names)} {joint} {last}" if names else last
+    return f"{', '.join(names)} {conjunction} {last}" if names else last
 
 
 def family_of(model: Any) -> Family:
-    """The family of a BaseModel with ComfyUI's own layers; ValueError names what it is otherwise."""
+    """The family of a BaseModel with ComfyUI's own layers; ValueError names its classes when there is none."""
     for family in FAMILIES.values():
         if family.recognises(model):
             return family
@@ -31,7 +31,7 @@ def family_of(model: Any) -> Family:
 
 
 def family_of_config(config: Config) -> Family | None:
-    """The family whose networks have a config with these fields (a diffusers config, whatever the class is called)."""
+    """The family that has these fields in its diffusers config, whatever the class is named; None if there is none."""
     for family in FAMILIES.values():
         if all(field in config for field in (*family.backbone.signature_fields, "attention_head_dim")):
             return family
@@ -39,9 +39,9 @@ def family_of_config(config: Config) -> Family | None:
 
 
 def family_of_class(name: Any) -> Family:
-    """The family of a diffusers class; ValueError lists those there are."""
+    """The family of a diffusers class; ValueError lists the known ones."""
     for family in FAMILIES.values():
         if family.backbone.diffusers_class == name:
             return family
-    known = " and ".join(f"{f.backbone.diffusers_class} ({f.backbone.title})" for f in FAMILIES.values())
-    raise ValueError(f"its transformer is a {name}; this node loads {known}.")
+    supported = " and ".join(f"{f.backbone.diffusers_class} ({f.backbone.title})" for f in FAMILIES.values())
+    raise ValueError(f"its transformer is a {name}; this node loads {supported}.")

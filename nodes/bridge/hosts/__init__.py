@@ -1,4 +1,4 @@
-"""The loaders whose MODELs take an adapter. A new one is a module here with a HOST."""
+"""The loaders whose MODELs take an adapter. To add one, add a module with a HOST to this folder."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ HOSTS: list[Host] = sorted(
 
 
 def host_of(model: Patcher) -> Host:
-    """Who loaded a MODEL."""
+    """The host of a MODEL."""
     return next(host for host in HOSTS if host.recognises(model))

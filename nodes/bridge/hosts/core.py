@@ -1,4 +1,4 @@
-"""A MODEL of ComfyUI's own loaders, or of ours: the adapter's layers are an overlay on its network."""
+"""MODELs of ComfyUI's loaders and of ours: the adapter's layers become an overlay on the base's network."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class Core(Host):
         values = self.values(model.model.get_submodule(key.rpartition(".")[0]), weight)
         if values is None or not family.original_names:
             return values
-        whole, bits = values
-        return dict(rule.split(whole, family.backbone.width(config)))[name], bits
+        joined, bits = values
+        return dict(rule.split(joined, family.backbone.width(config)))[name], bits
 
     def values(self, layer: torch.nn.Module, weight: Any) -> tuple[Tensor, float] | None:
-        """(the weight in numbers, bits of a stored value) of a layer; None where that is not known."""
+        """(dequantized weight of a layer, bits per stored value); None when that is unknown."""
         if not isinstance(weight, Tensor) or weight.device.type == "meta":
             return None
         if hasattr(weight, "dequantize") and hasattr(weight, "_qdata"):
@@ -68,12 +68,12 @@ class Core(Host):
         return (weight, 8 * weight.dtype.itemsize) if weight.is_floating_point() else None
 
     def apply(self, model: Patcher, family: Family, adapter: Adapter, info: FamilyInfo, strength: float) -> Patcher:
-        with torch.inference_mode(False):  # inference tensors could not be trained through (TrainLoraNode)
+        with torch.inference_mode(False):  # inference tensors cannot be trained through (TrainLoraNode)
             network = overlay(model.model.diffusion_model, ends(model, family, adapter, info))
             patcher = overlay_patcher(model, network, deep_config(model, family, info), self.patcher)
         init = getattr(model, "cached_patcher_init", None)
         if init is not None:
-            patcher.cached_patcher_init = (load_by_itself, (init, replacing(family, adapter, info)))
+            patcher.cached_patcher_init = (load_standalone, (init, replacing(family, adapter, info)))
         finish(family, patcher.model, info)
         if strength and adapter.lora:
             patcher.add_patches(Names(family, info.config).patches(adapter.lora), strength)
@@ -81,7 +81,7 @@ class Core(Host):
 
 
 def ends(model: Patcher, family: Family, adapter: Adapter, info: FamilyInfo) -> Ends:
-    """What the DC-Gen network has in place of the base's, by path: the adapter's layers, and plain attributes."""
+    """What replaces the base's, by path in the network: the adapter's layers, and plain attributes."""
     tensors, backbone, config = adapter.tensors, family.backbone, family.config(model.model.diffusion_model)
     if family.original_names:
         tensors = backbone.to_original(tensors, info.config, partial=True)
@@ -91,7 +91,7 @@ def ends(model: Patcher, family: Family, adapter: Adapter, info: FamilyInfo) -> 
 
 
 def deep_config(model: Patcher, family: Family, info: FamilyInfo) -> Any:
-    """The core's model_config of the DC-Gen model."""
+    """Core's model_config of the DC-Gen model."""
     config = copied_config(model.model.model_config)
     config.unet_config.update(family.unet_config(info.config, info))
     config.latent_format = latent_format(info.space)
@@ -99,8 +99,8 @@ def deep_config(model: Patcher, family: Family, info: FamilyInfo) -> Any:
 
 
 def replacing(family: Family, adapter: Adapter, info: FamilyInfo) -> Callable[[Patcher], Patcher]:
-    """A function that makes the DC-Gen model out of a base that nothing else uses."""
-    adapter = replace(adapter, lora={})  # that part is in the patches
+    """A function that turns a base that nothing else uses into the DC-Gen model."""
+    adapter = replace(adapter, lora={})  # it is in the patches
 
     def change(patcher: Patcher) -> Patcher:
         layers, config = ends(patcher, family, adapter, info), deep_config(patcher, family, info)
@@ -113,8 +113,8 @@ def replacing(family: Family, adapter: Adapter, info: FamilyInfo) -> Callable[[P
     return change
 
 
-def load_by_itself(init: tuple, change: Callable[[Patcher], Patcher], disable_dynamic: bool = False) -> Patcher:
-    """What the core calls through `cached_patcher_init`: the base loaded anew (by its own `init`), and changed."""
+def load_standalone(init: tuple, change: Callable[[Patcher], Patcher], disable_dynamic: bool = False) -> Patcher:
+    """For core's `cached_patcher_init`: load the base again with its own `init`, and apply `change` to it."""
     load, arguments, *index = init
     loaded: Any = load(*arguments, disable_dynamic=True) if disable_dynamic else load(*arguments)
     with torch.inference_mode(False):

@@ -1,4 +1,4 @@
-"""A MODEL of ComfyUI-GGUF, without importing it: core's networks on layers whose weights are packed bytes."""
+"""MODELs of ComfyUI-GGUF, without importing it: core's networks on layers with packed weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..host import Patcher
 from ..overlay import OverlayPatcher
 from .core import Core
 
-PATCHER = "GGUFModelPatcher"  # by name: two packs have it
+PATCHER = "GGUFModelPatcher"  # by name: two node packs have it
 
 
 class PackedPatcher(OverlayPatcher):
     """An overlay on packed weights."""
 
     def add_hook_patches(self, *args: Any, **kwargs: Any) -> list:
-        """ValueError: the core would take packed weights for numbers."""
+        """ValueError: core would read the packed bytes as weights."""
         raise ValueError(
             "LoRA hooks cannot change a GGUF model's packed weights. Load it with an ordinary LoRA loader, or "
             "use an fp8 or 16-bit file of the base."
@@ -35,7 +35,7 @@ class GGUF(Core):
         return type(model).__name__ == PATCHER
 
     def values(self, layer: torch.nn.Module, weight: Any) -> tuple[Tensor, float] | None:
-        """Unpacked by the layer itself, as it does at each call."""
+        """Unpacked by the layer itself, as in each forward call."""
         unpack = getattr(layer, "get_weight", None)
         if unpack is None or getattr(weight, "tensor_shape", None) is None:
             return super().values(layer, weight)

@@ -1,9 +1,9 @@
 # C latent channels, r LoRA rank
-"""A MODEL of ComfyUI-nunchaku (SVDQuant, 4 bits), without importing nunchaku.
+"""MODELs of ComfyUI-nunchaku (SVDQuant, 4 bits), without importing nunchaku.
 
-Its network is a wrapper, known by the name of its class, around a transformer with diffusers names, most of it in
-C++. The embedder and head are plain layers there; they are exchanged for the length of one forward pass, so the
-loader's own MODEL, which shares the transformer, is never changed. LoRA go through nunchaku's list of files.
+Its network is a wrapper, recognised by its class name, around a transformer with diffusers names, most of it in C++.
+The embedder and head are plain layers; they are swapped in for each forward pass and out after it, so the loader's own
+MODEL, which shares the transformer, is not changed. LoRA go through nunchaku's list of files.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from ..loader import finish
 from ..overlay import linear, overlay, overlay_patcher
 from .core import deep_config
 
-# nunchaku's kernels take ranks in steps of 16 up to 1024, unchecked above; all LoRA of a layer, and each of separate
-# q, k, v, stack on top of the model's own rank 32.
-RANK_STEP, RANK_ROOM, OWN_RANK, STACKED = 16, 1024, 32, 3
-# Layers that are one layer in nunchaku's files; its converter fails when a LoRA has only some of them.
-TOGETHER = (
+# nunchaku's kernels take ranks in multiples of 16 up to 1024 and do not check the limit. All LoRA of a layer, and each
+# of separate q, k, v, add to the model's own rank 32.
+RANK_STEP, MAX_RANK, OWN_RANK, STACKED = 16, 1024, 32, 3
+# Layers that are fused in nunchaku's files; its converter fails when a LoRA has only some of them.
+FUSED = (
     ("attn.to_q", "attn.to_k", "attn.to_v"),
     ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     ("ff.net.0.proj", "ff.net.2"),
@@ -43,16 +43,16 @@ TOGETHER = (
     ("proj_mlp", "proj_out"),
 )
 BLOCKS = "transformer_blocks."
-WRAPPER = re.compile(r"Comfy[A-Za-z0-9]+Wrapper")  # importing nunchaku fails on machines without its kernels
+WRAPPER = re.compile(r"Comfy[A-Za-z0-9]+Wrapper")  # importing nunchaku fails without its kernels
 HINT = " A nunchaku model takes LoRA from nunchaku's own loader only, placed before Apply DC-Gen."
 
 
 class _NotCopied(dict):
-    """What nunchaku's later nodes rebuild a MODEL from, and would lose DC-Gen by it."""
+    """nunchaku's later nodes rebuild a MODEL from this dict, which would drop DC-Gen: refuse it."""
 
     def __missing__(self, key: str) -> Any:
         raise ValueError(
-            "nunchaku's LoRA and PuLID nodes build the model anew, without DC-Gen. Put them between nunchaku's loader "
+            "nunchaku's LoRA and PuLID nodes rebuild the model, without DC-Gen. Put them between nunchaku's loader "
             "and Apply DC-Gen."
         )
 
@@ -73,12 +73,12 @@ class Nunchaku(Host):
         return self._config(model)
 
     def _config(self, model: Patcher) -> Config:
-        """The diffusers config of the wrapped transformer; tuples as lists, as JSON has them."""
+        """The diffusers config of the wrapped transformer, with lists for tuples, as in JSON."""
         config = dict(model.model.diffusion_model.model.config)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
     def weight(self, model: Patcher, family: Family, config: Config, name: str) -> None:
-        """None: the blocks are packed for its kernels."""
+        """None: the weights are packed for nunchaku's kernels."""
         return
 
     def apply(self, model: Patcher, family: Family, adapter: Adapter, info: FamilyInfo, strength: float) -> Patcher:
@@ -89,25 +89,25 @@ class Nunchaku(Host):
 
 
 def network(model: Patcher, adapter: Adapter, info: FamilyInfo, strength: float) -> torch.nn.Module:
-    """A wrapper of its own around the same transformer, with the adapter's layers and LoRA."""
+    """A new wrapper around the same transformer, with the adapter's layers and LoRA."""
     wrapper = model.model.diffusion_model
-    # merge_tensor gives an adapter's own tensors back as they are: here they are the base, and its LoRA goes on them.
+    # merge_tensor returns an adapter's own tensors unchanged; here they are the base that its LoRA is merged into.
     blocks_only = replace(adapter, tensors={})
-    layers: dict[str, dict[str, torch.Tensor]] = {}
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in adapter.tensors.items():
         path, _, suffix = key.rpartition(".")
-        layers.setdefault(path, {})[suffix] = merge_tensor(key, tensor, blocks_only, strength)
-    made = {path: linear(weights, wrapper.dtype, model.offload_device) for path, weights in layers.items()}
-    before = wrapper.customized_forward
+        tensors.setdefault(path, {})[suffix] = merge_tensor(key, tensor, blocks_only, strength)
+    layers = {path: linear(weights, wrapper.dtype, model.offload_device) for path, weights in tensors.items()}
+    inner_forward = wrapper.customized_forward
 
     def forward(transformer: torch.nn.Module, **kwargs: Any) -> Any:
-        kept = {path: transformer.get_submodule(path) for path in made}
+        originals = {path: transformer.get_submodule(path) for path in layers}
         try:
-            for path, layer in made.items():
+            for path, layer in layers.items():
                 _exchange(transformer, path, layer)
-            return (before or _call)(transformer, **kwargs)
+            return (inner_forward or _call)(transformer, **kwargs)
         finally:
-            for path, layer in kept.items():
+            for path, layer in originals.items():
                 _exchange(transformer, path, layer)
 
     loras, lora = list(wrapper.loras), _completed(adapter)
@@ -115,9 +115,9 @@ def network(model: Patcher, adapter: Adapter, info: FamilyInfo, strength: float)
         _check_ranks(lora, [file for file, _ in loras])
         loras.append((str(_lora_file(lora)), strength))
     sizes = {"patch_size": info.patch_size, "in_channels": info.space.channels, "out_channels": info.space.channels}
-    own = {
+    attributes = {
         "dcgen_lora_hint": HINT,
-        "dcgen_layers": torch.nn.ModuleList(made.values()),
+        "dcgen_layers": torch.nn.ModuleList(layers.values()),
         "config": {**wrapper.config, **sizes},
         "loras": loras,
         "customized_forward": forward,
@@ -125,7 +125,7 @@ def network(model: Patcher, adapter: Adapter, info: FamilyInfo, strength: float)
         "_prev_timestep": None,
         "_cache_context": None,
     }
-    return overlay(wrapper, own)
+    return overlay(wrapper, attributes)
 
 
 def _call(transformer: torch.nn.Module, **kwargs: Any) -> Any:
@@ -138,42 +138,42 @@ def _exchange(transformer: torch.nn.Module, path: str, layer: torch.nn.Module) -
 
 
 def _check_ranks(lora: Mapping[str, LoraPair], others: list[str]) -> None:
-    """ValueError when the LoRA stacked on one layer are more than nunchaku's kernels have room for."""
+    """ValueError when the LoRA on one layer exceed the rank that nunchaku's kernels take."""
     ranks = {pair.rank for pair in lora.values()}
-    room = RANK_ROOM - OWN_RANK
-    if any(rank % RANK_STEP for rank in ranks) or STACKED * max(ranks) > room:
+    limit = MAX_RANK - OWN_RANK
+    if any(rank % RANK_STEP for rank in ranks) or STACKED * max(ranks) > limit:
         raise ValueError(
             f"this adapter's LoRA has rank {max(ranks)}; nunchaku takes multiples of {RANK_STEP} up to "
-            f"{room // STACKED // RANK_STEP * RANK_STEP}. Extract it anew with a smaller rank "
+            f"{limit // STACKED // RANK_STEP * RANK_STEP}. Extract it again with a smaller rank "
             "(python -m dcgen.convert extract), or merge it and quantize the merged model."
         )
     stacked = {file: STACKED * _rank(file) for file in others}
-    if STACKED * max(ranks) + sum(stacked.values()) > room:
+    if STACKED * max(ranks) + sum(stacked.values()) > limit:
         raise ValueError(
             f"too many LoRA for nunchaku: the adapter's rank {max(ranks)} and "
             f"{', '.join(f'{Path(file).name} (rank {rank // STACKED})' for file, rank in stacked.items())} may add up "
-            f"to {room // STACKED} (its kernels take {RANK_ROOM} in all, with q, k and v apart). Leave one out, or "
+            f"to {limit // STACKED} (its kernels take {MAX_RANK} in all, with q, k and v apart). Leave one out, or "
             "extract the adapter with a smaller rank (python -m dcgen.convert extract)."
         )
 
 
 def _rank(file: str) -> int:
-    """The largest rank in a LoRA file, as nunchaku pads it."""
-    downs = (".lora_A.weight", ".lora_down.weight", ".lora_A", ".lora.down.weight")
-    ranks = [entry.shape[0] for key, entry in Tensors.open(file).entries.items() if key.endswith(downs)]
+    """The largest rank in a LoRA file, padded as nunchaku does."""
+    suffixes = (".lora_A.weight", ".lora_down.weight", ".lora_A", ".lora.down.weight")
+    ranks = [entry.shape[0] for key, entry in Tensors.open(file).entries.items() if key.endswith(suffixes)]
     return -(-max(ranks, default=0) // RANK_STEP) * RANK_STEP
 
 
 def _completed(adapter: Adapter) -> dict[str, LoraPair]:
-    """The LoRA without the layers that the adapter brings whole, with zeros where nunchaku needs a partner."""
-    whole = {key.rpartition(".")[0] for key in adapter.tensors}
-    lora = {path: pair for path, pair in adapter.lora.items() if path not in whole}
+    """The LoRA without the layers that the adapter replaces, and with zeros for missing layers of a fused group."""
+    replaced = {key.rpartition(".")[0] for key in adapter.tensors}
+    lora = {path: pair for path, pair in adapter.lora.items() if path not in replaced}
     shapes = adapter.model.linears(adapter.base)
     for path, pair in list(lora.items()):
-        for group in TOGETHER:
-            own = next((name for name in group if BLOCKS in path and path.endswith(f".{name}")), "")
-            for name in group if own else ():
-                partner = path.removesuffix(own) + name
+        for group in FUSED:
+            member = next((name for name in group if BLOCKS in path and path.endswith(f".{name}")), "")
+            for name in group if member else ():
+                partner = path.removesuffix(member) + name
                 if partner in shapes and partner not in lora:
                     out, width = shapes[partner][:2]
                     zeros = pair.A.new_zeros(pair.rank, width), pair.B.new_zeros(out, pair.rank)
@@ -182,7 +182,7 @@ def _completed(adapter: Adapter) -> dict[str, LoraPair]:
 
 
 def _lora_file(lora: Mapping[str, LoraPair]) -> Path:
-    """LoRA as a file of its own, which is how nunchaku takes LoRA; alpha/rank is folded into B."""
+    """The LoRA as a file, the only form that nunchaku takes; alpha/rank is folded into B."""
     tensors = {}
     digest = hashlib.sha256()
     for module, pair in sorted(lora.items()):

@@ -1,5 +1,5 @@
 # C latent channels, D width, p patch size
-"""FLUX.1 in ComfyUI: the core's own network on a deep latent."""
+"""FLUX.1 in ComfyUI: core's own network on a deeply compressed latent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...family import Family
 from ...latent_format import ModelInfo
 from .text import load_flux_text
 
-# The core's memory estimate counts latent pixels and was tuned on FLUX's 2x2 patches.
+# Core's memory estimate counts latent pixels and was tuned for FLUX's patch size of 2.
 PATCH_OF_ESTIMATE = 2
 
 
@@ -73,7 +73,7 @@ class Flux(Family):
         return config["joint_attention_dim"]
 
     def renamed(self, part: dict[str, Tensor], model_config: Any) -> dict[str, Tensor]:
-        """After the core's own last change of names (some cores call a norm's `scale` its `weight`)."""
+        """With core's final renaming of keys (some versions rename a norm's `scale` to `weight`)."""
         return model_config.process_unet_state_dict(part)
 
     def load_text(self, release: Path, index: dict[str, Any], disable_dynamic: bool = False) -> comfy.sd.CLIP:

@@ -1,5 +1,5 @@
 # B batch, T text tokens
-"""The two text encoders of a FLUX release folder as one CLIP, encoding as the release's own pipeline does."""
+"""The two text encoders of a FLUX release folder as one CLIP that encodes like the release's diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _T5_BUCKETS, _T5_DISTANCE = 32, 128
 def load_flux_text(release: Path, index: dict[str, Any], disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """CLIP from text_encoder/ + tokenizer/ (CLIP) and text_encoder_2/ + tokenizer_2/ (T5) of a release.
 
-    T5 is padded to tokenizer_2's own length (512 in the published releases), cut there, and not masked; of CLIP only
-    the pooled vector is used. Weights keep the dtype of the files.
+    T5 is padded and truncated to tokenizer_2's own length (512 in the published releases), without a mask; only the
+    pooled vector of CLIP is used. Weights keep the dtype of the files.
     """
     tokenizers = [load_tokenizer(release / name, index.get(name)) for name in ("tokenizer", "tokenizer_2")]
     configs = [_config(release / name, kind) for name, kind in (("text_encoder", "clip"), ("text_encoder_2", "t5"))]
@@ -56,19 +56,21 @@ def _config(folder: Path, kind: str) -> dict[str, Any]:
         config.setdefault("is_gated_act", gated == "gated")
         act = config.get("dense_act_fn", "gelu_new" if (gated, act) == ("gated", "gelu") else act)
         config["dense_act_fn"] = _ACTIVATIONS.get(act, act)
-        found = (config.get("relative_attention_num_buckets", 32), config.get("relative_attention_max_distance", 128))
-        if found != (_T5_BUCKETS, _T5_DISTANCE):
+        buckets = (config.get("relative_attention_num_buckets", 32), config.get("relative_attention_max_distance", 128))
+        if buckets != (_T5_BUCKETS, _T5_DISTANCE):
             raise ValueError(
-                f"{file}: relative attention with (buckets, distance) = {found}; ComfyUI's T5 has {_T5_BUCKETS} and "
+                f"{file}: relative attention with (buckets, distance) = {buckets}; ComfyUI's T5 has {_T5_BUCKETS} and "
                 f"{_T5_DISTANCE}."
             )
     return config
 
 
 def _check_clip_end(config: dict[str, Any], tokenizer: Any, release: Path) -> None:
-    """CLIP's pooled vector is read at the end token; transformers finds it in two ways that must agree with ours."""
+    """CLIP's pooled vector is read at the end token. transformers finds that token in one of two ways; check that ours
+    is the same.
+    """
     end = config.get("eos_token_id", 49407)
-    legacy = end == 2  # transformers then takes the highest token id of the prompt
+    legacy = end == 2  # transformers then uses the highest token id of the prompt
     if end != tokenizer.eos_token_id and not (legacy and tokenizer.eos_token_id == max(tokenizer.get_vocab().values())):
         raise ValueError(
             f"{release}: text_encoder/config.json ends prompts with token {end}, tokenizer/ with "
@@ -125,9 +127,9 @@ def _model_class(configs: list[dict[str, Any]], tokenizers: list) -> type:
                 **shared,
             )
             self.dtypes = set(dtypes)
-            # The core's class has CLIP-L's vocabulary built in.
-            words = (configs[0]["vocab_size"], configs[0]["hidden_size"])
-            embedding = self.clip_l.operations.Embedding(*words, dtype=dtypes[0], device=device)
+            # Core's class has CLIP-L's vocabulary size built in.
+            sizes = (configs[0]["vocab_size"], configs[0]["hidden_size"])
+            embedding = self.clip_l.operations.Embedding(*sizes, dtype=dtypes[0], device=device)
             self.clip_l.transformer.set_input_embeddings(embedding)
             _set_epsilon(self.clip_l, configs[0].get("layer_norm_eps", 1e-5))
             _set_epsilon(self.t5xxl, configs[1].get("layer_norm_epsilon", 1e-6))
@@ -144,21 +146,21 @@ def _set_epsilon(model: torch.nn.Module, epsilon: float) -> None:
 
 
 def _clip_parts(weights: Tensors) -> Parts:
-    """CLIP's weights by layer. transformers 5 dropped the `text_model.` of earlier releases; ids are made anew."""
-    found = {key.removeprefix("text_model."): key for key in weights.entries if not key.endswith("position_ids")}
-    norm = weights.entries[found["final_layer_norm.weight"]]
-    projection = found.pop("text_projection.weight", None)
-    square = torch.eye(norm.shape[0], dtype=norm.dtype) if projection is None else weights.get(projection)
-    yield {"text_projection.weight": square}
-    for names in by_layer(found):
-        yield {f"text_model.{name}": weights.get(found[name]) for name in names}
+    """CLIP's weights by layer. transformers 5 dropped the prefix `text_model.`; position ids are not weights."""
+    names = {key.removeprefix("text_model."): key for key in weights.entries if not key.endswith("position_ids")}
+    norm = weights.entries[names["final_layer_norm.weight"]]
+    key = names.pop("text_projection.weight", None)
+    projection = torch.eye(norm.shape[0], dtype=norm.dtype) if key is None else weights.get(key)
+    yield {"text_projection.weight": projection}
+    for layer in by_layer(names):
+        yield {f"text_model.{name}": weights.get(names[name]) for name in layer}
 
 
 def _t5_parts(weights: Tensors) -> Parts:
     """T5's weights by layer. `encoder.embed_tokens` is the same tensor as `shared`; a file may hold either or both."""
-    found = {key: key for key in weights.entries}
-    tied = found.pop("encoder.embed_tokens.weight", None)
+    names = {key: key for key in weights.entries}
+    tied = names.pop("encoder.embed_tokens.weight", None)
     if tied is not None:
-        found.setdefault("shared.weight", tied)
-    for names in by_layer(found):
-        yield {name: weights.get(found[name]) for name in names}
+        names.setdefault("shared.weight", tied)
+    for layer in by_layer(names):
+        yield {name: weights.get(names[name]) for name in layer}

@@ -1,5 +1,5 @@
 # B batch, C latent channels, h w latent rows and columns, T text tokens, D width, p patch size
-"""SANA in ComfyUI, which has none: the network of dcgen.backbones.sana under comfy.ops."""
+"""SANA in ComfyUI, which has no SANA of its own: the network of dcgen.backbones.sana on comfy.ops layers."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from .text import load_sana_text
 
 TIMESTEPS = 1000
 GUIDANCE = 4.5
-# Live activations per token at the peak of a block, as this many times D numbers of the computing dtype. Measured
-# (tests/core/test_sana_memory.py): 12.6 to 14.1, mostly the feed-forward's 1x1 and 3x3 outputs of 5 D each; less where
+# Live activations per token at the peak of a block, in multiples of D values of the compute dtype. Measured
+# (tests/core/test_sana_memory.py): 12.6 to 14.1, mostly the feed-forward's 1x1 and 3x3 outputs of 5 D each; less when
 # an image has more tokens than the network convolves at a time.
 PEAK_WIDTHS = 15
-# The core's estimate is latent pixels * dtype size * this * memory_usage_factor.
+# Core's estimate is latent pixels * dtype size * this * memory_usage_factor.
 BYTES_OF_FACTOR = 0.01 * 1024 * 1024
 POINTWISE = (".conv_inverted.weight", ".conv_point.weight")
 
 
 class Network(SanaNet):
-    """SanaNet called as the core calls its networks."""
+    """SanaNet with the call signature of core's networks."""
 
     def __init__(self, *, config: dict[str, Any], dtype: Any, device: Any, operations: Any, **_geometry: Any) -> None:
         super().__init__(SanaConfig.from_diffusers(config), operations=operations, dtype=dtype, device=device)
@@ -70,9 +70,9 @@ class Network(SanaNet):
 
 
 class Sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
-    """The core's flow sampling, but pure noise at the sigma where SANA's schedule starts (0.9997 at shift 3).
+    """Core's flow sampling, but with pure noise at the first sigma of SANA's schedule (0.9997 at shift 3).
 
-    diffusers begins there with noise alone; the core would scale it by sigma.
+    diffusers starts there from unscaled noise; core would scale it by sigma.
     """
 
     def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
@@ -83,14 +83,14 @@ class Sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampl
 
 
 class SanaModel(comfy.model_base.BaseModel):
-    """SANA as the core's BaseModel."""
+    """SANA as a BaseModel of core."""
 
     def __init__(self, model_config: Any, model_type: Any = comfy.model_base.ModelType.FLOW, device: Any = None):
         super().__init__(model_config, model_type, device=device, unet_model=Network)
         self.model_sampling = Sampling(model_config)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-        """Text, its mask and Sprint's guidance."""
+        """Text features, their mask and Sprint's guidance."""
         out = super().extra_conds(**kwargs)
         text, mask = kwargs.get("cross_attn"), kwargs.get("attention_mask")
         if text is None:
@@ -107,7 +107,7 @@ class SanaModel(comfy.model_base.BaseModel):
 
 
 class SanaModelConfig(comfy.supported_models_base.BASE):
-    """What the core keeps beside a model: dtypes, memory, schedule, latent."""
+    """Core's model_config: dtypes, memory, schedule, latent format."""
 
     unet_extra_config: ClassVar[dict[str, Any]] = {}
     supported_inference_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
@@ -135,9 +135,9 @@ class Sana(Family):
         return asdict(config)
 
     def model_config(self, shapes: Mapping[str, Tensor], config: Config) -> Any:
-        made = SanaModelConfig({"image_model": self.backbone.name})
-        made.quant_config = comfy.utils.detect_layer_quantization(shapes, "")
-        return made
+        model_config = SanaModelConfig({"image_model": self.backbone.name})
+        model_config.quant_config = comfy.utils.detect_layer_quantization(shapes, "")
+        return model_config
 
     def unet_config(self, config: Config, info: ModelInfo) -> dict[str, Any]:
         values = asdict(SanaConfig.from_diffusers(config))
@@ -145,7 +145,7 @@ class Sana(Family):
         return {"image_model": self.backbone.name, **sizes, "config": values}
 
     def attributes(self, config: Config, info: ModelInfo) -> dict[str, Any]:
-        # The table of positions made for one grid is not that of another.
+        # The cached position table is for one grid only.
         return {"config": SanaConfig.from_diffusers(config), "_positions": None}
 
     def memory_factor(self, model: comfy.model_base.BaseModel, config: Config, info: ModelInfo) -> float:
@@ -155,11 +155,11 @@ class Sana(Family):
         return config["caption_channels"]
 
     def renamed(self, part: dict[str, Tensor], model_config: Any) -> dict[str, Tensor]:
-        """1x1 convolutions of the files as the Linear layers that the network has for them."""
+        """1x1 convolutions of the files, reshaped to the network's Linear layers."""
         return {name: value.flatten(1) if name.endswith(POINTWISE) else value for name, value in part.items()}
 
-    def settle(self, model: comfy.model_base.BaseModel) -> None:
-        """Modulation tables, which are a few numbers, stay in 16 bits where the weights are fp8."""
+    def prepare(self, model: comfy.model_base.BaseModel) -> None:
+        """Keep the modulation tables, which are small, in bfloat16 when the weights are fp8."""
         if model.get_dtype().itemsize > 1:
             return
         for module in model.diffusion_model.modules():

@@ -1,5 +1,5 @@
 # B batch, T text tokens, H heads, d head width
-"""Gemma-2-2B-it as SANA reads it: from a release folder or as core's CLIP, instruction, 300 positions and a mask."""
+"""SANA's text encoder, Gemma-2-2B-it: from a release folder or core's CLIP, with instruction, 300 positions, mask."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ...latent_format import TEXT_KEY
 from ...loading import by_layer, fill, is_dynamic
 from ...text import LoadedTokenizer, load_tokenizer, new_clip
 
-# Text positions that SANA sees: the first (the start token) and the last 299 of instruction + prompt.
+# Text positions that SANA reads: the first (the start token) and the last 299 of instruction + prompt.
 POSITIONS = 300
 GEMMA = "gemma2_2b"
-# What SANA was trained to read in front of a prompt; its wording is part of the model. From diffusers' SanaPipeline
-# (arXiv:2410.10629 section 3.3 shows the idea); it ends where the user's prompt begins.
+# SANA was trained with this instruction before every prompt, so its wording is part of the model. From diffusers'
+# SanaPipeline (arXiv:2410.10629 section 3.3 shows the idea); the user's prompt follows directly.
 INSTRUCTION = "\n".join(
     (
         "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions suitable for "
@@ -46,7 +46,7 @@ INSTRUCTION = "\n".join(
         "User Prompt: ",
     )
 )
-# Gemma 2's attention: scores are bounded to +-50 by tanh. The core's classes leave this out.
+# Gemma 2's attention: scores are bounded to +-50 by tanh. Core's classes omit this.
 SOFTCAP = 50.0
 _FIELDS = (
     "vocab_size",
@@ -74,14 +74,14 @@ def encode(clip: comfy.sd.CLIP, text: str, instruction: str) -> list:
     padding = (gemma.special_tokens["pad"], 1.0)
     tokens = [*tokens, *([padding] * (length - len(tokens)))][:length]
     clip = clip.clone()
-    clip.layer_idx = None  # SANA reads the last layer, whatever CLIPSetLastLayer was told
+    clip.layer_idx = None  # SANA reads the last layer, whatever CLIPSetLastLayer says
     with _as_trained(gemma):
         out = clip.encode_from_tokens({name: [tokens]}, return_pooled=True, return_dict=True)
-    found, mask = (
+    features, mask = (
         torch.cat((part[:, :1], part[:, 1 - POSITIONS :]), 1) for part in (out["cond"], out["attention_mask"])
     )
     rest = {key: value for key, value in out.items() if key not in ("cond", "attention_mask")}
-    return [[found, {**rest, "attention_mask": mask, TEXT_KEY: BACKBONES["sana"].name}]]
+    return [[features, {**rest, "attention_mask": mask, TEXT_KEY: BACKBONES["sana"].name}]]
 
 
 def _gemma(clip: comfy.sd.CLIP) -> tuple[str, Any]:
@@ -97,21 +97,21 @@ def _gemma(clip: comfy.sd.CLIP) -> tuple[str, Any]:
 
 
 def _tokens(clip: comfy.sd.CLIP, name: str, text: str) -> list[tuple]:
-    """(token, weight) with the start token in front; (words:1.2) is plain text here, as SANA has no such weights."""
+    """(token, weight) with the start token first. (words:1.2) is plain text here: SANA has no prompt weights."""
     (tokens,) = clip.tokenize(text, disable_weights=True)[name]
     return tokens
 
 
 @contextlib.contextmanager
 def _as_trained(gemma: Any) -> Iterator[None]:
-    """While the context lasts, this encoder gives its last layer through the final norm, with Gemma's own attention."""
+    """Within this context the encoder returns its last layer after the final norm, with Gemma's own attention."""
 
     def swap(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, {**kwargs, "optimized_attention": attention}
 
     layers = [layer.self_attn for layer in gemma.transformer.model.layers]
     handles = [layer.register_forward_pre_hook(swap, with_kwargs=True) for layer in layers]
-    # Not by CLIP.clip_layer: the core goes back to the default layer when it sets the device.
+    # Not through CLIP.clip_layer: core resets it to the default layer when it sets the device.
     defaults = gemma.options_default
     gemma.options_default = ("last", None, *defaults[2:])
     try:
@@ -160,25 +160,25 @@ def _config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is missing; a SANA release has Gemma 2 there. Download the release again.")
     config = read_object(file)
     kind, head = config.get("model_type"), config.get("head_dim", 256)
-    found = (kind, config.get("attn_logit_softcapping", SOFTCAP), config.get("query_pre_attn_scalar", 256))
-    if found != ("gemma2", SOFTCAP, head):
+    attention = (kind, config.get("attn_logit_softcapping", SOFTCAP), config.get("query_pre_attn_scalar", 256))
+    if attention != ("gemma2", SOFTCAP, head):
         raise ValueError(
-            f"{file}: (model_type, attn_logit_softcapping, query_pre_attn_scalar) = {found}; SANA's text encoder is "
-            f"a Gemma 2 with ('gemma2', {SOFTCAP}, {head})."
+            f"{file}: (model_type, attn_logit_softcapping, query_pre_attn_scalar) = {attention}; SANA's text encoder "
+            f"is a Gemma 2 with ('gemma2', {SOFTCAP}, {head})."
         )
     rope = config.get("rope_parameters") or {}
     return {**config, "head_dim": head, "rope_theta": config.get("rope_theta", rope.get("rope_theta", 10000.0))}
 
 
 def _names(files: Tensors, folder: Path) -> dict[str, str]:
-    """Names of Gemma2Model -> those in the files, which hold that or a Gemma2ForCausalLM."""
-    found = {key.removeprefix("model."): key for key in files.entries if not key.startswith("lm_head.")}
-    if "norm.weight" not in found:
+    """Names in Gemma2Model -> names in the files, which hold a Gemma2Model or a Gemma2ForCausalLM."""
+    names = {key.removeprefix("model."): key for key in files.entries if not key.startswith("lm_head.")}
+    if "norm.weight" not in names:
         raise ValueError(
             f"{folder}: the text encoder has no final norm (norm.weight), which SANA's text features go through. "
             "Download the release again, or use the CLIPLoader with a whole gemma-2-2b-it file."
         )
-    return found
+    return names
 
 
 def _tokenizer_class(tokenizer: Any) -> type:
@@ -205,7 +205,7 @@ def _tokenizer_class(tokenizer: Any) -> type:
 
 
 class _Gemma(comfy.text_encoders.llama.BaseLlama, nn.Module):
-    """The core's Gemma 2 in any size."""
+    """Core's Gemma 2 in any size."""
 
     def __init__(self, config: dict[str, Any], dtype: Any, device: Any, operations: Any):
         nn.Module.__init__(self)
