@@ -1,16 +1,16 @@
-// A line on the empty-latent and sampler nodes: how many tokens the image costs, and how many fewer than at f8.
+// A line on the empty-latent and sampler nodes: the number of tokens of the image, and the saving over f8.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { forget, latentOf, source, widgetValue } from "./model.js";
 
 const NODES = ["DCGenEmptyLatent", "DCGen4KSampler"];
 const LOADERS = ["DCGenReleaseLoader", "DCGenModelLoader", "DCGenApply"];
-const F8_SIDE = 16; // f8 with patches of 2: what FLUX costs without DC-Gen
+const F8_SIDE = 16; // f8 with patch size 2, as in FLUX without DC-Gen
 const UNKNOWN = "tokens: depends on what is linked";
 const lines = new Set();
 let due = false;
 
-/** [width, height] in pixels of a node with a `size` choice and numbers; NaN where a link decides. */
+/** [width, height] in pixels from a node's `size`, `width` and `height`; NaN if one is linked. */
 function pixels(node) {
   const size = widgetValue(node, "size");
   if (size === undefined) return [NaN, NaN];
@@ -19,7 +19,7 @@ function pixels(node) {
   return numbers.map(Number);
 }
 
-/** The node whose numbers are the image's size: the sampler makes an empty latent itself when it is given none. */
+/** The node that sets the image size: the sampler makes its own empty latent when none is connected. */
 function sized(node) {
   const latent = source(node, "latent");
   return latent === null ? node : latent?.node;
@@ -42,11 +42,11 @@ function count(latent, width, height) {
   if (width % side || height % side) return `${width} x ${height}: this model needs multiples of ${side}`;
   const tokens = (width / side) * (height / side);
   const fewer = ((width / F8_SIDE) * (height / F8_SIDE)) / tokens;
-  const told = `${width} x ${height} = ${tokens.toLocaleString("en")} tokens`;
-  return fewer > 1 ? `${told}, ${+fewer.toFixed(1)}x fewer than f8` : told;
+  const text = `${width} x ${height} = ${tokens.toLocaleString("en")} tokens`;
+  return fewer > 1 ? `${text}, ${+fewer.toFixed(1)}x fewer than f8` : text;
 }
 
-/** Write the lines anew, once what is being done to the graph is done. */
+/** Update the lines after the current change of the graph. */
 function refresh() {
   if (due) return;
   due = true;
@@ -56,14 +56,14 @@ function refresh() {
   }, 0);
 }
 
-/** Call `after` when one of a node's widgets is changed or a link of it made or cut. */
+/** Call `after` when a widget of a node changes, or one of its links is added or removed. */
 function watch(node, after) {
   for (const widget of node.widgets ?? []) {
     const callback = widget.callback;
     widget.callback = function (...args) {
-      const answer = callback?.apply(this, args);
+      const result = callback?.apply(this, args);
       after();
-      return answer;
+      return result;
     };
   }
   const connected = node.onConnectionsChange;
@@ -87,7 +87,7 @@ function addLine(node) {
   const height = () => 16;
   const options = { serialize: false, getMinHeight: height, getMaxHeight: height };
   const widget = node.addDOMWidget("dcgen_tokens", "dcgen_tokens", box, options);
-  widget.serialize = false; // a line to read, no value of the graph
+  widget.serialize = false; // display only
   node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
   const update = () => {
     const text = line(node, update);
@@ -108,13 +108,13 @@ function addLine(node) {
 app.registerExtension({
   name: "DCGen.Tokens",
   setup() {
-    // What is changed on other packs' nodes between a line and its model: both ways of drawing nodes report it here.
+    // For changes on other packs' nodes between a line and its model; sent in both classic and Vue rendering.
     api.addEventListener("graphChanged", refresh);
   },
   nodeCreated(node) {
     if (NODES.includes(node.comfyClass)) addLine(node);
     if (NODES.includes(node.comfyClass) || LOADERS.includes(node.comfyClass)) watch(node, refresh);
-    refresh(); // one more use of a subgraph changes the lines inside it
+    refresh(); // a second instance of a subgraph changes the lines inside it
   },
   afterConfigureGraph: refresh,
   refreshComboInNodes() {
