@@ -21,16 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcgen import guidance, schedule
+from dcgen import guidance
 from dcgen.adapter import Adapter, save_adapter
-from train.autoencoders import latent_space, load_autoencoder
+from dcgen.folder import autoencoder_space
+from dcgen.release import open_model
+from train.autoencoders import load_autoencoder
 from train.config import Recipe, load_recipe, parse_recipe
 from train.evaluate import FIRST_UNSEEN, Judge, frechet
 from train.files import digest_json, read_json, write_json
 from train.generate import Pipeline
 from train.log import save_png
-from train.models import base_backbone, fresh_ends
-from train.run import fingerprint, run_recipe
+from train.models import fresh_ends, read_base
+from train.run import config_hash, run_recipe
 from train.sample import grid, seeded_noise
 from train.toy.pictures import SIZE, Pair
 
@@ -151,7 +153,7 @@ class Bench:
         cache = self.recipe.stages["cache"]
         self.base: str = cache.base
         self.teacher: str | None = cache.teacher or None
-        self.distilled = bool(base_backbone(self.base)[1].get("guidance_embeds"))
+        self.distilled = read_base(self.base)[1].distilled
         self.judge = Judge(evaluator, self.recipe.stages["cache"].data.path)
         self.pairs = self.judge.pictures.pairs("all")[::every]
         self.captions = self.judge.captions(self.pairs)
@@ -185,7 +187,7 @@ class Bench:
         """Train what the arm needs and judge it; both only if it was not done before."""
         arm = ARMS[name]
         recipe = self.arm_recipe(arm, seed)
-        made_of = fingerprint(recipe, arm.stages[-1]) if arm.stages else [recipe.seed, self.base]
+        made_of = config_hash(recipe, arm.stages[-1]) if arm.stages else [recipe.seed, self.base]
 
         def make() -> dict[str, float]:
             pipeline = self.pipeline(name, seed)
@@ -267,7 +269,7 @@ class Bench:
         """
         off = total = 0.0
         space = model.autoencoder.space
-        sigmas = schedule.sigmas(STEPS, tokens=model.tokens(SIZE, SIZE), channels=space.channels, **model.schedule)
+        sigmas = model.schedule.sigmas(STEPS, tokens=model.tokens(SIZE, SIZE), channels=space.channels)
         nothing = reference.text([""])
         for start in range(0, len(self.pairs), 64):
             pairs = self.pairs[start : start + 64]
@@ -340,18 +342,19 @@ class Bench:
 
 def untrained(recipe: Recipe, seed: int) -> Adapter:
     """The base with an embedder and a head as they are initialised."""
-    backbone, config = base_backbone(recipe.stages["cache"].base)
-    space = latent_space(recipe.stages["cache"].autoencoder)
-    _, embedder, head = fresh_ends(backbone, config, space.channels, 1, seed)
-    ends = ((backbone.embedder, embedder), (backbone.head, head))
-    tensors = {f"{path}.{name}": tensor for path, end in ends for name, tensor in end.state_dict().items()}
+    base = recipe.stages["cache"].base
+    family, release = read_base(base)
+    space = autoencoder_space(recipe.stages["cache"].autoencoder)
+    _, ends = fresh_ends(family, release.config, space.channels, 1, seed)
     return Adapter(
-        backbone=backbone.name,
-        tensors=tensors,
+        backbone=release.backbone.name,
+        tensors={f"{path}.{name}": tensor for path, end in ends.items() for name, tensor in end.state_dict().items()},
         lora={},
         latent=space,
-        base=backbone.fingerprint(config),
-        schedule=dict(recipe.stages["head"].schedule),
+        base=release.signature,
+        schedule=recipe.stages["head"].schedule,
+        base_weights=open_model(base).identity(),
+        base_latent=release.latent,
     )
 
 

@@ -192,7 +192,7 @@ def plain_step(options: argparse.Namespace, *overrides: str) -> float:
     cache = stage.cache
     dtype = getattr(torch, config.dtype)
     model = FluxTransformer2DModel.from_config(dict(stage.moved_config)).to(dtype)
-    targets = "|".join(stage.backbone.lora_targets)
+    targets = "|".join(stage.family.lora_targets)
     model = get_peft_model(model, LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets))
     for module in (model.base_model.model.x_embedder, model.base_model.model.proj_out):
         module.float().requires_grad_(True)
@@ -253,15 +253,13 @@ def _median_ms(step: Callable[[], None], count: int) -> float:
 def gpu(options: argparse.Namespace) -> dict[str, float]:
     """Tokens a second and model FLOP utilisation of a LoRA step at FLUX's width, bfloat16, on the first GPU."""
     blocks, tokens, text, batch = (2, 4), 1024, 512, 4
-    from dcgen.backbones import BACKBONES
-    from train.architectures import ARCHITECTURES
+    from train.families import ARCHITECTURES
     from train.lora import inject_lora
-    from train.models import network_class
 
-    flux = BACKBONES["flux"]
-    small = {**ARCHITECTURES["dc-gen-flux-f32"].config, "num_layers": blocks[0], "num_single_layers": blocks[1]}
+    flux, published = ARCHITECTURES["dc-gen-flux-f32"]
+    small = {**published.config, "num_layers": blocks[0], "num_single_layers": blocks[1]}
     with torch.device("cuda"):
-        model = network_class(flux).from_config(small).to(torch.bfloat16).requires_grad_(False)
+        model = flux.network_class().from_config(small).to(torch.bfloat16).requires_grad_(False)
         inject_lora(model, flux, 256, 256.0, seed=0)
         side = int(tokens**0.5)
         x, sigma = torch.randn(batch, 32, side, side), torch.rand(batch)

@@ -33,6 +33,10 @@ SUPPORTED = ("1", "2")  # format 1 has no latent and no identity of the base
 LORA_PREFIX = "transformer."
 ALPHA_LIMIT = 1e6
 REMEDY = "Choose a file that DC-Gen training wrote."
+SECOND_STEP = (
+    "for a second step (1K over 512) that is the first step's merged model. Or use the adapter that `export` writes "
+    "for the first base, or make it with python -m dcgen.convert extract MERGED BASE OUT."
+)
 BASE_WEIGHTS, BASE_LATENT = "dcgen.base_weights", "dcgen.base_latent"
 _REQUIRED = ("dcgen.format", "dcgen.backbone", METADATA_KEY, "dcgen.patch_size", "dcgen.base", "dcgen.schedule")
 _RESERVED = (*_REQUIRED, BASE_WEIGHTS, BASE_LATENT)
@@ -126,9 +130,7 @@ class Adapter:
         if same is False:
             raise ValueError(
                 f"{title} was trained over other weights than those of {source_name}, which would give noise. "
-                "Load the base that it was trained over: for a second step (1K over 512) that is the first step's "
-                "merged model. Or use the adapter that `export` writes for the first base, or make it with "
-                "python -m dcgen.convert extract MERGED BASE OUT."
+                f"Load the base that it was trained over: {SECOND_STEP}"
             )
 
     def check_base_latent(self, space: LatentSpace, source_name: str) -> None:
@@ -142,9 +144,10 @@ class Adapter:
             if not self.latent.differences(space):
                 differences = ["the adapter's own"]
         if differences:
+            advice = f": {SECOND_STEP}" if self.base_latent is not None and self.latent.differences(space) else "."
             raise ValueError(
                 f"{source_name} already runs on {space.name or 'another latent'}, which is not the latent of the base "
-                f"that this adapter was trained on ({'; '.join(differences)}). Connect the base's own loader."
+                f"that this adapter was trained on ({'; '.join(differences)}). Connect the base's own loader{advice}"
             )
 
     def check_latent(self, space: LatentSpace, source_name: str = "the latent") -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from .adapter import Adapter, check_model, load_adapter, merge_tensor, save_adapter
 from .dcae import load_dcae, save_dcae
 from .extract import FactoredLayer, extract
-from .files import SUFFIXES, Entry, naming, opened, write_stream
+from .files import SUFFIXES, Entry, naming, opened, replacing_folder, write_stream
 from .folder import TRANSFORMER, note_schedule
 from .jsons import parse_json
 from .latent import LatentSpace
@@ -101,19 +101,21 @@ def unpack(
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists; name a folder that does not, or remove it")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with replacing_folder(out) as temporary:
         if parts is not None:
-            shutil.copytree(parts, temporary, ignore=lambda folder, _: [TRANSFORMER] if folder == str(parts) else [])
+            top = str(parts)
+            shutil.copytree(
+                parts,
+                temporary,
+                ignore=lambda folder, _: [TRANSFORMER] if folder == top else [],
+                dirs_exist_ok=True,
+            )
             note_schedule(temporary, model.schedule)
         folder = temporary / TRANSFORMER
         folder.mkdir(parents=True)
         _write_shards(model, folder, dtype, shard_bytes, model_metadata(model, out.name))
         config = {"_class_name": model.backbone.diffusers_class, **model.config}
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 

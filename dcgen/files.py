@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -113,10 +114,59 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
+        sync_folder(target.parent)
     except SafetensorError as error:  # safetensors raises this for a full disk
         raise OSError(f"{target} could not be written ({error}); is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Flush a folder's list of names to the disk, without which a power cut may undo a rename.
+
+    Windows has no such call, and some network file systems refuse it.
+    """
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file below a folder to the disk, and the folders' lists of names."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and not file.is_symlink():
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+        elif file.is_dir():
+            sync_folder(file)
+    sync_folder(folder)
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """As replacing(), of a folder: an empty one beside `path` to fill. An older one at `path` is removed at the end."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_tree(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        sync_folder(target.parent)
+    except SafetensorError as error:  # others' save_pretrained on a full disk
+        raise OSError(f"{target} could not be written ({error}); is the disk full?") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 Scale = TypeVar("Scale", Tensor, float)
@@ -50,22 +49,6 @@ def raw_velocity(v_cond: Tensor, v_uncond: Tensor, w: Tensor | float) -> Tensor:
     return (v_cond + scale * v_uncond) / (1 + scale)
 
 
-def distillation_loss(v_model: Tensor, v_cond: Tensor, v_uncond: Tensor, w: Tensor | float) -> Tensor:
-    """Mean squared distance of a student to the teacher's guided velocity. arXiv:2509.25180 Eq. 3 with Eq. 4."""
-    return flow_matching_loss(v_model, cfg_velocity(v_cond, v_uncond, w))
-
-
-def flow_matching_loss(v_model: Tensor, v_target: Tensor) -> Tensor:
-    """Mean squared error in float32, scalar. arXiv:2509.25180 Eq. 2."""
-    return torch.nn.functional.mse_loss(_at_least_float32(v_model), _at_least_float32(v_target))
-
-
-def guided_loss(v_cond: Tensor, v_uncond: Tensor, w: Tensor | float, v_target: Tensor) -> Tensor:
-    """Flow-matching loss of a distilled model's corrected velocity. arXiv:2509.25180 Eq. 7."""
-    corrected = raw_velocity(_at_least_float32(v_cond), _at_least_float32(v_uncond), w)
-    return flow_matching_loss(corrected, v_target)
-
-
 def _per_sample(value: Tensor | float, like: Tensor) -> Tensor | float:
     """(B,) -> (B,1,...) in the dtype of `like`; numbers and scalars pass through."""
     if not isinstance(value, Tensor) or value.ndim == 0:
@@ -73,7 +56,3 @@ def _per_sample(value: Tensor | float, like: Tensor) -> Tensor | float:
     if value.shape != like.shape[:1]:
         raise ValueError(f"expected one value for each of the {like.shape[0]} samples, got shape {tuple(value.shape)}")
     return value.to(like).reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .fields import Check, check_fields, flag, optional, real, shown, text, whole, words
 
-RULES = ("flux", "flux2", "static", "sprint")
+LINEAR = "flux"  # the rule whose mu is linear in the tokens, as scheduler_config.json has it
+RULES = (LINEAR, "flux2", "static", "sprint")
 SHIFT = real(1e-8, 1e8)
 # Allowed fields of a stored schedule; shift = e^mu is 3 to 6 for the published models.
 SCHEDULE_FIELDS: dict[str, Check] = {

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 
-from dcgen.backbones import Backbone
+from train.family import Family
 
 Resample = Literal["teacher-down", "student-up"]
 
@@ -39,8 +39,8 @@ def resample_pair(teacher: Tensor, student: Tensor, resample: Resample) -> tuple
 
 def alignment_loss(teacher: Tensor, student: Tensor, resample: Resample) -> Tensor:
     """Mean squared distance of embeddings (B,h,w,D), (B,h',w',D) on one grid. arXiv:2509.25180 Eq. 1."""
-    target, found = resample_pair(teacher, student, resample)
-    return nn.functional.mse_loss(found, target)
+    target, output = resample_pair(teacher, student, resample)
+    return nn.functional.mse_loss(output, target)
 
 
 @dataclass
@@ -110,14 +110,15 @@ class NormalEquations:
 
 
 class LinearEmbedder:
-    """A backbone's embedder on the new latent seen as features @ weight^T + bias + what does not depend on them."""
+    """A network's embedder on the new latent seen as features @ weight^T + bias + what does not depend on them."""
 
-    def __init__(self, backbone: Backbone, model: nn.Module, config: dict[str, Any], patch_size: int) -> None:
-        self.backbone = backbone
+    def __init__(self, family: Family, model: nn.Module, config: dict[str, Any], patch_size: int) -> None:
+        self.family = family
         self.model = model
         self.config = config
         self.p = patch_size
-        self.weight, self.bias = _affine(model.get_submodule(backbone.embedder), backbone.name)
+        embedder = family.backbone.ends(config).embedder
+        self.weight, self.bias = _affine(model.get_submodule(embedder), family.backbone.title)
 
     def features(self, latents: Tensor) -> Tensor:
         """(B,C,h*p,w*p) -> (B,h,w,K), in the order in which the embedder's weight, flattened, takes them."""
@@ -130,7 +131,7 @@ class LinearEmbedder:
         self.weight.zero_()
         self.bias.zero_()
         try:
-            return self.backbone.embed(self.model, torch.zeros_like(latents[:1]), self.config)
+            return self.family.embed(self.model, torch.zeros_like(latents[:1]), self.config)
         finally:
             self.weight.copy_(kept[0])
             self.bias.copy_(kept[1])

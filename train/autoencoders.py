@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dcgen.dcae import load_dcae
-from dcgen.dcae.config import DCAEConfig
-from dcgen.fields import check_fields, optional, shown, text
-from dcgen.files import naming, weight_files
+from dcgen.files import weight_files
+from dcgen.folder import autoencoder_config, autoencoder_space
 from dcgen.latent import LatentSpace
-from dcgen.release import kl_space
-from dcgen.spaces import SPACES
-from train.files import read_json, sha256
+from train.files import sha256
 
 
 @dataclass
@@ -59,52 +56,17 @@ def load_autoencoder(
         import diffusers
 
         model = diffusers.AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(device)
-    space = getattr(model, "latent_space", None) or latent_space(folder)
-    return Autoencoder(space, model.eval().requires_grad_(False), folder)
-
-
-def autoencoder_config(folder: Path) -> dict[str, Any]:
-    """config.json of an autoencoder folder; other classes and missing files are errors that name them."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found; an autoencoder is a diffusers folder (config.json + safetensors)")
-    config = read_json(path)
-    if config.get("_class_name") not in ("AutoencoderKL", "AutoencoderDC"):
-        raise ValueError(f"{path}: class {shown(config.get('_class_name'))}; expected AutoencoderKL or AutoencoderDC")
-    with naming(path):
-        check_fields(config, {"_name_or_path": optional(text(4096))})
-        _space(config)
-    return config
-
-
-def _space(config: dict[str, Any]) -> LatentSpace:
-    """Latent space, without a name, that a (class-checked) config describes."""
-    if config["_class_name"] == "AutoencoderKL":
-        return kl_space(config)
-    dcae = DCAEConfig.from_diffusers(config)
-    if dcae.scaling_factor is None:
-        raise ValueError("scaling_factor is missing")
-    return LatentSpace("", dcae.latent_channels, dcae.spatial_factor, dcae.scaling_factor)
-
-
-def latent_space(folder: str | Path) -> LatentSpace:
-    """The latent space of an autoencoder folder, from its config.json alone (loads no weights)."""
-    folder = Path(folder)
-    config = autoencoder_config(folder)
-    name = Path(config.get("_name_or_path") or folder.resolve().name).name.removesuffix("-diffusers")
-    space = replace(_space(config), name=name)
-    same = [known for known in SPACES.values() if not replace(known, name="").differences(space)]
-    return SPACES.get(name) or (same[0] if len(same) == 1 else space)
+    return Autoencoder(autoencoder_space(folder), model.eval().requires_grad_(False), folder)
 
 
 def check_autoencoder(folder: str | Path) -> None:
     """An error that names the folder unless it has a config that can be read and weights; loads none."""
-    latent_space(folder)
+    autoencoder_space(folder)
     _weights(Path(folder))
 
 
 def autoencoder_identity(folder: str | Path) -> dict[str, Any]:
-    """What decides its latents: part of a cache's fingerprint."""
+    """What decides its latents: part of a cache's config_hash."""
     files = _weights(Path(folder))
     return {"config": autoencoder_config(Path(folder)), "weights": {file.name: sha256(file) for file in files}}
 
@@ -113,7 +75,7 @@ def _weights(folder: Path) -> list[Path]:
     files = weight_files(folder) if folder.is_dir() else []
     if not files:
         raise FileNotFoundError(
-            f"{folder} holds no .safetensors weights. A release may come without its autoencoder (toy/sana-base does): "
+            f"{folder} holds no .safetensors weights. A release may come without its own (one of the toy's does): "
             "name the folder that has it, as `teacher` of a cache stage or `autoencoder` of a Pipeline"
         )
     return files

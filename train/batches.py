@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from train.conditioning import Cond, replace_rows
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -49,13 +51,10 @@ class Batch:
         return torch.stack(rows).to(self.device)
 
 
-def drop_captions(
-    batch: Batch, cond: dict[str, Tensor], empty: dict[str, Tensor], share: float
-) -> tuple[dict[str, Tensor], Tensor]:
+def drop_captions(batch: Batch, cond: Cond, empty: Cond, share: float) -> tuple[Cond, Tensor]:
     """(conditioning with the empty prompt's (1,...) in the dropped rows, which rows those are (B,))."""
     dropped = batch.uniform("drop") < share
-    masks = {name: dropped.reshape(-1, *[1] * (value.ndim - 1)) for name, value in cond.items()}
-    return {name: torch.where(masks[name], empty[name].to(value), value) for name, value in cond.items()}, dropped
+    return replace_rows(cond, empty, dropped), dropped
 
 
 def losses_by_caption(errors: Tensor, dropped: Tensor) -> dict[str, float | Tensor]:

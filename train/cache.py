@@ -1,15 +1,17 @@
-"""The cache: latents of both autoencoders and text embeddings in safetensors shards, with checksums and a fingerprint.
+"""The cache: latents of both autoencoders and conditioning in safetensors shards, with checksums and a config_hash.
 
-index.json   format, fingerprint, latent spaces, captions, samples, shards (file, sha256, bytes, count)
-shards/      latent-HxW-00000.safetensors: teacher, student (n,C,h,w) raw latents of samples of one bucket
-             text-00000.safetensors: one tensor (n,...) per conditioning name; caption 0 is the empty prompt
+index.json   format, config_hash, latent spaces, ragged text, captions, samples, shards (file, sha256, bytes, count)
+shards/      latent-HxW-00000.safetensors: teacher, student (n,C,h,w) raw latents of samples of one bucket; where the
+             family conditions on samples, teacher.NAME and student.NAME (n,...), too
+             text-00000.safetensors: one tensor (n,...) per conditioning name; caption 0 is the empty prompt. Of ragged
+             text NAME has the tokens of all captions one after the other (m,D), NAME.lengths (n,) how many each has
 """
-# n samples in a shard, C latent channels, h w latent rows and columns
+# n samples or captions in a shard, m tokens in a shard, C latent channels, h w latent rows and columns
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,13 @@ from torch import Tensor
 
 from dcgen.fields import Check, check_fields, items, mapping, shown, text, whole
 from dcgen.latent import LatentSpace
+from train.conditioning import LENGTHS, Cond, pad
 from train.files import read_json, sha256, write_json, write_tensors
 
-FORMAT = 1
+FORMAT = 2
+READ = (1, 2)  # 1: without ragged text; its config_hash is called fingerprint
 SIDES = ("teacher", "student")
+HASH, OLD_HASH = "config_hash", "fingerprint"
 
 
 def _shard_name(name: str, value: Any) -> None:
@@ -33,9 +38,10 @@ def _shard_name(name: str, value: Any) -> None:
 
 
 INDEX_FIELDS: dict[str, Check] = {
-    "fingerprint": text(100),
+    HASH: text(100),
     "made_of": mapping,
     "spaces": mapping,
+    "ragged": mapping,
     "captions": items(text(1 << 20), 1, 1 << 31),
     "samples": items(mapping, 0, 1 << 31),
     "shards": items(mapping, 0, 1 << 24),
@@ -53,11 +59,11 @@ class CacheError(RuntimeError):
 
 
 class CacheWriter:
-    """Writes shards one by one. A shard that is already there, whole and of the same fingerprint, is not made again."""
+    """Writes shards one by one. A shard that is already there, whole and of the same config_hash, is not made again."""
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    def __init__(self, folder: Path, config_hash: str) -> None:
         self.folder = folder
-        self.fingerprint = fingerprint
+        self.config_hash = config_hash
 
     def shard(self, name: str, count: int, make: Callable[[], dict[str, Tensor]]) -> dict[str, Any]:
         """The record of shard `name` of `count` samples, made by `make` only if needed."""
@@ -65,13 +71,13 @@ class CacheWriter:
         note = path.with_suffix(".json")
         if path.is_file() and note.is_file():
             record = read_json(note)
-            same = record.get("fingerprint") == self.fingerprint and record.get("count") == count
+            same = _stored_hash(record) == self.config_hash and record.get("count") == count
             if same and path.stat().st_size == record.get("bytes") and sha256(path) == record.get("sha256"):
                 return record
-        write_tensors(path, make(), {"fingerprint": self.fingerprint})
+        write_tensors(path, make(), {HASH: self.config_hash})
         size = path.stat().st_size
         record = {"file": f"shards/{name}.safetensors", "count": count, "bytes": size, "sha256": sha256(path)}
-        record["fingerprint"] = self.fingerprint
+        record[HASH] = self.config_hash
         write_json(note, record)
         return record
 
@@ -86,13 +92,18 @@ class CacheWriter:
         captions: Sequence[str],
         samples: Sequence[dict[str, Any]],
         shards: Sequence[dict[str, Any]],
+        ragged: Mapping[str, str],
     ) -> None:
-        """Write index.json: after this the cache is complete. `parts` is what the fingerprint was made of."""
+        """Write index.json: after this the cache is complete.
+
+        parts: what the config_hash was made of; ragged: text field -> its mask, see train.conditioning.
+        """
         index = {
             "format": FORMAT,
-            "fingerprint": self.fingerprint,
+            HASH: self.config_hash,
             "made_of": parts,
             "spaces": {side: asdict(space) for side, space in spaces.items()},
+            "ragged": dict(ragged),
             "captions": list(captions),
             "samples": list(samples),
             "shards": list(shards),
@@ -109,10 +120,14 @@ class Cache:
         if not path.is_file():
             raise CacheError(f"{path} not found: the cache stage has not finished; run it first")
         index = read_json(path)
-        if index.get("format") != FORMAT:
-            raise CacheError(f"{path} has format {index.get('format')}, this program reads {FORMAT}; make it anew")
+        if index.get("format") not in READ:
+            raise CacheError(f"{path} has format {index.get('format')}, this program reads {READ}; make it anew")
+        if index["format"] == 1:
+            index = {HASH: index.get(OLD_HASH), "ragged": {}, **index}
         try:
             check_fields(index, INDEX_FIELDS, needed=tuple(INDEX_FIELDS))
+            for name, mask in index["ragged"].items():
+                text(100)(f"ragged.{name}", mask)
             for record in index["shards"]:
                 check_fields(record, SHARD_FIELDS, needed=tuple(SHARD_FIELDS))
             counts = {record["file"]: record["count"] for record in index["shards"]}
@@ -127,12 +142,14 @@ class Cache:
             self.spaces = {side: LatentSpace(**index["spaces"][side]) for side in SIDES}
         except (ValueError, TypeError, KeyError) as error:
             raise CacheError(f"{path} is not the index of a cache ({error!r}); make it anew") from error
-        self.fingerprint: str = index["fingerprint"]
+        self.config_hash: str = index[HASH]
+        self.ragged: dict[str, str] = index["ragged"]
         self.made_of: dict[str, Any] = index["made_of"]
         self.captions: list[str] = index["captions"]
         self.samples: list[dict[str, Any]] = index["samples"]
         self.shards: dict[str, dict[str, Any]] = {record["file"]: record for record in index["shards"]}
         self._open: dict[str, dict[str, Tensor]] = {}
+        self._starts: dict[tuple[str, str], list[int]] = {}
         for record in self.shards.values():
             self._check_size(record)
         self._caption_place = self._places("text-")
@@ -152,7 +169,7 @@ class Cache:
         return settings["tokens"] if isinstance(settings, dict) else None
 
     def buckets(self) -> list[list[int]]:
-        """Sample numbers by picture size."""
+        """Sample numbers by image size."""
         groups: dict[tuple[int, int], list[int]] = {}
         for number, sample in enumerate(self.samples):
             groups.setdefault(tuple(sample["size"]), []).append(number)
@@ -163,12 +180,26 @@ class Cache:
         rows = [self._row(self.samples[i]["shard"], side, self.samples[i]["row"]) for i in indices]
         return self.spaces[side].normalize(torch.stack(rows).float())
 
-    def text(self, captions: Sequence[int]) -> dict[str, Tensor]:
-        """Conditioning (B,...), float32 or integer, by name, of captions given by number; 0 is the empty prompt."""
+    def text(self, captions: Sequence[int]) -> Cond:
+        """Conditioning (B,...), float32 or integer, by name, of captions given by number; 0 is the empty prompt.
+
+        Ragged text is as long as the longest of these captions.
+        """
         places = [self._caption_place[number] for number in captions]
-        names = self._tensors(places[0][0])
-        found = {name: torch.stack([self._row(file, name, row) for file, row in places]) for name in names}
-        return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
+        names = [name for name in self._tensors(places[0][0]) if not name.endswith(LENGTHS)]
+        fixed = [name for name in names if name not in self.ragged]
+        cond = {name: torch.stack([self._row(file, name, row) for file, row in places]) for name in fixed}
+        for name, mask in self.ragged.items():
+            cond[name], cond[mask] = pad([self._tokens(file, name, row) for file, row in places])
+        return {name: _floats(value) for name, value in cond.items()}
+
+    def of_samples(self, indices: Sequence[int], side: str) -> Cond:
+        """Conditioning (B,...) that belongs to samples, as the model on that side takes it; {} where there is none."""
+        places = [(self.samples[index]["shard"], self.samples[index]["row"]) for index in indices]
+        prefix = f"{side}."
+        names = [name for name in self._tensors(places[0][0]) if name.startswith(prefix)]
+        cond = {name: torch.stack([self._row(file, name, row) for file, row in places]) for name in names}
+        return {name.removeprefix(prefix): _floats(value) for name, value in cond.items()}
 
     def caption_numbers(self, indices: Sequence[int]) -> list[int]:
         """Which caption each sample has."""
@@ -181,6 +212,17 @@ class Cache:
     def _row(self, file: str, name: str, row: int) -> Tensor:
         return self._tensors(file)[name][row]
 
+    def _tokens(self, file: str, name: str, row: int) -> Tensor:
+        """(t,D): ragged text of one caption of a shard."""
+        stored = self._tensors(file)
+        if (file, name) not in self._starts:
+            lengths = stored[f"{name}{LENGTHS}"]
+            if lengths.min() < 0 or lengths.sum() != len(stored[name]):
+                raise CacheError(f"{self.folder / file}: {name} has {len(stored[name])} tokens, its lengths say others")
+            self._starts[file, name] = [0, *lengths.cumsum(0).tolist()]
+        start, stop = self._starts[file, name][row : row + 2]
+        return stored[name][start:stop]
+
     def _tensors(self, file: str) -> dict[str, Tensor]:
         if file not in self._open:
             self._check_content(self.shards[file])
@@ -190,29 +232,29 @@ class Cache:
 
     def _check_size(self, record: dict[str, Any]) -> None:
         path = self.folder / record["file"]
-        found = path.stat().st_size if path.is_file() else None
-        if found != record["bytes"]:
-            state = "is missing" if found is None else f"has {found} bytes"
+        size = path.stat().st_size if path.is_file() else None
+        if size != record["bytes"]:
+            state = "is missing" if size is None else f"has {size} bytes"
             raise CacheError(
                 f"{path} {state}, expected {record['bytes']}; remove {self.folder}/done.json and cache again"
             )
 
     def _check_content(self, record: dict[str, Any]) -> None:
         path = self.folder / record["file"]
-        found = sha256(path)
-        if found != record["sha256"]:
+        digest = sha256(path)
+        if digest != record["sha256"]:
             raise CacheError(
-                f"{path}: sha256 is {found[:16]}..., index.json says {record['sha256'][:16]}...; the file was damaged "
+                f"{path}: sha256 is {digest[:16]}..., index.json says {record['sha256'][:16]}...; the file was damaged "
                 f"or replaced: remove it and {self.folder}/done.json, then cache again"
             )
         try:
             with safe_open(path, framework="pt") as shard:
-                stamp = (shard.metadata() or {}).get("fingerprint")
+                stamp = _stored_hash(shard.metadata() or {})
         except SafetensorError as error:
             raise CacheError(f"{path} is not readable safetensors ({error}); remove it and cache again") from error
-        if stamp != self.fingerprint:
+        if stamp != self.config_hash:
             raise CacheError(
-                f"{path} belongs to another cache (fingerprint {str(stamp)[:16]}...); remove it, cache again"
+                f"{path} belongs to another cache (config_hash {str(stamp)[:16]}...); remove it, cache again"
             )
 
     def _places(self, prefix: str) -> list[tuple[str, int]]:
@@ -221,3 +263,12 @@ class Cache:
             if Path(file).name.startswith(prefix):
                 places += [(file, row) for row in range(record["count"])]
         return places
+
+
+def _stored_hash(record: Mapping[str, Any]) -> Any:
+    """The config_hash of a record or a shard's metadata, which older ones call fingerprint."""
+    return record.get(HASH, record.get(OLD_HASH))
+
+
+def _floats(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value

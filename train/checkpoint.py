@@ -88,7 +88,7 @@ def save(
 def load(folder: Path, state: TrainState, settings: dict[str, Any], free: set[str], move: bool = True) -> int:
     """Restore the newest checkpoint that can be read into `state`; returns its step, 0 when there is none.
 
-    A damaged one is said and, with `move`, renamed, so that it counts no longer; CheckpointError when all are damaged.
+    A damaged one is reported and, with `move`, renamed, so that it counts no longer; CheckpointError when all are so.
     """
     damaged: list[Path] = []
     for path in reversed(_list(folder)):

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from dcgen.fields import shown
+from dcgen.schedule import Schedule
+from train.stages import STAGES
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -18,6 +30,8 @@ RECIPES = Path(__file__).parent / "recipes"
 # What becomes a folder or a file: one part of a path, and never one that leads elsewhere or hides itself.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, Field(pattern=NAME, max_length=100)]
+# {rule: ..., shift: ...} in a recipe; refused when it is read, not when a trained adapter is to be written.
+ScheduleField = Annotated[Schedule, PlainValidator(Schedule.parse), PlainSerializer(Schedule.to_dict)]
 NAME_RULE = "a name begins with a letter or digit and goes on with those, dots, dashes and underscores"
 # A recipe is a page of text. What an alias unfolds to counts as often as it is used.
 MAX_BYTES, MAX_DEPTH, MAX_VALUES = 1 << 20, 32, 100_000
@@ -46,7 +60,7 @@ class Strict(BaseModel):
 class Optimizer(Strict):
     """AdamW. The defaults are the paper's Table 7 where it states a number."""
 
-    lr: float = Field(1e-4, gt=0, description="learning rate (Table 7, FLUX)")
+    lr: float = Field(1e-4, gt=0, description="learning rate (Table 7)")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Table 7")
     weight_decay: float = Field(0.0, ge=0, description="decoupled; 1e-3 in end-to-end fine-tuning (Table 7)")
     eps: float = Field(1e-8, gt=0)
@@ -73,13 +87,22 @@ class StageConfig(Strict):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights and of activations")
     shard: int = Field(0, ge=0, description="ranks that share one copy (FSDP2); 0 = all of them, 1 = replicate (DDP)")
 
+    later_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that are newer than runs which exist: at their default they are no part of settings()."""
+
+    def settings(self, without: Iterable[str] = ()) -> dict[str, Any]:
+        """The fields as JSON, for the records and digests of what a result was made with."""
+        fields = type(self).model_fields
+        unchanged = {name for name in self.later_fields if getattr(self, name) == fields[name].default}
+        return self.model_dump(mode="json", exclude={*without, *unchanged})
+
     @field_validator("*")
     @classmethod
     def _bounded(cls, value: Any, info: ValidationInfo) -> Any:
         """Numbers that parse and cannot work are refused here, not by whoever runs out of memory over them."""
-        most = LIMITS.get(info.field_name or "", MAX_COUNT)
-        if isinstance(value, int) and value > most:
-            raise ValueError(f"at most {most}")
+        limit = LIMITS.get(info.field_name or "", MAX_COUNT)
+        if isinstance(value, int) and value > limit:
+            raise ValueError(f"at most {limit}")
         return value
 
 
@@ -136,8 +159,6 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
     """Validate a recipe given as plain data; each stage is parsed by its own Config class."""
-    from train.stages import stage_class
-
     recipe = _validate(Recipe, raw, where)
     if not recipe.stages:
         raise RecipeError(f"{where}: `stages` is empty; name at least one stage")
@@ -162,6 +183,14 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
     return recipe.model_copy(update={"stages": stages})
 
 
+def stage_class(kind: str, where: str = "recipe") -> Any:
+    """The Stage subclass of a kind; an unknown kind is a RecipeError which lists the valid ones."""
+    if not isinstance(kind, str) or kind not in STAGES:
+        raise RecipeError(f"{where}: unknown kind {shown(kind)}{nearest(str(kind)[:100], STAGES)}")
+    module, name = STAGES[kind].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def find_recipe(source: str | Path) -> Path:
     """Path of a recipe given by name or path."""
     named = RECIPES / f"{source}.yaml"
@@ -177,6 +206,14 @@ def find_recipe(source: str | Path) -> Path:
 def list_recipes() -> list[str]:
     """Names of the recipes shipped in train/recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def one_of(name: str, valid: Iterable[str]) -> str:
+    """The name; ValueError with the nearest valid one where it is none."""
+    valid = list(valid)
+    if name not in valid:
+        raise ValueError(f"unknown{nearest(name, valid)}")
+    return name
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Text-image data sets: where pictures and captions come from, and how pictures become a training size."""
+"""Text-image data sets: where images and captions come from, and how images become a training size."""
 # H, W pixels
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from dcgen.jsons import parse_object
 from train.config import Strict
 from train.files import digest_json
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 Ratio = Annotated[float, Field(ge=1 / 32, le=32)]
 
 
 class Source(ABC):
-    """Numbered pictures with captions. Reading one is a pure function of its number."""
+    """Numbered images with captions. Reading one is a pure function of its number."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -49,13 +49,13 @@ class Source(ABC):
         """(3,H,W) float32 in -1..1."""
 
     def identity(self) -> dict[str, Any]:
-        """What decides the pictures: part of a cache's fingerprint."""
+        """What decides the images: part of a cache's config_hash."""
         names = [[self.name(i), self.caption(i), *self.size(i)] for i in range(len(self))]
         return {"source": type(self).__name__, "samples": len(self), "digest": digest_json(names)}
 
 
 class ToyData(Strict):
-    """Pictures drawn from toy/data, `variants` of each (subject, colour) pair."""
+    """Images drawn from toy/data, `variants` of each (subject, colour) pair."""
 
     type: Literal["toy"]
     path: str = "toy/data"
@@ -64,23 +64,23 @@ class ToyData(Strict):
 
 
 class ToyClassData(ToyData):
-    """The same pictures for a class-conditional base: the caption is the subject alone, a class of its id2label."""
+    """The same images for a class-conditional base: the caption is the subject alone, a class of its id2label."""
 
     type: Literal["toy-classes"]  # type: ignore[assignment]
 
 
 class Files(Strict):
-    """Shared by the formats which hold picture files."""
+    """Shared by the formats which hold image files."""
 
     path: str
-    pixels: int = Field(512, ge=32, le=16384, description="side of the square whose area a training picture has")
+    pixels: int = Field(512, ge=32, le=16384, description="side of the square whose area a training image has")
     multiple: int = Field(64, ge=1, le=4096, description="sides are multiples of this (f * patch of both models)")
-    planned: int | None = Field(None, ge=1, description="number of pictures to expect, for --dry-run alone")
+    planned: int | None = Field(None, ge=1, description="number of images to expect, for --dry-run alone")
     ratios: tuple[Ratio, ...] = Field((1.0,), min_length=1, description="aspect buckets, H/W; 1.0 alone = squares")
 
 
 class FolderData(Files):
-    """Pictures in a folder tree; the caption is the .txt beside a picture, or a line in metadata.jsonl."""
+    """Images in a folder tree; the caption is the .txt beside an image, or a line in metadata.jsonl."""
 
     type: Literal["folder"]
 
@@ -112,12 +112,12 @@ def open_source(config: ToyData | FolderData | TarData | ParquetData, path: Path
         raise FileNotFoundError(f"data path {path} does not exist; set data.path to a folder of {config.type} data")
     source = kinds[type(config)](config)
     if not len(source):
-        raise ValueError(f"data path {path} holds no captioned picture ({config.type})")
+        raise ValueError(f"data path {path} holds no captioned image ({config.type})")
     return source
 
 
 class ToySource(Source):
-    """The toy's pictures as a Source."""
+    """The toy's images as a Source."""
 
     def __init__(self, config: ToyData) -> None:
         from train.toy.pictures import SIZE, ToyPictures
@@ -146,7 +146,7 @@ class ToySource(Source):
 
 
 class FileSource(Source):
-    """Picture files: subclasses list (name, caption, width, height) and give the bytes."""
+    """Image files: subclasses list (name, caption, width, height) and give the bytes."""
 
     def __init__(self, config: Files) -> None:
         self.config = config
@@ -173,12 +173,12 @@ class FileSource(Source):
         return nearest_bucket(self.entries[index][2], self.buckets)
 
     def image(self, index: int) -> Tensor:
-        with Image.open(io.BytesIO(self.read(index))) as picture:
-            return fit(picture, self.size(index))
+        with Image.open(io.BytesIO(self.read(index))) as image:
+            return fit(image, self.size(index))
 
 
 class FolderSource(FileSource):
-    """Pictures in a folder tree."""
+    """Images in a folder tree."""
 
     def scan(self, path: Path) -> list[tuple[str, str, tuple[int, int]]]:
         captions = {}
@@ -187,7 +187,7 @@ class FolderSource(FileSource):
                 row = parse_object(line, f"{table}, line {number}")
                 captions[table.parent / row["file_name"]] = row.get("text", row.get("caption"))
         entries = []
-        for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES):
+        for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES):
             text = file.with_suffix(".txt")
             caption = text.read_text(encoding="utf-8").strip() if text.is_file() else captions.get(file)
             if caption is not None:
@@ -211,13 +211,13 @@ class TarSource(FileSource):
                     if member.isfile() and dot:
                         groups.setdefault(stem, {})[f".{suffix.lower()}"] = member
                 for stem, members in groups.items():
-                    picture = next((m for suffix, m in members.items() if suffix in PICTURES), None)
+                    image = next((m for suffix, m in members.items() if suffix in SUFFIXES), None)
                     caption = _tar_caption(tar, members)
-                    if picture is None or caption is None:
+                    if image is None or caption is None:
                         continue
-                    size = _size_of(io.BytesIO(_bytes_of(tar, picture)))
+                    size = _size_of(io.BytesIO(_bytes_of(tar, image)))
                     entries.append((f"{tar_path.name}:{stem}", caption, size))
-                    self.places.append((tar_path, picture.offset_data, picture.size))
+                    self.places.append((tar_path, image.offset_data, image.size))
         return entries
 
     def read(self, index: int) -> bytes:
@@ -271,19 +271,19 @@ def nearest_bucket(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) ->
     return min(buckets, key=lambda bucket: (abs(math.log(bucket[0] / bucket[1]) - ratio), bucket))
 
 
-def fit(picture: Image.Image, size: tuple[int, int]) -> Tensor:
+def fit(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """Composite on white, scale to cover (H, W), crop the centre; (3,H,W) float32 in -1..1."""
-    if picture.mode in ("RGBA", "LA", "P", "PA"):
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, picture)
-    picture = picture.convert("RGB")
+    if image.mode in ("RGBA", "LA", "P", "PA"):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    image = image.convert("RGB")
     height, width = size
-    scale = max(height / picture.height, width / picture.width)
-    across, down = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
-    picture = picture.resize((across, down), Image.Resampling.LANCZOS)
+    scale = max(height / image.height, width / image.width)
+    across, down = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    image = image.resize((across, down), Image.Resampling.LANCZOS)
     left, top = (across - width) // 2, (down - height) // 2
-    array = np.asarray(picture.crop((left, top, left + width, top + height)), dtype=np.float32)
+    array = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32)
     return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
@@ -305,5 +305,5 @@ def _tar_caption(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> s
 
 
 def _size_of(file: Any) -> tuple[int, int]:
-    with Image.open(file) as picture:
-        return picture.height, picture.width
+    with Image.open(file) as image:
+        return image.height, image.width

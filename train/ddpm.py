@@ -1,4 +1,4 @@
-"""DiT's own training loss along the DDPM path: noise prediction and learned variance.
+"""The DDPM path sqrt(abar)*x0 + sqrt(1-abar)*noise, and the loss along it: noise prediction and learned variance.
 
 arXiv:2212.09748 trains with the hybrid objective of arXiv:2102.09672: mean squared error of the noise plus the
 variational bound in bits, whose gradient reaches the variance alone.
@@ -8,24 +8,47 @@ variational bound in bits, whose gradient reaches the variance alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from dcgen.backbones.dit import STEPS, alphas_cumprod
 from train.batches import Batch, drop_captions, losses_by_caption
+from train.conditioning import Cond
+from train.family import RawOutput
 
-RawOutput = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
-BIN = 1 / 255  # half width of the last step's bins, as for pictures in -1..1
+STEPS = 1000
+BETAS = (1e-4, 0.02)  # linear
+BIN = 1 / 255  # half width of the last step's bins, as for images in -1..1
+
+
+@lru_cache(maxsize=1)
+def alphas_cumprod() -> Tensor:
+    """abar of the steps 0..999, (1000,) float64: linear betas."""
+    return (1 - torch.linspace(*BETAS, STEPS, dtype=torch.float64)).cumprod(0)
+
+
+@lru_cache(maxsize=1)
+def flow_sigmas() -> Tensor:
+    """sigma of the steps 0..999, (1000,) float32, rising: the flow point with the same ratio of signal and noise."""
+    signal, noise = alphas_cumprod().sqrt(), (1 - alphas_cumprod()).sqrt()
+    return (noise / (signal + noise)).float()
+
+
+def step_of(sigma: Tensor) -> Tensor:
+    """Fractional step (B,) of sigma (B,) within flow_sigmas: linear between two steps."""
+    levels = flow_sigmas().to(sigma.device)
+    above = torch.searchsorted(levels, sigma).clamp(1, len(levels) - 1)
+    low, high = levels[above - 1], levels[above]
+    return above - 1 + (sigma - low) / (high - low)
 
 
 def ddpm_loss(
     model: RawOutput,
     batch: Batch,
     latents: Tensor,
-    cond: dict[str, Tensor],
-    empty: dict[str, Tensor],
+    cond: Cond,
+    empty: Cond,
     dropout: float,
 ) -> tuple[Tensor, dict[str, float | Tensor]]:
     """Noise MSE, plus the bound where the model gives a variance, for latents (B,C,h,w) at uniform steps.
@@ -47,8 +70,8 @@ def ddpm_terms(
     model: RawOutput,
     batch: Batch,
     latents: Tensor,
-    cond: dict[str, Tensor],
-    empty: dict[str, Tensor],
+    cond: Cond,
+    empty: Cond,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(the model's output, the noise it should name, the noised latents, their steps (B,), dropped rows (B,))."""
@@ -58,11 +81,6 @@ def ddpm_terms(
     level = _at(alphas_cumprod(), step)
     noised = level.sqrt() * latents + (1 - level).sqrt() * noise
     return model(noised, step, cond), noise, noised, step, dropped
-
-
-def raw_output(model: torch.nn.Module, x: Tensor, step: Tensor, cond: dict[str, Tensor]) -> Tensor:
-    """What a DiT gives for DDPM latents (B,C,h,w) at whole steps (B,): noise, then its variance; float32."""
-    return model(x, timestep=step, class_labels=cond["labels"], return_dict=False)[0].float()
 
 
 def variational_bound(noise: Tensor, variance: Tensor, latents: Tensor, noised: Tensor, step: Tensor) -> Tensor:
@@ -91,7 +109,7 @@ def variational_bound(noise: Tensor, variance: Tensor, latents: Tensor, noised: 
 
 
 def _log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log of a Gaussian's mass in the bin around x, open at -1 and 1 as for pictures."""
+    """Log of a Gaussian's mass in the bin around x, open at -1 and 1 as for images."""
     inverse = (-log_scale).exp()
     upper, lower = _cdf(inverse * (x - mean + BIN)), _cdf(inverse * (x - mean - BIN))
     mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))

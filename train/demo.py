@@ -1,7 +1,7 @@
-"""`python -m train.demo`: DC-Gen on the toy from end to end, and a picture of what it does. Minutes on a CPU.
+"""`python -m train.demo`: DC-Gen on the toy from end to end, and an image of what it does. Minutes on a CPU.
 
-Runs the recipe toy-flux, or toy-sana (cache, align, head, finetune, export), draws prompts with the base, with DC-Gen
-after alignment only and after fine-tuning, and writes grid.png and demo.json. Where a ComfyUI is found, the shipped toy
+Runs a recipe of the toy (cache, align, head, finetune, export), draws prompts with the base, with DC-Gen after
+alignment only and after fine-tuning, and writes grid.png and demo.json. Where a ComfyUI is found, the shipped toy
 workflow runs in it with the adapter just made. Interrupted, the same command goes on.
 """
 
@@ -29,18 +29,16 @@ from train.config import Recipe, load_recipe
 from train.files import read_json, write_atomically, write_json
 from train.generate import Pipeline
 from train.run import exit_code, run_recipe
+from train.toy.demos import DEMOS
 from train.toy.pictures import ToyPictures
 
-WORKFLOWS = {"toy-flux": "workflows/api/dcgen_toy.json", "toy-sana": "workflows/api/dcgen_toy_sana.json"}
 COPY = "demo-adapter.safetensors"
 PIXELS = 128
 STEPS = 20
 SEED = 11
 NO_COMFYUI = "no ComfyUI found (set COMFYUI_PATH to its folder)"
-# What a training step and cache + align cost, in rounds of choose_threads, measured on a 2-core CPU (AMD EPYC).
-COST = {"toy-flux": (43, 2900), "toy-sana": (6, 2900)}
-DRAWING = 400
-SCALE = 2  # the grid shows each picture this many times as large
+DRAWING = 400  # what it costs, as Demo counts
+SCALE = 2  # the grid shows each image this many times as large
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     begin = time.perf_counter()
-    output = options.output or Path("runs/demo" if options.recipe == "toy-flux" else f"runs/demo-{options.recipe}")
+    output = options.output or Path(DEMOS[options.recipe].output)
     recipe = load_recipe(options.recipe, [f"output={output}/train", *options.overrides])
     comfyui = find_comfyui() if options.comfyui else None
     _announce(recipe, comfyui, options.comfyui)
@@ -98,25 +96,25 @@ def _announce(recipe: Recipe, comfyui: Path | None, wanted: bool) -> None:
 def rounds(recipe: Recipe) -> float:
     """What is still to do, in rounds of `choose_threads`."""
     left = [name for name in recipe.stages if not (recipe.folder / name / "done.json").is_file()]
-    step, fixed = COST[recipe.name]
+    demo = DEMOS[recipe.name]
     steps = sum(recipe.stages[name].steps for name in left if name in ("head", "finetune"))
-    return step * steps + (fixed if "cache" in left else 0) + DRAWING
+    return demo.step * steps + (demo.fixed if "cache" in left else 0) + DRAWING
 
 
 def made(recipe: Recipe, output: Path, report: dict[str, Any]) -> str:
     """What is there now, and how it is used."""
     adapter = _exported(recipe)
     ran = report["comfyui"]
-    picture = f"{output / ran['image']}  the template's picture, drawn in ComfyUI" if ran["ran"] else ran["why"]
+    image = f"{output / ran['image']}  the template's image, drawn in ComfyUI" if ran["ran"] else ran["why"]
     return "\n".join(
         [
             f"done after {report['seconds']:.0f} s:",
             f"  {output / 'grid.png'}  base, DC-Gen after alignment, DC-Gen after finetuning",
             f"  {output / 'demo.json'}  the figures",
-            f"  ComfyUI: {picture}",
+            f"  ComfyUI: {image}",
             f"  {adapter}  the adapter",
             "To use the adapter, put it in ComfyUI/models/model_patches, open the template "
-            f"{Path(WORKFLOWS[recipe.name]).stem} and choose it in Apply DC-Gen.",
+            f"{Path(DEMOS[recipe.name].workflow).stem} and choose it in Apply DC-Gen.",
         ]
     )
 
@@ -137,24 +135,29 @@ def pipelines(recipe: Recipe) -> list[tuple[str, Pipeline]]:
     """What the columns of the grid are drawn with."""
     cache = recipe.stages["cache"]
     adapters = {"DC-Gen, aligned only": "head", "DC-Gen, finetuned": "finetune"}
-    how: dict[str, dict[str, Any]] = {"base": {"autoencoder": cache.teacher or None}}
+    columns: dict[str, dict[str, Any]] = {"base": {"autoencoder": cache.teacher or None}}
     for name, stage in adapters.items():
-        how[name] = {"autoencoder": cache.autoencoder, "adapter": recipe.folder / stage / "adapter.safetensors"}
-    return [(name, Pipeline(cache.base, text_tokens=cache.text_tokens, **parts)) for name, parts in how.items()]
+        columns[name] = {"autoencoder": cache.autoencoder, "adapter": recipe.folder / stage / "adapter.safetensors"}
+    return [(name, Pipeline(cache.base, text_tokens=cache.text_tokens, **parts)) for name, parts in columns.items()]
 
 
 def draw(name: str, pipeline: Pipeline, prompts: Sequence[str], guidance: float) -> dict[str, Any]:
-    """A column: pictures, tokens, and seconds a picture (network and autoencoder; one picture at a time, best of 3).
+    """A column: images, tokens, and seconds an image (network and autoencoder; one image at a time, best of 3).
 
     guidance g is true CFG for a model without guidance embedding.
     """
     seeds = [SEED + number for number in range(len(prompts))]
-    how = {"steps": STEPS, "guidance": guidance, "cfg_w": 0.0 if pipeline.distilled else guidance - 1}
-    images = pipeline.images(prompts, seeds, PIXELS, PIXELS, **how)
+    cfg_w = 0.0 if pipeline.distilled else guidance - 1
+
+    def images_of(count: int) -> Tensor:
+        size = (PIXELS, PIXELS)
+        return pipeline.images(prompts[:count], seeds[:count], *size, steps=STEPS, guidance=guidance, cfg_w=cfg_w)
+
+    images = images_of(len(prompts))
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        pipeline.images(prompts[:1], seeds[:1], PIXELS, PIXELS, **how)
+        images_of(1)
         seconds.append(time.perf_counter() - start)
     space = pipeline.autoencoder.space
     layout = f"f{space.spatial_factor}p{pipeline.patch_size}"
@@ -169,7 +172,7 @@ def draw(name: str, pipeline: Pipeline, prompts: Sequence[str], guidance: float)
 
 def in_comfyui(recipe: Recipe, output: Path, prompt: str, comfyui: Path) -> dict[str, Any]:
     """Run the shipped workflow with the adapter just trained; {"ran": bool, ...} says what became of it."""
-    workflow = Path(WORKFLOWS[recipe.name])
+    workflow = Path(DEMOS[recipe.name].workflow)
     if not workflow.is_file():
         return {"ran": False, "why": f"{workflow} is missing"}
     graph = with_prompt(read_json(workflow), prompt, COPY)  # a name of its own: the shipped adapter has the recipe's
@@ -181,19 +184,19 @@ def in_comfyui(recipe: Recipe, output: Path, prompt: str, comfyui: Path) -> dict
     except (RuntimeError, TimeoutError, OSError) as error:
         print(f"ComfyUI did not run the workflow: {error}", file=sys.stderr)
         return {"ran": False, "why": str(error)[:500]}
-    picture = result["images"][0]
-    write_atomically(output / "comfyui.png", lambda temporary: temporary.write_bytes(picture))
+    image = result["images"][0]
+    write_atomically(output / "comfyui.png", lambda temporary: temporary.write_bytes(image))
     return {"ran": True, "image": "comfyui.png", "prompt": prompt, "seconds": round(result["seconds"], 2)}
 
 
 def with_prompt(graph: dict[str, Any], prompt: str, adapter: str) -> dict[str, Any]:
     """The workflow with another prompt in its first text encoder, and this adapter; an unfit graph is an error."""
     graph = json.loads(json.dumps(graph))
-    encoders = ("CLIPTextEncode", "DCGenSanaTextEncode")
-    texts = [node for node in graph.values() if node["class_type"] in encoders and node["inputs"].get("text")]
+    encoders = [node for node in graph.values() if node["class_type"].endswith("TextEncode")]
+    texts = [node for node in encoders if node["inputs"].get("text")]
     patches = [node for node in graph.values() if node["class_type"] == "DCGenApply"]
     if not texts or not patches:
-        raise RuntimeError(f"the workflow has no {' or '.join(encoders)} with a text, or no DCGenApply")
+        raise RuntimeError("the workflow has no text encoder with a text, or no DCGenApply")
     texts[0]["inputs"]["text"] = prompt
     for node in patches:
         node["inputs"]["adapter_name"] = adapter
@@ -212,7 +215,7 @@ def save_grid(path: Path, prompts: Sequence[str], columns: Sequence[dict[str, An
         line = f"{column['layout']}, {column['tokens']} tokens, {column['seconds_per_picture']:.2f} s"
         pen.text((x, 29), line, "dimgray", small)
         for row, image in enumerate(column["images"]):
-            sheet.paste(_picture(image, side), (x, top + row * (side + gap)))
+            sheet.paste(_scaled(image, side), (x, top + row * (side + gap)))
     for row, prompt in enumerate(prompts):
         pen.multiline_text((8, top + row * (side + gap) + side // 2 - 20), _wrap(prompt, 26), "black", small)
     buffer = io.BytesIO()
@@ -220,7 +223,7 @@ def save_grid(path: Path, prompts: Sequence[str], columns: Sequence[dict[str, An
     return write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
 
 
-def _picture(image: Tensor, side: int) -> Image.Image:
+def _scaled(image: Tensor, side: int) -> Image.Image:
     array = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     return Image.fromarray(array).resize((side, side), Image.Resampling.NEAREST)
 
@@ -241,8 +244,8 @@ def _stage_record(recipe: Recipe, name: str, numbers: dict[str, Any]) -> dict[st
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m train.demo", description=__doc__)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="passed to the recipe")
-    parser.add_argument("--recipe", choices=list(WORKFLOWS), default="toy-flux")
-    parser.add_argument("--output", type=Path, help="default runs/demo, runs/demo-toy-sana")
+    parser.add_argument("--recipe", choices=list(DEMOS), default=next(iter(DEMOS)))
+    parser.add_argument("--output", type=Path, help=f"default {', '.join(demo.output for demo in DEMOS.values())}")
     parser.add_argument("--prompt", action="append", help="draw this instead of the six defaults (may be repeated)")
     parser.add_argument("--guidance", type=float, default=3.5, help="g = 1 + w, of the guidance embedding or true CFG")
     parser.add_argument("--no-comfyui", dest="comfyui", action="store_false", help="do not look for a ComfyUI")

@@ -61,7 +61,7 @@ def shard_module(
     size = shard or ranks.world
     if ranks.world % size:
         raise ValueError(f"shard={size} does not divide the {ranks.world} ranks; use a divisor, or 0 for all of them")
-    # FLUX blocks end in an in-place-free reshape; that sharding changes nothing is tested against one process
+    # Some blocks end in an in-place-free reshape; that sharding changes nothing is tested against one process
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*", category=UserWarning)
     mesh = init_device_mesh(ranks.device.type, (ranks.world // size, size), mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)

@@ -1,5 +1,5 @@
-"""How good are toy pictures: Frechet distance on features of a small network, and whether they show their prompt."""
-# B pictures, F features, S subjects, K colours, n pictures of a set
+"""How good are toy images: Frechet distance on features of a small network, and whether they show their prompt."""
+# B images, F features, S subjects, K colours, n images of a set
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def frechet(first: Tensor, second: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Score:
-    """What evaluate() finds. Rates are fractions of the pictures."""
+    """What evaluate() finds. Rates are fractions of the images."""
 
     frechet: float
     subject: float
@@ -102,7 +102,7 @@ class Score:
 
 
 class Judge:
-    """Scores pictures made for captions of toy/data against real ones of variants that no training saw."""
+    """Scores images made for captions of toy/data against real ones of variants that no training saw."""
 
     def __init__(self, evaluator: str | Path, data: str | Path, variants: int = 4) -> None:
         self.model = load_evaluator(evaluator)
@@ -117,7 +117,7 @@ class Judge:
     def score(self, images: Tensor, pairs: Sequence[Pair]) -> Score:
         """images (B,3,H,W) in -1..1, made for the captions of `pairs`, in that order."""
         if len(images) != len(pairs):
-            raise ValueError(f"{len(images)} pictures for {len(pairs)} captions")
+            raise ValueError(f"{len(images)} images for {len(pairs)} captions")
         subjects, colors = (torch.cat(part) for part in zip(*_chunks(self.model, images), strict=True))
         right_subject = subjects.argmax(1) == torch.tensor([p.subject for p in pairs])
         right_color = colors.argmax(1) == torch.tensor([p.color for p in pairs])

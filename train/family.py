@@ -7,43 +7,20 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dcgen.backbones import Backbone, Config
+from train.conditioning import Cond, CondField, ragged_text
 
-Cond = dict[str, Tensor]
+if TYPE_CHECKING:
+    from train.autoencoders import Autoencoder
+    from train.toy.releases import ToyLabels, ToyText
+
 RawOutput = Callable[[Tensor, Tensor, Cond], Tensor]
-
-
-class Role(Enum):
-    """What a field of a model's conditioning is."""
-
-    TEXT = "text"  # (B,T,D) hidden states
-    MASK = "mask"  # (B,T), 1 for a token
-    POOLED = "pooled"  # (B,D)
-    LABEL = "label"  # (B,) class numbers
-    REFERENCE = "reference"  # (B,C,h,w) latents of an image that is edited
-
-
-@dataclass(frozen=True)
-class CondField:
-    """A field of the conditioning: its role, and whether it belongs to a caption or to a sample.
-
-    ragged: text of which only the tokens that the mask names are kept, and batches are padded to their longest.
-    """
-
-    role: Role
-    of: str = "caption"
-    ragged: bool = False
-
-    def __post_init__(self) -> None:
-        if self.of not in ("caption", "sample"):
-            raise ValueError(f"a field belongs to a caption or to a sample, not to {self.of!r}")
 
 
 class TextEncoder(Protocol):
@@ -90,9 +67,18 @@ class Family(ABC):
     fields: ClassVar[Mapping[str, CondField]]
     """The conditioning that velocity() takes, by name."""
     architectures: ClassVar[Mapping[str, Architecture]] = {}
-    text_parts: ClassVar[tuple[str, ...]] = ()
-    """Folders of a release that make the conditioning."""
-    frozen_layers: ClassVar[tuple[str, ...]] = ()
+    text_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Folders of a release that make the conditioning -> the transformers classes that it may name for each."""
+    toy_text: ClassVar[ToyText | None] = None
+    """How the toy makes a base of this family from text, and one from class labels; None = it does not."""
+    toy_labels: ClassVar[ToyLabels | None] = None
+
+    ragged: ClassVar[Mapping[str, str]]
+    """Ragged text field -> its mask field: told by `fields`."""
+
+    def __init_subclass__(cls) -> None:
+        if "fields" in cls.__dict__:
+            cls.ragged = ragged_text(cls.fields)
 
     @abstractmethod
     def embed(self, model: nn.Module, latents: Tensor, config: Config) -> Tensor:
@@ -122,6 +108,12 @@ class Family(ABC):
     def tiny(self, guidance_embeds: bool) -> TinyRelease:
         """A random release for tests and the tiny recipe."""
 
+    def network_class(self) -> Any:
+        """The network's class: the one of that name in diffusers, or another with its from_config and signature."""
+        import diffusers
+
+        return getattr(diffusers, self.backbone.diffusers_class)
+
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """The repeated blocks in the order they run: units of sharding and checkpointing."""
         return [block for _, name, _ in self.backbone.stacks.values() for block in child(model, name)]
@@ -135,9 +127,16 @@ class Family(ABC):
         """Whether the module at this path (no prefix) gets a LoRA: lora_targets match whole paths."""
         return any(re.fullmatch(target, path) for target in self.lora_targets)
 
-    def raw_output(self, model: nn.Module, x: Tensor, step: Tensor, cond: Cond) -> Tensor | None:
-        """What a network trained by DDPM gives for latents (B,C,h,w) at whole steps (B,); None for flow models."""
-        return None
+    def sample_conditioning(self, images: Tensor, autoencoder: Autoencoder) -> Cond:
+        """The fields that belong to samples, (B,...), of images (B,3,H,W) in -1..1; none unless `fields` has some.
+
+        autoencoder: that of the latents which train: the base's own, or the new one.
+        """
+        return {}
+
+    def raw_output(self, model: nn.Module, x: Tensor, step: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """What a network trained by DDPM gives for latents (B,C,h,w) at whole steps (B,): noise, then any variance."""
+        raise NotImplementedError(f"{self.backbone.title} was not trained by DDPM")
 
     @property
     def denoises(self) -> bool:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dcgen.files import replacing
+from dcgen.files import replacing, replacing_folder
 from dcgen.jsons import read_object
 
 JSON_BYTES = 4 << 30
@@ -49,21 +47,9 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
 
 def write_folder(path: Path | str, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary folder beside `path`, then rename it to `path` (an older one is replaced)."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with replacing_folder(path) as temporary:
         write(temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    except SafetensorError as error:  # others' save_pretrained on a full disk
-        raise OSError(f"{path} could not be written ({error}); is the disk full?") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return path
+    return Path(path)
 
 
 def write_json(path: Path | str, value: Any) -> Path:

@@ -59,8 +59,8 @@ def _holder(file: IO[str]) -> str:
     """What the holder wrote about itself; it may be about to."""
     file.seek(0)
     try:
-        found = json.loads(file.read(1000))
-        return f"host {found['host']}, process {found['pid']}, since {found['since']}"
+        holder = json.loads(file.read(1000))
+        return f"host {holder['host']}, process {holder['pid']}, since {holder['since']}"
     except (ValueError, TypeError, KeyError):
         return "it does not say which"
 

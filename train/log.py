@@ -1,4 +1,4 @@
-"""What a run leaves to look at: log.csv, TensorBoard events and preview pictures."""
+"""What a run leaves to look at: log.csv, TensorBoard events and preview images."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Log:
             if self.writer is not None and math.isfinite(value):
                 self.writer.add_scalar(key, value, step)
 
-    def pictures(self, step: int, images: dict[str, Tensor]) -> None:
-        """Save pictures (3,H,W) in 0..1 as previews/NAME-step.png and to TensorBoard."""
+    def images(self, step: int, images: dict[str, Tensor]) -> None:
+        """Save images (3,H,W) in 0..1 as previews/NAME-step.png and to TensorBoard."""
         if self.writer is None:
             return
         for name, image in images.items():
@@ -75,10 +75,10 @@ class Log:
 
 
 def save_png(path: Path | str, image: Tensor) -> Path:
-    """Write a (3,H,W) picture with values 0..1 as PNG, atomically."""
+    """Write a (3,H,W) image with values 0..1 as PNG, atomically."""
     array = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(np.ascontiguousarray(array))
-    return write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
+    png = Image.fromarray(np.ascontiguousarray(array))
+    return write_atomically(path, lambda temporary: png.save(temporary, format="PNG"))
 
 
 def _write_rows(path: Path, rows: list[list[str]]) -> None:

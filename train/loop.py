@@ -45,7 +45,7 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
     distributed.shard_module(module, stage.shard_units(), ranks, config.shard, stage.forward_methods)
     state = _train_state(stage, module)
     plan = BatchPlan(stage.buckets(), config.batch, seed)
-    settings = {**config.model_dump(mode="json"), "seed": seed}
+    settings = {**config.settings(), "seed": seed}
     folder = stage.folder / "checkpoints"
     free = FREE_FIELDS | stage.free_fields
     start = checkpoint.load(folder, state, settings, free, move=ranks.first)
@@ -94,7 +94,7 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
                     bar.set_postfix(loss=f"{row['loss']:.4g}", grad=f"{row['grad_norm']:.3g}", img_s=f"{speed:.3g}")
                     totals, timed, clock = {}, 0, time.perf_counter()
                 if config.preview_every and done % config.preview_every == 0:
-                    log.pictures(done, stage.preview(done))
+                    log.images(done, stage.preview(done))
                 stopping = distributed.any_true(signals.received is not None, ranks)
                 if stopping or done % config.checkpoint_every == 0 or done == config.steps:
                     _save(folder, done, state, settings, ranks, config, totals)

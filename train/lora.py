@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from dcgen.adapter import LoraPair
-from dcgen.backbones import Backbone
+from train.family import Family
 
 ADAPTER = "default"  # peft's name for the one set of matrices
 
 
-def inject_lora(model: nn.Module, backbone: Backbone, rank: int, alpha: float, seed: int) -> None:
-    """Add trainable float32 LoRA to the backbone's target layers, in place; A random from the seed, B zero."""
+def inject_lora(model: nn.Module, family: Family, rank: int, alpha: float, seed: int) -> None:
+    """Add trainable float32 LoRA to the family's target layers, in place; A random from the seed, B zero."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    pattern = "|".join(f"(?:{target})" for target in backbone.lora_targets)
+    pattern = "|".join(f"(?:{target})" for target in family.lora_targets)
     strength: Any = alpha  # peft's hint says int, any number works
     config = LoraConfig(r=rank, lora_alpha=strength, target_modules=pattern, lora_dropout=0.0, bias="none")
     with torch.random.fork_rng(devices=[]):

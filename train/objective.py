@@ -8,27 +8,46 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from dcgen import guidance, schedule
+from dcgen import guidance
+from dcgen.schedule import LINEAR, RULES, Schedule, shifted
 from train.batches import Batch, drop_captions, losses_by_caption
-from train.config import Strict
-from train.ddpm import RawOutput, ddpm_loss
+from train.conditioning import Cond, under_empty
+from train.config import Strict, one_of
+from train.ddpm import ddpm_loss
+from train.family import RawOutput
 
-Velocity = Callable[[Tensor, Tensor, dict[str, Tensor], Tensor | None], Tensor]
+Velocity = Callable[[Tensor, Tensor, Cond, Tensor | None], Tensor]
 
 
 class Timesteps(Strict):
-    """How sigma (1 = noise) is drawn. The paper does not say; the defaults are the released FLUX recipe's."""
+    """How sigma (1 = noise) is drawn. The paper does not say; the defaults are those of the released code."""
 
     distribution: Literal["logit-normal", "uniform"] = Field("logit-normal", description="released code")
     mean: float = Field(0.0, description="of the normal before the sigmoid")
     std: float = Field(1.0, gt=0)
-    rule: Literal["none", "flux", "flux2", "static"] = Field(
-        "flux", description="resolution shift applied to the draw; flux = FLUX.1's mu at the NEW token count"
+    rule: str = Field(
+        LINEAR, description="none, or a rule of dcgen.schedule: the draw is shifted by it at the NEW token count"
     )
     shift: float | None = Field(None, gt=0, description="the ratio itself; needed by rule static, overrides the others")
+
+    @field_validator("rule")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return one_of(value, ("none", *RULES))
+
+    @model_validator(mode="after")
+    def _with_shift(self) -> Timesteps:
+        """A rule that lacks its shift is refused when the recipe is read."""
+        _ = self.schedule
+        return self
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The shift of the draw, None for none."""
+        return None if self.rule == "none" else Schedule(self.rule, shift=self.shift)
 
     def draw(self, batch: Batch, tokens: int, channels: int) -> Tensor:
         """(B,) sigma in 0..1."""
@@ -36,20 +55,20 @@ class Timesteps(Strict):
             sigma = batch.uniform("sigma")
         else:
             sigma = torch.sigmoid(self.mean + self.std * batch.normal("sigma", ()))
-        if self.rule == "none":
+        if self.schedule is None:
             return sigma
-        ratio = schedule.shift_ratio(tokens=tokens, channels=channels, rule=self.rule, shift=self.shift)
-        return schedule.shifted(sigma, ratio)
+        return shifted(sigma, self.schedule.ratio(tokens=tokens, channels=channels))
 
 
 class Objective(Strict):
     """Eq. 2 or Eq. 7 and everything in them that the paper leaves open."""
 
     loss: Literal["guided", "flow", "ddpm"] = Field(
-        "guided", description="guided = Eq. 7 (distilled bases), flow = Eq. 2, ddpm = DiT's own (noise and variance)"
+        "guided",
+        description="guided = Eq. 7 (distilled bases), flow = Eq. 2, ddpm = noise and variance (bases trained so)",
     )
     w: tuple[float, float] = Field((0.0, 13.0), description="range of w, uniform; released code: g = 1+w in 1..14")
-    guidance_embed: Literal["1+w", "w"] = Field("1+w", description="what the embedding gets (FLUX's 3.5 is w = 2.5)")
+    guidance_embed: Literal["1+w", "w"] = Field("1+w", description="what the embedding gets (g = 3.5 is w = 2.5)")
     uncond_embed: Literal["same", "one"] = Field(
         "same", description="same w in the empty branch (Eq. 6); one = released code"
     )
@@ -70,8 +89,8 @@ def objective_loss(
     velocity: Velocity,
     batch: Batch,
     latents: Tensor,
-    text: dict[str, Tensor],
-    empty: dict[str, Tensor],
+    text: Cond,
+    empty: Cond,
     *,
     tokens: int,
     distilled: bool,
@@ -85,7 +104,7 @@ def objective_loss(
     """
     if objective.loss == "ddpm":
         if raw is None:
-            raise ValueError("objective.loss: ddpm needs a network that predicts noise at whole steps (DiT)")
+            raise ValueError("objective.loss: ddpm needs a network that predicts noise at whole steps")
         return ddpm_loss(raw, batch, latents, text, empty, objective.caption_dropout)
     corrected, target, dropped = objective_terms(
         objective, velocity, batch, latents, text, empty, tokens=tokens, distilled=distilled
@@ -99,8 +118,8 @@ def objective_terms(
     velocity: Velocity,
     batch: Batch,
     latents: Tensor,
-    text: dict[str, Tensor],
-    empty: dict[str, Tensor],
+    text: Cond,
+    empty: Cond,
     *,
     tokens: int,
     distilled: bool,
@@ -127,8 +146,8 @@ def _corrected(
     batch: Batch,
     noised: Tensor,
     sigma: Tensor,
-    text: dict[str, Tensor],
-    empty: dict[str, Tensor],
+    text: Cond,
+    empty: Cond,
     dropped: Tensor,
 ) -> Tensor:
     """Eq. 6 on the rows that kept their caption; a dropped row is its own empty branch, so v_hat = v there."""
@@ -137,10 +156,9 @@ def _corrected(
     kept = torch.nonzero(~dropped).flatten()
     if not len(kept):
         kept = torch.zeros(1, dtype=torch.long, device=noised.device)  # every rank must make the same forward calls
-    base = {name: value.to(noised.device).expand(len(kept), *value.shape[1:]) for name, value in empty.items()}
     other = scale[kept] if objective.uncond_embed == "same" else torch.ones_like(scale[kept])
     with contextlib.nullcontext() if objective.uncond_grad else torch.no_grad():
-        v_uncond = velocity(noised[kept], sigma[kept], base, other)
+        v_uncond = velocity(noised[kept], sigma[kept], under_empty(text, empty, kept), other)
     raw = guidance.raw_velocity(v_cond[kept].float(), v_uncond.float(), w[kept])  # Eq. 6
     return torch.where(_rows(dropped, v_cond), v_cond.float(), v_cond.float().index_copy(0, kept, raw))
 

@@ -1,9 +1,8 @@
 """What a run will cost, worked out from configs alone: tokens, parameters, memory per rank, disk. For --dry-run."""
-# B batch per rank and micro-batch, N tokens (picture and text), D width, L blocks, r rank
+# B batch per rank and micro-batch, N tokens (image and text), D width, L blocks, r rank
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,26 +11,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcgen.backbones import BACKBONES, Backbone
+from dcgen.backbones import Backbone
+from dcgen.folder import TRANSFORMER, VAE, autoencoder_space
 from dcgen.latent import LatentSpace
 from dcgen.spaces import SPACES
-from train.architectures import ARCHITECTURES
-from train.autoencoders import latent_space
 from train.config import nearest
-from train.models import base_backbone, base_patch_size, network_class
+from train.families import ARCHITECTURES, FAMILIES
+from train.family import Family
+from train.models import read_base
 from train.stages.base import Context
 
 # Bytes kept for backward in one block, in units of B*N*D values: inputs and outputs of norms, q, k, v, attention,
-# both MLP sides. Counted over FLUX's double block; within a factor of 1.3 for single and SANA blocks.
+# both MLP sides. Counted over a block with a stream for text; within a factor of 1.3 for other blocks.
 ACTIVATIONS = 34
 SLACK = 1.15  # allocator and temporary buffers
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Base and new model at one picture size."""
+    """Base and new model at one image size."""
 
-    backbone: Backbone
+    family: Family
     config: dict[str, Any]
     source: LatentSpace
     target: LatentSpace
@@ -39,8 +39,12 @@ class Geometry:
     target_patch: int
     text_tokens: int
 
+    @property
+    def backbone(self) -> Backbone:
+        return self.family.backbone
+
     def tokens(self, pixels: int) -> tuple[int, int]:
-        """Picture tokens of the base and of the new model."""
+        """Image tokens of the base and of the new model."""
         old = self.backbone.tokens(pixels, pixels, self.source.spatial_factor, self.source_patch)
         return old, self.backbone.tokens(pixels, pixels, self.target.spatial_factor, self.target_patch)
 
@@ -52,41 +56,41 @@ class Geometry:
 def geometry(context: Context, base: str, autoencoder: str, architecture: str, patch_size: int) -> Geometry | str:
     """The geometry of a stage, from its folders or, where absent, from a published architecture; else why not."""
     folder, student = context.resolve(base), context.resolve(autoencoder)
-    published = ARCHITECTURES.get(architecture)
+    owner, published = ARCHITECTURES.get(architecture, (None, None))
     if architecture and published is None:
         return f"architecture {architecture!r} is unknown{nearest(architecture, ARCHITECTURES)}"
-    if (folder / "transformer" / "config.json").is_file():
-        backbone, config = base_backbone(folder)
-        source, text = latent_space(folder / "vae"), published.text[0] if published else 0
-        source_patch = base_patch_size(config, source.channels)
-    elif published is not None:
-        backbone, config, source = BACKBONES[published.backbone], published.config, SPACES[published.latent]
-        source_patch, text = published.patch_size, published.text[0]
+    text = published.text[0] if published else 0
+    if (folder / TRANSFORMER / "config.json").is_file():
+        family, release = read_base(folder)
+        config, source, source_patch = release.config, release.latent, release.patch_size
+    elif owner is not None and published is not None:
+        family, config = owner, published.config
+        source, source_patch = SPACES[published.latent], published.patch_size
     else:
         return f"{folder} is not there yet; name `architecture` to plan without it"
-    target = _student_space(student, published.latent if published and student == folder / "vae" else "")
+    target = _student_space(student, published.latent if published and student == folder / VAE else "")
     if target is None:
         return f"{student} is not there and its name is no published autoencoder{nearest(student.name, SPACES)}"
-    return Geometry(backbone, config, source, target, source_patch, patch_size, text)
+    return Geometry(family, config, source, target, source_patch, patch_size, text)
 
 
 def _student_space(folder: Path, fallback: str) -> LatentSpace | None:
     if (folder / "config.json").is_file():
-        return latent_space(folder)
+        return autoencoder_space(folder)
     name = folder.name.removesuffix("-diffusers")
     return SPACES.get(name) or SPACES.get(fallback)
 
 
 @lru_cache(maxsize=16)
-def _meta(backbone: str, items: tuple[tuple[str, Any], ...]) -> nn.Module:
+def _meta(family: str, items: tuple[tuple[str, Any], ...]) -> nn.Module:
     with torch.device("meta"):
-        return network_class(BACKBONES[backbone]).from_config(dict(items))
+        return FAMILIES[family].network_class().from_config(dict(items))
 
 
-def network(backbone: Backbone, config: dict[str, Any]) -> nn.Module:
+def network(family: Family, config: dict[str, Any]) -> nn.Module:
     """The network without memory (meta device)."""
     items = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-    return _meta(backbone.name, tuple(sorted(items.items())))
+    return _meta(family.backbone.name, tuple(sorted(items.items())))
 
 
 @dataclass(frozen=True)
@@ -102,19 +106,17 @@ class Counts:
 
 def count(geo: Geometry, rank: int) -> Counts:
     """Parameter counts of the moved model, exact."""
-    model: Any = network(geo.backbone, geo.moved)
-    ends = sum(
-        p.numel() for path in (geo.backbone.embedder, geo.backbone.head) for p in model.get_submodule(path).parameters()
-    )
-    targets = [re.compile(pattern) for pattern in geo.backbone.lora_targets]
+    model: Any = network(geo.family, geo.moved)
+    ends = geo.backbone.ends(geo.moved)
+    trained = sum(p.numel() for path in ends for p in model.get_submodule(path).parameters())
     lora = 0
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if weight is not None and any(target.fullmatch(name) for target in targets):
+        if weight is not None and geo.family.is_lora_target(name):
             lora += rank * (weight.shape[0] + weight[0].numel())
     total = sum(p.numel() for p in model.parameters())
-    width = model.get_submodule(geo.backbone.embedder).weight.shape[0]
-    return Counts(total, ends, lora, len(geo.backbone.blocks(model)), width)
+    width = model.get_submodule(ends.embedder).weight.shape[0]
+    return Counts(total, trained, lora, len(geo.family.blocks(model)), width)
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Load:
 
     weights: int  # values in the frozen network
     trained: int  # values trained
-    tokens: int  # picture and text
+    tokens: int  # image and text
     rows: int  # samples in one micro-batch of one rank
     blocks: int
     width: int
@@ -156,31 +158,31 @@ def remedy(load: Load, limit: float, changes: list[tuple[str, Load]]) -> str | N
     """None when a load fits in `limit` GB; else the first change (or all before it together) that would make it fit."""
     if load.total() <= limit:
         return None
-    said = f"needs about {load.total():.0f} GB a rank, memory_gb is {limit:g}"
+    need = f"needs about {load.total():.0f} GB a rank, memory_gb is {limit:g}"
     for words, other in changes:
         if other.total() <= limit:
-            return f"{said}; set {words} (about {other.total():.0f} GB)"
-    return f"{said}; no setting here makes it fit: use more ranks with shard: 0, a smaller picture or a smaller rank"
+            return f"{need}; set {words} (about {other.total():.0f} GB)"
+    return f"{need}; no setting here makes it fit: use more ranks with shard: 0, a smaller image or a smaller rank"
 
 
 def plan_cache(context: Context, config: Any) -> list[str]:
-    """Lines on a cache stage: pictures, captions, disk."""
+    """Lines on a cache stage: images, captions, disk."""
     geo = geometry(context, config.base, config.autoencoder, config.architecture, 1)
     if isinstance(geo, str):
         return [geo]
-    pixels, pictures = pixels_of(config.data), pictures_of(context, config.data)
+    pixels, images = pixels_of(config.data), images_of(context, config.data)
     width = 4 if config.store == "float32" else 2
     spaces = {geo.source, geo.target}
     values = sum(s.channels * (pixels // s.spatial_factor) ** 2 for s in spaces)
     lines = [f"teacher {_space(geo.source)}, student {_space(geo.target)}, {pixels}x{pixels} px"]
-    if pictures is None:
-        return [*lines, f"{values * width / 1e3:.1f} kB of latents a picture; data is not there yet"]
-    lines.append(f"{pictures} pictures; latents {_bytes(values * width * pictures)}")
-    published = ARCHITECTURES.get(config.architecture)
+    if images is None:
+        return [*lines, f"{values * width / 1e3:.1f} kB of latents an image; data is not there yet"]
+    lines.append(f"{images} images; latents {_bytes(values * width * images)}")
+    _, published = ARCHITECTURES.get(config.architecture, (None, None))
     if published and published.text[0] and config.text == "cache":
         tokens = config.text_tokens or published.text[0]
         lines.append(
-            f"text embeddings up to {_bytes(tokens * published.text[1] * width * pictures)} (text: online needs none)"
+            f"text embeddings up to {_bytes(tokens * published.text[1] * width * images)} (text: online needs none)"
         )
     return lines
 
@@ -218,18 +220,16 @@ def plan_moved(context: Context, config: Any, rank: int, full: bool = False) -> 
     load, changes = _loads(config, recipe.ranks, counts, trained, new + text)
     words = "the whole network" if full else "embedder, head" + (f" and LoRA r={rank}" if rank else "")
     lines = [
-        f"{old} -> {new} tokens a picture at {pixels} px, {text} of text; {counts.blocks} blocks {counts.width} wide",
+        f"{old} -> {new} tokens an image at {pixels} px, {text} of text; {counts.blocks} blocks {counts.width} wide",
         f"trains {words}: {trained:,} of {counts.total:,} parameters",
         f"{recipe.ranks} ranks: {load.total():.1f} GB a rank ("
         + ", ".join(f"{name} {size:.1f}" for name, size in load.gigabytes().items())
         + f"), {load.rows} samples a micro-batch",
         f"checkpoint {_bytes(trained * (16 if config.ema else 12))}, {config.keep_checkpoints} kept",
     ]
-    pictures = pictures_of(context, cache.data)
-    if pictures is not None:
-        lines.append(
-            f"{-(-pictures // config.batch)} steps an epoch, {config.steps * config.batch / pictures:.1f} epochs"
-        )
+    images = images_of(context, cache.data)
+    if images is not None:
+        lines.append(f"{-(-images // config.batch)} steps an epoch, {config.steps * config.batch / images:.1f} epochs")
     problem = remedy(load, recipe.memory_gb, changes) if recipe.memory_gb else None
     return lines, [problem] if problem else []
 
@@ -254,7 +254,7 @@ def _loads(config: Any, ranks: int, counts: Counts, trained: int, tokens: int) -
     changes: list[tuple[str, Load]] = []
     words: list[str] = []
     rows, share = fields["rows"], config.batch // ranks
-    for said, change in (
+    for setting, change in (
         ("dtype: bfloat16", {"frozen_bytes": 2}),
         ("gradient_checkpointing: true", {"checkpointing": True}),
         (f"accumulate: {share}", {"rows": 1}),
@@ -263,18 +263,18 @@ def _loads(config: Any, ranks: int, counts: Counts, trained: int, tokens: int) -
         if all((fields | {"rows": rows})[key] == value for key, value in change.items()):
             continue
         fields_after = {**(changes[-1][1].__dict__ if changes else fields), **change}
-        words.append(said)
+        words.append(setting)
         changes.append((", ".join(words), Load(**fields_after)))
     return Load(**fields), changes
 
 
 def pixels_of(data: Any) -> int:
-    """Side of the square with the area of a training picture."""
+    """Side of the square with the area of a training image."""
     return getattr(data, "pixels", 128)
 
 
-def pictures_of(context: Context, data: Any) -> int | None:
-    """How many pictures there are, or are planned; None when nobody can know yet."""
+def images_of(context: Context, data: Any) -> int | None:
+    """How many images there are, or are planned; None when nobody can know yet."""
     planned = getattr(data, "planned", None)
     if planned:
         return planned

@@ -9,7 +9,9 @@ from typing import Any
 
 from dcgen.adapter import Adapter
 from dcgen.convert import unpack
-from dcgen.release import SCHEDULE_FIELD, open_model
+from dcgen.folder import SCHEDULER, TRANSFORMER, VAE
+from dcgen.release import open_model
+from dcgen.schedule import DYNAMIC, LINEAR, SCHEDULE_KEY, Schedule
 from train.files import read_json, write_folder, write_json
 
 
@@ -28,38 +30,41 @@ def write_release(out: Path, merged: Path, base: Path, autoencoder: Path, adapte
 def check_parts(base: Path) -> None:
     """An error that names the file of a base which release_parts would miss."""
     read_json(base / "model_index.json")
-    read_json(base / "scheduler" / "scheduler_config.json")
+    read_json(base / SCHEDULER)
 
 
-def release_parts(folder: Path, base: Path, autoencoder: Path, name: str, schedule: dict[str, Any]) -> None:
+def release_parts(folder: Path, base: Path, autoencoder: Path, name: str, schedule: Schedule) -> None:
     """Fill `folder` with everything of a release but the network; `name` is the autoencoder's."""
     for item in base.iterdir():
-        if item.name not in ("transformer", "vae") and not item.name.startswith("."):
+        if item.name not in (TRANSFORMER, VAE) and not item.name.startswith("."):
             target = folder / item.name
             if item.is_dir():
                 shutil.copytree(item, target)
             else:
                 shutil.copy2(item, target)
-    shutil.copytree(autoencoder, folder / "vae")
+    shutil.copytree(autoencoder, folder / VAE)
     config = read_json(autoencoder / "config.json")
     # the folder is called vae from now on, so the name must be in the file
-    write_json(folder / "vae" / "config.json", {**config, "_name_or_path": name})
+    write_json(folder / VAE / "config.json", {**config, "_name_or_path": name})
     index = read_json(folder / "model_index.json")
-    index["vae"] = ["diffusers", config["_class_name"]]
+    index[VAE] = ["diffusers", config["_class_name"]]
     write_json(folder / "model_index.json", index)
-    _write_scheduler(folder / "scheduler" / "scheduler_config.json", schedule)
+    write_scheduler(folder / SCHEDULER, schedule)
 
 
-def _write_scheduler(path: Path, schedule: dict[str, Any]) -> None:
-    """A static shift replaces the base's; "flux" means FLUX.1's own rule, which its config already says."""
+def write_scheduler(path: Path, schedule: Schedule) -> None:
+    """Write a schedule in full into a scheduler_config.json: for diffusers as far as it has such fields, and for us."""
     config = read_json(path)
-    shift = schedule.get("shift")
+    write_json(path, {**config, **_diffusers_fields(config, schedule), SCHEDULE_KEY: schedule.to_dict()})
+
+
+def _diffusers_fields(config: dict[str, Any], schedule: Schedule) -> dict[str, Any]:
+    """What a scheduler of that config is to be told. FLUX.2's rule and Sprint's two steps have no fields there."""
     if "beta_schedule" in config and "flow_shift" not in config:
-        return  # a DDPM scheduler (DiT) knows no shift
-    if schedule["rule"] == "static" and shift is not None:
+        return {}  # a DDPM scheduler knows no shift
+    if schedule.shift is not None or schedule.mu is not None:
         field = "flow_shift" if "flow_shift" in config else "shift"
-        config |= {field: shift, "use_dynamic_shifting": False}
-    elif schedule["rule"] == "flux":
-        config["use_dynamic_shifting"] = True
-    # FLUX.2's rule has no field of its own there, and an f32 release on FLUX.1's would be taken for it.
-    write_json(path, {**config, SCHEDULE_FIELD: schedule})
+        return {field: schedule.ratio(tokens=1, channels=1), "use_dynamic_shifting": False}
+    if schedule.rule == LINEAR:
+        return {"use_dynamic_shifting": True, **{name: getattr(schedule, name) for name in DYNAMIC}}
+    return {}

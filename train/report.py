@@ -1,4 +1,4 @@
-"""One HTML page per run: what ran, with which numbers, curves and pictures. `python -m train.report RUN_FOLDER`."""
+"""One HTML page per run: what ran, with which numbers, curves and images. `python -m train.report RUN_FOLDER`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from typing import Any
 
 from dcgen.fields import check_fields, mapping, real, shown
 from dcgen.files import naming
-from train.config import NAME, NAME_RULE
+from train.config import NAME, NAME_RULE, stage_class
 from train.files import read_json, write_atomically
-from train.stages import stage_class
 
 LAST = ("loss", "grad_norm")  # columns of the log whose last row stands in the table
 WORDS = {
@@ -144,7 +143,7 @@ def _curves(folder: Path, log: dict[str, list[float]]) -> bytes | None:
     steps = columns.pop("step")
     losses = [key for key in columns if key not in ("grad_norm", "lr", "images_per_s")]
     figure = Figure(figsize=(10, 3), layout="constrained")
-    panels = (("loss", losses), ("gradient norm", ["grad_norm"]), ("pictures / s", ["images_per_s"]))
+    panels = (("loss", losses), ("gradient norm", ["grad_norm"]), ("images / s", ["images_per_s"]))
     for axes, (title, keys) in zip(figure.subplots(1, 3), panels, strict=True):
         for key in keys:
             axes.plot(steps, columns[key], label=WORDS.get(key, key), linewidth=1, marker="." if len(steps) < 3 else "")

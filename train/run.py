@@ -20,18 +20,17 @@ from dcgen.files import naming
 from train import distributed
 from train.cache import CacheError
 from train.checkpoint import CheckpointError, differences
-from train.config import Recipe, RecipeError, find_recipe, list_recipes, load_recipe, nearest
+from train.config import Recipe, RecipeError, find_recipe, list_recipes, load_recipe, nearest, stage_class
 from train.distributed import Ranks
 from train.files import digest_json, mark, read_json, remove_marked, write_json
 from train.lock import InUse, locked, sweep
 from train.loop import NonFinite, Stopped, train_stage
 from train.report import write_report
-from train.stages import stage_class
 from train.stages.base import Context, Stage, stage_of
 
 FULL_DISK = "; what was finished before is intact: free disk space and run the same command"
 WATCH_FIELDS = {"checkpoint_every", "keep_checkpoints", "log_every", "preview_every", "shard", "architecture"}
-DONE_FIELDS: dict[str, Check] = {"fingerprint": text(100), "settings": mapping, "numbers": mapping}
+DONE_FIELDS: dict[str, Check] = {"config_hash": text(100), "settings": mapping, "numbers": mapping}
 # What a finished stage may be given anew without being trained anew.
 REFINISH = {"preview_prompts", "preview_guidance", "preview_steps", "preview_seed"}
 
@@ -124,7 +123,7 @@ def run_stage(recipe: Recipe, stage: Stage, ranks: Ranks) -> dict[str, Any]:
     weights = {} if module is None else train_stage(stage, module, ranks, recipe.seed)
     numbers = stage.finish(weights)
     done = {
-        "fingerprint": fingerprint(recipe, stage.context.name),
+        "config_hash": config_hash(recipe, stage.context.name),
         "settings": _settings(recipe, stage.context.name),
         "seconds": round(time.perf_counter() - begin, 3),
         "numbers": numbers,
@@ -161,13 +160,13 @@ def dry_run(recipe: Recipe) -> int:
     return int(failed)
 
 
-def fingerprint(recipe: Recipe, name: str) -> str:
+def config_hash(recipe: Recipe, name: str) -> str:
     """Digest of everything that decides a stage's result: its settings, the seed, and its input stages' digests."""
     return _digest(recipe, name, _settings(recipe, name))
 
 
 def _digest(recipe: Recipe, name: str, settings: dict[str, Any]) -> str:
-    return digest_json([settings, {ref: fingerprint(recipe, ref) for ref in inputs(recipe, name)}])
+    return digest_json([settings, {ref: config_hash(recipe, ref) for ref in inputs(recipe, name)}])
 
 
 def inputs(recipe: Recipe, name: str) -> list[str]:
@@ -197,13 +196,15 @@ def _finished(recipe: Recipe, stage: Stage, redo: bool) -> dict[str, Any] | None
     if not path.exists():
         return None
     done = read_json(path)
+    if "fingerprint" in done:  # what config_hash was called
+        done.setdefault("config_hash", done["fingerprint"])
     with naming(path):
         check_fields(done, DONE_FIELDS, needed=tuple(DONE_FIELDS))
     settings = _settings(recipe, name)
-    if done["fingerprint"] == fingerprint(recipe, name):
+    if done["config_hash"] == config_hash(recipe, name):
         return done
     changed = differences(done["settings"], settings, set())
-    same_inputs = done["fingerprint"] == _digest(recipe, name, done["settings"])
+    same_inputs = done["config_hash"] == _digest(recipe, name, done["settings"])
     more = settings["steps"] >= done["settings"].get("steps", 0)
     if same_inputs and more and not differences(done["settings"], settings, {"steps", *REFINISH, *stage.free_fields}):
         return None  # training goes on from its last checkpoint, or only finish() runs again
@@ -215,8 +216,7 @@ def _finished(recipe: Recipe, stage: Stage, redo: bool) -> dict[str, Any] | None
 
 
 def _settings(recipe: Recipe, name: str) -> dict[str, Any]:
-    fields = recipe.stages[name].model_dump(mode="json", exclude=WATCH_FIELDS)
-    return {**fields, "seed": recipe.seed}
+    return {**recipe.stages[name].settings(without=WATCH_FIELDS), "seed": recipe.seed}
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Euler sampling along a backbone's velocity: one pass per step, guidance through the embedding or true CFG."""
+"""Euler sampling along a network's velocity: one pass per step, guidance through the embedding or true CFG."""
 # B batch, C latent channels, h w latent rows and columns
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dcgen import guidance
+from train.conditioning import Cond, under_empty
 from train.objective import Velocity
 
 
@@ -24,10 +25,10 @@ def euler(
     velocity: Velocity,
     noise: Tensor,
     sigmas: Tensor,
-    cond: dict[str, Tensor],
+    cond: Cond,
     *,
     scale: float | None = None,
-    empty: dict[str, Tensor] | None = None,
+    empty: Cond | None = None,
     w: float = 0.0,
 ) -> Tensor:
     """Model-space latents (B,C,h,w) from noise at sigmas[0] = 1 down to 0.
@@ -36,19 +37,19 @@ def euler(
     guidance of arXiv:2509.25180 Eq. 4, two passes a step.
     """
     latents = noise
+    rows = torch.arange(len(noise), device=noise.device)
     for sigma, following in pairwise(sigmas):
         now = sigma.to(latents).expand(len(latents))
         g = None if scale is None else torch.full_like(now, scale)
         v = velocity(latents, now, cond, g)
         if empty is not None and w > 0:
-            nothing = {name: value.expand(len(latents), *value.shape[1:]) for name, value in empty.items()}
-            v = guidance.cfg_velocity(v, velocity(latents, now, nothing, g), w)
+            v = guidance.cfg_velocity(v, velocity(latents, now, under_empty(cond, empty, rows), g), w)
         latents = latents + (following - sigma).to(latents) * v
     return latents
 
 
 def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
-    """(B,3,H,W) in -1..1 -> one picture (3,H',W') in 0..1, white between."""
+    """(B,3,H,W) in -1..1 -> one image (3,H',W') in 0..1, white between."""
     count, _, height, width = images.shape
     rows = -(-count // columns)
     sheet = torch.ones(3, rows * (height + gap) - gap, columns * (width + gap) - gap)

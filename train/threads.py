@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import torch.nn.functional as F
 
-ROWS, WIDTH = 1024, 192  # the toy FLUX: 32 pictures of 16 latent and 16 text tokens
+ROWS, WIDTH = 1024, 192  # the toy: 32 images of 16 latent and 16 text tokens
 LAYERS = 8
 ROUNDS = 15
 GAIN = 0.8  # more threads must take at most this part of the time: on a busy machine the measure is uncertain
@@ -29,14 +29,14 @@ def choose_threads() -> tuple[int, float]:
 
     Every round tries all numbers in turn, so that a burst of other work meets all of them.
     """
-    most = torch.get_num_threads()
+    limit = torch.get_num_threads()
     given = "OMP_NUM_THREADS" in os.environ
-    numbers = [most] if given else sorted({1, min(4, most), most})
+    numbers = [limit] if given else sorted({1, min(4, limit), limit})
     times: dict[int, list[float]] = {number: [] for number in numbers}
     for number in [number for _ in range(ROUNDS + 1) for number in numbers]:
         torch.set_num_threads(number)
         times[number].append(_round())
-    seconds = {number: statistics.median(found[1:]) for number, found in times.items()}  # the first warms up
+    seconds = {number: statistics.median(rounds[1:]) for number, rounds in times.items()}  # the first warms up
     best = fastest(seconds)
     torch.set_num_threads(best)
     return best, seconds[best]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import folder_paths
 from aiohttp import web
 
 from ...dcgen.adapter import load_adapter
+from ...dcgen.latent import LatentSpace
 from ...dcgen.release import open_model
 from ...dcgen.spaces import SPACES
 from .release import find_release, release_names
@@ -30,7 +32,8 @@ class UnknownName(ValueError):
 
 
 async def _answer(request: web.Request) -> web.Response:
-    """GET ?kind=release|model|adapter&name=NAME[&autoencoder=NAME] -> {"factor": f, "patch": p, "channels": C}.
+    """GET ?kind=release|model|adapter&name=NAME[&autoencoder=NAME] -> {"factor": f, "patch": p, "channels": C,
+    "guidance": whether the model has a guidance embedding}.
 
     404 when there is no such file, 422 when the file does not state it; both with a message.
     """
@@ -50,7 +53,7 @@ def describe(kind: str, name: str, autoencoder: str = "") -> dict[str, Any]:
     """
     if kind == "adapter" and name in folder_paths.get_filename_list("model_patches"):
         adapter = load_adapter(folder_paths.get_full_path_or_raise("model_patches", name))
-        return _facts(adapter.latent, adapter.patch_size)
+        return _facts(adapter.latent, adapter.patch_size, adapter.base)
     if kind in ("release", "model") and name in release_names():
         model = open_model(find_release(name))
     elif kind == "model" and name in folder_paths.get_filename_list("diffusion_models"):
@@ -61,8 +64,9 @@ def describe(kind: str, name: str, autoencoder: str = "") -> dict[str, Any]:
         model = model.on_latent(SPACES[autoencoder])
     if model.latent is None:
         raise ValueError(f"{name} does not say what its latent is")
-    return _facts(model.latent, model.patch_size)
+    return _facts(model.latent, model.patch_size, model.config)
 
 
-def _facts(space: Any, patch: int) -> dict[str, Any]:
-    return {"factor": space.spatial_factor, "patch": patch, "channels": space.channels}
+def _facts(space: LatentSpace, patch: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    guidance = bool(config.get("guidance_embeds"))
+    return {"factor": space.spatial_factor, "patch": patch, "channels": space.channels, "guidance": guidance}

@@ -12,7 +12,7 @@ import struct
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -28,6 +28,18 @@ FORGET_TABS = """
 sessionStorage.clear();
 Object.keys(localStorage).filter((key) => /workflow/i.test(key)).forEach((key) => localStorage.removeItem(key));
 """
+
+# Where on an element to try, as shares of its width or height: its middle first, then outwards.
+SHARES = (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8, 0.1, 0.9)
+# Points of an element at shares of its width and height.
+GRID = """
+((element, xs, ys) => {
+  const r = element.getBoundingClientRect();
+  return ys.flatMap((y) => xs.map((x) => [r.x + x * r.width, r.y + y * r.height]));
+})
+"""
+# Whether a pointer there is over an element, and not over something else that the page has laid upon it.
+FREE = "((element, [x, y]) => element.contains(document.elementFromPoint(x, y)))"
 
 
 class WebSocket:
@@ -127,11 +139,25 @@ class Browser:
 
     def js(self, expression: str):
         """The value of a JavaScript expression; promises are awaited."""
-        found = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        found = self._result("Runtime.evaluate", expression=expression, objectGroup="js")
+        if "objectId" not in found:
+            return found.get("value")
+        # A promise that only the page holds can be collected before it is fulfilled; one with an id is kept.
+        if found.get("subtype") == "promise":
+            found = self._result("Runtime.awaitPromise", promiseObjectId=found["objectId"], returnByValue=True)
+        else:
+            itself = {"functionDeclaration": "function () { return this; }", "objectId": found["objectId"]}
+            found = self._result("Runtime.callFunctionOn", **itself, returnByValue=True)
+        self.call("Runtime.releaseObjectGroup", objectGroup="js")
+        return found.get("value")
+
+    def _result(self, method: str, **params) -> dict:
+        """What a command of the Runtime domain gives back; what the page throws is raised."""
+        found = self.call(method, **params)
         if "exceptionDetails" in found:
             details = found["exceptionDetails"]
             raise RuntimeError(details.get("exception", {}).get("description", details["text"]))
-        return found["result"].get("value")
+        return found["result"]
 
     def until(self, expression: str, seconds: float = 60):
         """Wait until an expression is true; its value."""
@@ -155,6 +181,20 @@ class Browser:
     def frame(self) -> None:
         """Wait until the page has drawn a frame."""
         self.js("new Promise((done) => requestAnimationFrame(() => done(true)))")
+
+    def reach(
+        self, element: str, xs: Sequence[float] = SHARES, points: str = "", seconds: float = 30
+    ) -> tuple[float, float]:
+        """A point of an element that the pointer reaches: panels and messages of the page may lie over others.
+
+        Tried are shares `xs` of its width, or `points` (JavaScript) on the page.
+        """
+        points = points or f"{GRID}({element}, {list(xs)}, {list(SHARES)})"
+        try:
+            return tuple(self.until(f"{points}.find((point) => {FREE}({element}, point))", seconds))
+        except TimeoutError:
+            over = self.js(f"document.elementFromPoint(...{points}[0])?.outerHTML.slice(0, 300)")
+            raise TimeoutError(f"the pointer does not reach {element}; over it lies {over}") from None
 
     def mouse(self, kind: str, x: float, y: float, held: bool = False) -> None:
         """One mouse event ("mouseMoved", "mousePressed", "mouseReleased"); held: the left button is down."""

@@ -34,11 +34,11 @@ def command(setting: Setting, script: Path, *flags: str) -> list[str]:
 class Worker:
     """A process of ComfyUI's interpreter that does one job after another: its start costs more than most jobs."""
 
-    def __init__(self, setting: Setting, flags: tuple[str, ...], base: Path):
+    def __init__(self, setting: Setting, flags: tuple[str, ...], base: Path, pack: Path = PACK):
         (base / "custom_nodes").mkdir(parents=True)
         self.log = base / "log.txt"
         started = command(setting, INSIDE / "runner.py", *flags, "--base-directory", str(base))
-        where = {"DCGEN_COMFY": str(setting.root), "DCGEN_PACK": str(PACK), "DCGEN_MODE": setting.mode}
+        where = {"DCGEN_COMFY": str(setting.root), "DCGEN_PACK": str(pack), "DCGEN_MODE": setting.mode}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 started,
@@ -97,12 +97,13 @@ class Comfy:
         flags: tuple[str, ...] = ("--cpu",),
         timeout: float = 850,
         alone: bool = False,
+        pack: Path = PACK,
     ) -> tuple[dict[str, torch.Tensor], dict]:
         """Call `where` ("script:function") inside ComfyUI. Returns the tensors and the JSON it gave back.
 
         The function gets (name of the pack's package, tensors, params) and runs under inference mode. Processes are
         shared by the calls with the same flags. One in which something of core was replaced ends after the call;
-        `alone`: the call must also have a fresh one.
+        `alone`: the call must also have a fresh one, as one with another copy of the pack must.
         """
         script, function = where.split(":")
         work = tmp_path / f"job-{time.monotonic_ns()}"
@@ -112,7 +113,7 @@ class Comfy:
         job = {"script": str(INSIDE / f"{script}.py"), "function": function, "params": params or {}}
         (work / "job.json").write_text(json.dumps(job))
         worker = None if alone else self.workers.pop(flags, None)
-        worker = worker or Worker(self.setting, flags, work / "base")
+        worker = worker or Worker(self.setting, flags, work / "base", pack)
         said = len(worker.log.read_text(errors="replace"))
         answer = worker.do(work, timeout)
         if answer == "done" and not alone:

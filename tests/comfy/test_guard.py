@@ -234,5 +234,5 @@ def test_a_latent_is_pasted_where_the_pixels_say(server):
 
 
 def test_pasting_between_latent_pixels_is_refused(server):
-    with pytest.raises(pytest.fail.Exception, match=r"no multiple of 32 pixels.*\(32, 64\)"):
+    with pytest.raises(pytest.fail.Exception, match=r"not a multiple of 32 pixels.*\(32, 64\)"):
         pasted(server, 40, 56)

@@ -1,6 +1,5 @@
 """The shipped workflows: complete, consistent with their API twins, and alive in the real frontend."""
 
-import contextlib
 import importlib.util
 import json
 from pathlib import Path
@@ -246,15 +245,14 @@ class Hand:
         page.still("[...app.canvas.ds.offset, app.canvas.ds.scale]")  # the page moves the view after loading a graph
         page.js("app.canvas.ds.scale = 0.6; app.canvas.ds.offset = [0, 0]; app.canvas.draw(true, true)")
 
-    def middle(self, element):
-        """Page coordinates of an element's middle."""
-        area = f"{element}.getBoundingClientRect()"
-        return tuple(self.page.js(f"(() => {{ const r = {area}; return [r.x + r.width / 2, r.y + r.height / 2]; }})()"))
-
     def still(self, element):
-        """Middle of an element that no longer moves: the library is laid out anew while it filters."""
+        """A point of an element that no longer moves: the library is laid out anew while it filters."""
         self.page.still(f"(() => {{ const r = {element}.getBoundingClientRect(); return [r.x, r.y]; }})()")
-        return self.middle(element)
+        return self.page.reach(element)
+
+    def canvas(self, *points):
+        """The first of some places on the graph, as JavaScript, that the pointer reaches there."""
+        return self.page.reach("app.canvas.canvas", points=f"[{', '.join(points)}]")
 
     def click(self, place):
         self.page.mouse("mouseMoved", *place)
@@ -268,7 +266,7 @@ class Hand:
         page.keys(title)
         leaf = f"{self.LEAVES}.find((e) => e.textContent.trim() === {json.dumps(title)})"
         page.until(f"!!({leaf})", 60)
-        page.drop(lambda: self.still(f"({leaf})"), (x, y))
+        page.drop(lambda: self.still(f"({leaf})"), self.canvas(f"[{x}, {y}]"))
         page.until(f"app.graph._nodes.length === {count + 1}", 30)
         return f"app.graph.getNodeById({page.js('app.graph._nodes.at(-1).id')})"
 
@@ -280,20 +278,19 @@ class Hand:
             "return [(x + view.offset[0]) * view.scale + area.x, (y + view.offset[1]) * view.scale + area.y]; }"
         )
         to = f"{target}.findInputSlot({json.dumps(name)})"
-        start = self.page.js(f"({place})({source}, false, {slot})")
-        self.page.drag(start, self.page.js(f"({place})({target}, true, {to})"))
+        start = self.canvas(f"({place})({source}, false, {slot})")
+        self.page.drag(start, self.canvas(f"({place})({target}, true, {to})"))
         self.page.until(f"{target}.getInputNode({to}) === {source}", 30)
 
     def widget(self, node, name):
-        """Click in the middle of a widget."""
-        self.click(
-            self.page.js(
-                "((node, name) => { const area = app.canvas.canvas.getBoundingClientRect(), view = app.canvas.ds;"
-                "const y = node.widgets.find((widget) => widget.name === name).y + 10;"
-                "return [(node.pos[0] + node.size[0] / 2 + view.offset[0]) * view.scale + area.x,"
-                f" (node.pos[1] + y + view.offset[1]) * view.scale + area.y]; }})({node}, {json.dumps(name)})"
-            )
+        """Click on a widget, between the arrows at its ends."""
+        place = (
+            "((node, name, share) => { const area = app.canvas.canvas.getBoundingClientRect(), view = app.canvas.ds;"
+            "const y = node.widgets.find((widget) => widget.name === name).y + 10;"
+            "return [(node.pos[0] + share * node.size[0] + view.offset[0]) * view.scale + area.x,"
+            " (node.pos[1] + y + view.offset[1]) * view.scale + area.y]; })"
         )
+        self.click(self.canvas(*(f"{place}({node}, {json.dumps(name)}, {share})" for share in (0.5, 0.35, 0.65))))
 
     def type(self, node, name, text):
         """Type a number into a widget."""
@@ -310,7 +307,7 @@ class Hand:
         entry = f"[...document.querySelectorAll('.litemenu-entry')].find((e) => e.textContent.trim() === '{text}')"
         self.page.until(f"!!({entry})", 30)
         self.page.js(f"({entry}).scrollIntoView({{ block: 'nearest' }})")
-        self.click(self.middle(f"({entry})"))
+        self.click(self.page.reach(f"({entry})"))
         self.page.until(f"{node}.widgets.find((w) => w.name === {json.dumps(name)}).value === '{text}'", 30)
 
 
@@ -343,21 +340,20 @@ def test_built_by_hand(server, page, base_name):
     hand.type(empty, "height", "64")
     page.until(f"{said}.every((line) => line.startsWith('96 x 64 = 24 tokens'))", 30)
     hand.type(sampler, "steps", "2")
-    hand.click(hand.middle("[...document.querySelectorAll('button')].find((e) => e.textContent.trim() === 'Run')"))
+    hand.click(page.reach("[...document.querySelectorAll('button')].find((e) => e.textContent.trim() === 'Run')"))
     page.until(f"{save}.imgs?.length === 1 && {save}.imgs[0].naturalWidth === 96", 120)
     page.until(
         "document.querySelectorAll('.dcgen-wipe img').length === 2 &&"
         "[...document.querySelectorAll('.dcgen-wipe img')].every((i) => i.complete && i.naturalWidth === 96)",
         60,
     )
-    cut = "document.querySelectorAll('.dcgen-wipe img')[1].style.clipPath"
-    before = page.js(cut)
-    x, y = hand.middle("document.querySelector('.dcgen-wipe')")
-    for step in range(15):  # newer pages lay a message about the finished job over the corner for some seconds
-        page.mouse("mouseMoved", x - 30 - step, y)
-        with contextlib.suppress(TimeoutError):
-            page.until(f"{cut} !== {json.dumps(before)}", 2)
-            break
-    share = page.js("document.querySelector('.dcgen-wipe').getAttribute('aria-valuenow')")
-    assert 10 < int(share) < 50
+    wipe = "document.querySelector('.dcgen-wipe')"
+    assert page.js(f"{wipe}.getAttribute('aria-valuenow')") == "50"
+    x, y = page.reach(wipe, (0.3, 0.25, 0.2, 0.35))
+    page.mouse("mouseMoved", x, y)
+    page.until(
+        f"(() => {{ const r = {wipe}.getBoundingClientRect(), now = {wipe}.getAttribute('aria-valuenow');"
+        f"return now < 50 && Math.abs(now - 100 * ({x} - r.x) / r.width) <= 1; }})()",
+        30,
+    )
     assert page.errors == []

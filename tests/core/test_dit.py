@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from dcgen.backbones import BACKBONES, detect_backbone
-from dcgen.backbones.dit import alphas_cumprod, flow_sigmas
 from dcgen.convert import pack
 from dcgen.release import open_model
+from train.ddpm import alphas_cumprod, flow_sigmas
+from train.families import FAMILIES
 
 diffusers = pytest.importorskip("diffusers")
-dit = BACKBONES["dit"]
+dit, family = BACKBONES["dit"], FAMILIES["dit"]
 TINY = {"num_attention_heads": 2, "attention_head_dim": 72, "num_layers": 3, "in_channels": 4, "out_channels": 8}
 TINY |= {"num_embeds_ada_norm": 10, "sample_size": 8}
 
@@ -55,7 +56,7 @@ def test_euler_along_the_velocity_is_ddim():
     for here, after in zip(steps, [*steps[1:], 0], strict=True):
         noise = model(expected, timestep=torch.tensor([here, here]), class_labels=labels["labels"]).sample[:, :4]
         expected = scheduler.step(noise, here, expected).prev_sample
-        v = dit.velocity(model, found, levels[here].expand(2), labels)
+        v = family.velocity(model, found, levels[here].expand(2), labels)
         found = found + (levels[after] - levels[here]) * v
     torch.testing.assert_close(found / length(0), expected, rtol=1e-3, atol=1e-3)
 
@@ -77,7 +78,7 @@ def test_velocity_of_the_true_noise():
             return (torch.cat((noise, torch.full_like(noise, 7.0)), dim=1),)
 
     level = sigma[:, None, None, None]
-    found = dit.velocity(Knowing(), (1 - level) * x0 + level * noise, sigma, {"labels": torch.zeros(5).long()})
+    found = family.velocity(Knowing(), (1 - level) * x0 + level * noise, sigma, {"labels": torch.zeros(5).long()})
     torch.testing.assert_close(found, noise - x0, rtol=1e-3, atol=2e-3)
     latents, step = seen[0]
     low, high = alphas_cumprod()[step.floor().long()], alphas_cumprod()[step.ceil().long()]
@@ -92,7 +93,7 @@ def test_velocity_of_the_true_noise():
 def test_ends_are_held():
     """sigma 1 and 0 lie beyond DDPM's steps: finite, and nothing is divided by zero."""
     model = make()
-    found = dit.velocity(model, torch.randn(2, 4, 8, 8), torch.tensor([1.0, 0.0]), {"labels": torch.tensor([0, 1])})
+    found = family.velocity(model, torch.randn(2, 4, 8, 8), torch.tensor([1.0, 0.0]), {"labels": torch.tensor([0, 1])})
     assert found.isfinite().all()
 
 
@@ -100,18 +101,18 @@ def test_ends_are_held():
 def test_embed_adds_positions():
     model = make()
     latents = torch.randn(2, 4, 8, 8)
-    found = dit.embed(model, latents, dict(model.config))
+    found = family.embed(model, latents, dict(model.config))
     assert found.shape == (2, 4, 4, 144)
     torch.testing.assert_close(found.flatten(1, 2), model.pos_embed(latents))
-    assert dit.blocks(model) == list(model.transformer_blocks)
+    assert family.blocks(model) == list(model.transformer_blocks)
 
 
 def test_refusals():
     model = make()
     with pytest.raises(ValueError, match=r"square latents of 4 channels, got \(4, 8, 10\)"):
-        dit.velocity(model, torch.randn(1, 4, 8, 10), torch.ones(1), {"labels": torch.zeros(1).long()})
+        family.velocity(model, torch.randn(1, 4, 8, 10), torch.ones(1), {"labels": torch.zeros(1).long()})
     with pytest.raises(ValueError, match=r"got \(32, 8, 8\)"):
-        dit.velocity(model, torch.randn(1, 32, 8, 8), torch.ones(1), {"labels": torch.zeros(1).long()})
+        family.velocity(model, torch.randn(1, 32, 8, 8), torch.ones(1), {"labels": torch.zeros(1).long()})
 
 
 def test_config_with_latent():
@@ -120,20 +121,20 @@ def test_config_with_latent():
     assert [moved[key] for key in ("in_channels", "out_channels", "patch_size", "sample_size")] == [32, 64, 1, 4]
     model = diffusers.DiTTransformer2DModel(**{key: value for key, value in moved.items() if key[0] != "_"})
     assert model.pos_embed.base_size == make().pos_embed.base_size
-    assert dit.fingerprint(moved) == dit.fingerprint(config)
-    assert dit.fingerprint({**config, "out_channels": 4}) != dit.fingerprint(config)
+    assert dit.base_signature(moved) == dit.base_signature(config)
+    assert dit.base_signature({**config, "out_channels": 4}) != dit.base_signature(config)
 
 
 def test_shape_tables_are_the_models():
     model = make()
-    state, base = model.state_dict(), dit.fingerprint(dict(model.config))
+    state, base = model.state_dict(), dit.base_signature(dict(model.config))
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - {"proj_out_2"}
     shapes = dit.linears(base)
     assert set(shapes) == linear
     assert all(tuple(state[f"{path}.weight"].shape) == shape for path, shape in shapes.items())
     ends = {**dit.latent_shapes(base, 4, 2), **dit.extra_shapes(base)}
     assert all(tuple(state[key].shape) == shape for key, shape in ends.items())
-    assert sum(dit.is_lora_target(path) for path in shapes) == 3 * 6
+    assert sum(family.is_lora_target(path) for path in shapes) == 3 * 6
 
 
 def test_key_maps_both_ways(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from dcgen import files
 from dcgen.files import DTYPES, Entry, entries, meta_tensors, opened, write_stream
 
 
@@ -78,3 +80,45 @@ def test_opened_names_the_file(tmp_path):
     (tmp_path / "dir.safetensors").mkdir()
     with pytest.raises(FileNotFoundError, match=r"dir.safetensors"), opened(tmp_path / "dir.safetensors"):
         pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows flushes no folder")
+def test_a_rename_is_on_the_disk_when_the_block_ends(tmp_path, monkeypatch):
+    """A power cut after it finds the new file: the data before the rename, the folder's list of names after it."""
+    steps = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(handle):
+        steps.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        fsync(handle)
+
+    def note_replace(*paths):
+        steps.append("rename")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    with files.replacing(tmp_path / "a.json") as temporary:
+        temporary.write_text("{}")
+    assert steps == ["file", "rename", "folder"]
+    steps.clear()
+    with files.replacing_folder(tmp_path / "model") as temporary:
+        (temporary / "transformer").mkdir()
+        (temporary / "transformer" / "config.json").write_text("{}")
+    assert steps == ["folder", "file", "folder", "rename", "folder"]
+    assert (tmp_path / "model" / "transformer" / "config.json").is_file()
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    with files.replacing_folder(tmp_path / "model") as temporary:
+        (temporary / "old").touch()
+
+    def stopped():
+        with files.replacing_folder(tmp_path / "model") as temporary:
+            (temporary / "new").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["old"]

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from dcgen.backbones import BACKBONES, detect_backbone
-from dcgen.backbones.flux import position_ids, rope_axes
+from dcgen.backbones.flux import rope_axes
+from train.families import FAMILIES
+from train.families.flux import position_ids
 
-flux = BACKBONES["flux"]
+flux, family = BACKBONES["flux"], FAMILIES["flux"]
 
 
 def _cond(batch: int, seed: int = 1, text: int = 5) -> dict[str, torch.Tensor]:
@@ -59,21 +61,21 @@ def test_velocity_equals_the_pipelines_call(make_flux, channels, packed, size, b
     latents = torch.randn(batch, channels, *size)
     sigma, guidance = torch.rand(batch), torch.rand(batch) * 5 + 1
     with torch.no_grad():
-        found = flux.velocity(model, latents, sigma, _cond(batch), guidance)
+        found = family.velocity(model, latents, sigma, _cond(batch), guidance)
         expected = _pipeline_velocity(model, latents, sigma, _cond(batch), guidance, packed)
     assert found.shape == latents.shape
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     with torch.no_grad():  # the comparison can fail: position, guidance and sigma all matter
-        turned = flux.velocity(model, latents.flip(-1), sigma, _cond(batch), guidance).flip(-1)
-        unguided = flux.velocity(model, latents, sigma, _cond(batch), guidance + 1)
-        later = flux.velocity(model, latents, sigma * 0.5, _cond(batch), guidance)
+        turned = family.velocity(model, latents.flip(-1), sigma, _cond(batch), guidance).flip(-1)
+        unguided = family.velocity(model, latents, sigma, _cond(batch), guidance + 1)
+        later = family.velocity(model, latents, sigma * 0.5, _cond(batch), guidance)
     assert min((other - expected).abs().max() for other in (turned, unguided, later)) > 1e-3
 
 
 def test_embed_is_the_embedder_on_the_grid(make_flux):
     model = make_flux()
     latents = torch.randn(2, 16, 6, 8)
-    found = flux.embed(model, latents, dict(model.config))
+    found = family.embed(model, latents, dict(model.config))
     assert found.shape == (2, 3, 4, 48)
     patch = latents[1, :, 2:4, 6:8].reshape(-1)  # channel-major
     torch.testing.assert_close(found[1, 1, 3], model.x_embedder(patch), rtol=1e-6, atol=1e-6)
@@ -83,33 +85,33 @@ def test_velocity_without_guidance_embedding(make_flux):
     model = make_flux(guidance_embeds=False, in_channels=8)
     latents, sigma = torch.randn(1, 8, 2, 3), torch.tensor([0.4])
     with torch.no_grad():
-        plain = flux.velocity(model, latents, sigma, _cond(1))
-        guided = flux.velocity(model, latents, sigma, _cond(1), torch.tensor([3.5]))
+        plain = family.velocity(model, latents, sigma, _cond(1))
+        guided = family.velocity(model, latents, sigma, _cond(1), torch.tensor([3.5]))
     assert torch.equal(plain, guided)
 
 
 def test_velocity_refuses(make_flux):
     model = make_flux()
     with pytest.raises(ValueError, match="pass guidance"):
-        flux.velocity(model, torch.randn(1, 16, 4, 4), torch.ones(1), _cond(1))
+        family.velocity(model, torch.randn(1, 16, 4, 4), torch.ones(1), _cond(1))
     with pytest.raises(ValueError, match="another autoencoder"):
-        flux.velocity(model, torch.randn(1, 32, 4, 4), torch.ones(1), _cond(1), torch.ones(1))
+        family.velocity(model, torch.randn(1, 32, 4, 4), torch.ones(1), _cond(1), torch.ones(1))
     with pytest.raises(ValueError, match="does not divide"):
-        flux.velocity(model, torch.randn(1, 16, 5, 4), torch.ones(1), _cond(1), torch.ones(1))
+        family.velocity(model, torch.randn(1, 16, 5, 4), torch.ones(1), _cond(1), torch.ones(1))
 
 
 def test_velocity_trains_a_peft_injected_model(make_flux):
     peft = pytest.importorskip("peft")
     model = make_flux(in_channels=8).requires_grad_(False)
     model.x_embedder.requires_grad_(True)
-    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules="|".join(flux.lora_targets), init_lora_weights=False)
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules="|".join(family.lora_targets), init_lora_weights=False)
     latents, sigma, g = torch.randn(2, 8, 2, 2), torch.rand(2), torch.ones(2)
     wrapped = peft.get_peft_model(model, config)
     modules = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
     assert len(modules) == 2 * 12 + 3 * 5
     for network in (model, wrapped):
         wrapped.zero_grad()
-        flux.velocity(network, latents, sigma, _cond(2), g).square().mean().backward()
+        family.velocity(network, latents, sigma, _cond(2), g).square().mean().backward()
         trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
         # The last single block feeds everything on; only the text side of the last double block can be left out.
         assert all(parameter.grad is not None for parameter in trained)
@@ -121,13 +123,13 @@ def test_velocity_follows_a_replaced_embedder(make_flux):
     model = make_flux()
     model.x_embedder, model.proj_out = torch.nn.Linear(32, 48), torch.nn.Linear(48, 32)
     with torch.no_grad():
-        assert flux.velocity(model, torch.randn(1, 32, 2, 3), torch.ones(1), _cond(1), torch.ones(1)).shape[1] == 32
-        assert flux.embed(model, torch.randn(1, 32, 2, 3), dict(model.config)).shape == (1, 2, 3, 48)
+        assert family.velocity(model, torch.randn(1, 32, 2, 3), torch.ones(1), _cond(1), torch.ones(1)).shape[1] == 32
+        assert family.embed(model, torch.randn(1, 32, 2, 3), dict(model.config)).shape == (1, 2, 3, 48)
 
 
 def test_lora_targets_are_the_recipes(make_flux):
     names = [name for name, module in make_flux().named_modules() if isinstance(module, torch.nn.Linear)]
-    found = {re.sub(r"\d+", "N", name, count=1) for name in names if flux.is_lora_target(name)}
+    found = {re.sub(r"\d+", "N", name, count=1) for name in names if family.is_lora_target(name)}
     single, double = "single_transformer_blocks.N.", "transformer_blocks.N."
     assert found == {
         *(single + name for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")),
@@ -139,7 +141,7 @@ def test_lora_targets_are_the_recipes(make_flux):
 
 def test_blocks_in_running_order(make_flux):
     model = make_flux()
-    assert flux.blocks(model) == [*model.transformer_blocks, *model.single_transformer_blocks]
+    assert family.blocks(model) == [*model.transformer_blocks, *model.single_transformer_blocks]
 
 
 def test_tokens():
@@ -150,9 +152,9 @@ def test_tokens():
         flux.tokens(1080, 1920, 64)
 
 
-def test_fingerprint_forgets_the_latent_and_nothing_else(make_flux):
+def test_base_signature_forgets_the_latent_and_nothing_else(make_flux):
     base = dict(make_flux().config)
-    assert flux.fingerprint(base) == flux.fingerprint(flux.config_with_latent(base, 128))
+    assert flux.base_signature(base) == flux.base_signature(flux.config_with_latent(base, 128))
     for field, value in (
         ("num_layers", 4),
         ("num_single_layers", 9),
@@ -161,7 +163,7 @@ def test_fingerprint_forgets_the_latent_and_nothing_else(make_flux):
         ("pooled_projection_dim", 7),
         ("guidance_embeds", False),
     ):
-        assert flux.fingerprint({**base, field: value}) != flux.fingerprint(base), field
+        assert flux.base_signature({**base, field: value}) != flux.base_signature(base), field
 
 
 # ---- key maps ----------------------------------------------------------------------------------------------------
@@ -309,7 +311,7 @@ def test_native_weights_compute_the_same(make_flux):
     cond, sigma, g = _cond(2), torch.tensor([0.9, 0.2]), torch.tensor([3.5, 1.0])
     latents = torch.randn(2, 8, 3, 4)
     with torch.no_grad():
-        expected = flux.velocity(model, latents, sigma, cond, g)
+        expected = family.velocity(model, latents, sigma, cond, g)
         found = _native_forward(
             flux.to_original(_state(model)),
             latents.flatten(2).transpose(1, 2),

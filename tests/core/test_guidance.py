@@ -19,7 +19,7 @@ def _draw(seed: int, *shape: int) -> tuple[np.ndarray, ...]:
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 2**31), batch=st.integers(1, 4))
 def test_formulas_in_float64(seed, batch):
-    cond, uncond, target = _draw(seed, batch, 3, 4, 5)
+    cond, uncond, _ = _draw(seed, batch, 3, 4, 5)
     w = np.random.default_rng(seed + 1).uniform(0, 13, batch)
     wide = w[:, None, None, None]
     cfg = cond + wide * (cond - uncond)
@@ -27,10 +27,6 @@ def test_formulas_in_float64(seed, batch):
     tensors = [torch.from_numpy(value) for value in (cond, uncond, w)]
     np.testing.assert_allclose(guidance.cfg_velocity(*tensors), cfg, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(guidance.raw_velocity(*tensors), raw, rtol=1e-12, atol=1e-12)
-    loss = guidance.guided_loss(*tensors, torch.from_numpy(target))
-    np.testing.assert_allclose(loss, np.mean((raw - target) ** 2), rtol=1e-12)
-    student = torch.from_numpy(target)
-    np.testing.assert_allclose(guidance.distillation_loss(student, *tensors), np.mean((target - cfg) ** 2), rtol=1e-12)
 
 
 @settings(deadline=None, max_examples=30)
@@ -65,19 +61,10 @@ def test_gradient_reaches_both_branches():
     cond.requires_grad_()
     uncond.requires_grad_()
     w = torch.tensor([0.5, 4.0], dtype=torch.float64)
-    guidance.guided_loss(cond, uncond, w, target).backward()
+    (guidance.raw_velocity(cond, uncond, w) - target).square().mean().backward()
     # d raw / d uncond = w * d raw / d cond, row by row.
     torch.testing.assert_close(uncond.grad, w[:, None] * cond.grad)
     assert cond.grad.abs().min() > 0
-
-
-def test_losses_are_float32_for_half_precision():
-    cond, uncond, target = (torch.from_numpy(value).bfloat16() for value in _draw(11, 4, 64))
-    w = torch.full((4,), 2.5)
-    found = guidance.guided_loss(cond, uncond, w, target)
-    exact = guidance.guided_loss(cond.double(), uncond.double(), w.double(), target.double())
-    assert found.dtype == torch.float32
-    assert found.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 def test_one_w_for_each_sample():

@@ -11,8 +11,9 @@ from dcgen.backbones.sana import SanaConfig, SanaNet, network, network_timestep
 from dcgen.backbones.sana.network import position_table
 from dcgen.cpu import onednn_linear
 from dcgen.schedule import sigmas
+from train.families import FAMILIES
 
-sana = BACKBONES["sana"]
+sana, family = BACKBONES["sana"], FAMILIES["sana"]
 
 WIDE = {"num_attention_heads": 70, "num_cross_attention_heads": 20, "cross_attention_head_dim": 112}
 WIDE |= {"cross_attention_dim": 2240}
@@ -315,11 +316,11 @@ def test_velocity_is_the_pipelines_call(name):
     sigma = torch.tensor([0.9997, 0.2498])
     cond = {"prompt_embeds": caption, "mask": mask}
     if name == "plain":
-        found = sana.velocity(model, latents, sigma, cond)
+        found = family.velocity(model, latents, sigma, cond)
         # SanaPipeline's scheduler hands the network whole time steps
         expected = call_diffusers(model, latents, torch.tensor([999, 249]), caption, mask, None)
     else:
-        found = sana.velocity(model, latents, sigma, cond, torch.tensor([4.5, 4.5]))
+        found = family.velocity(model, latents, sigma, cond, torch.tensor([4.5, 4.5]))
         expected = call_diffusers(model, latents, sigma, caption, mask, torch.tensor([0.45, 0.45]))
     assert error(found, expected) < 1e-6
 
@@ -342,39 +343,39 @@ def test_velocity_refuses():
     latents, _, caption, mask, _ = inputs(model, 1, (4, 4))
     cond = {"prompt_embeds": caption, "mask": mask}
     with pytest.raises(ValueError, match="pass guidance"):
-        sana.velocity(model, latents, torch.ones(1), cond)
+        family.velocity(model, latents, torch.ones(1), cond)
     with pytest.raises(ValueError, match=r"channels, got 32: the latent belongs to another autoencoder"):
-        sana.velocity(model, torch.zeros(1, 32, 4, 4), torch.ones(1), cond, torch.ones(1))
+        family.velocity(model, torch.zeros(1, 32, 4, 4), torch.ones(1), cond, torch.ones(1))
     patched = make(**{**TINY, "patch_size": 2})
     with pytest.raises(ValueError, match="does not divide"):
-        sana.velocity(patched, torch.zeros(1, 8, 3, 4), torch.ones(1), cond)
+        family.velocity(patched, torch.zeros(1, 8, 3, 4), torch.ones(1), cond)
 
 
 @torch.no_grad()
 def test_embed_and_blocks():
     model = make(**{**TINY, **VARIANTS["positions"]})
     latents = torch.randn(2, 8, 3, 5)
-    found = sana.embed(model, latents, dict(model.config))
+    found = family.embed(model, latents, dict(model.config))
     assert found.shape == (2, 3, 5, 64)
     weight = model.patch_embed.proj.weight[:, :, 0, 0]
     torch.testing.assert_close(found[1, 2, 4], weight @ latents[1, :, 2, 4] + model.patch_embed.proj.bias)
-    assert sana.blocks(model) == list(model.transformer_blocks)
+    assert family.blocks(model) == list(model.transformer_blocks)
 
 
-def test_config_with_latent_and_fingerprint():
+def test_config_with_latent_and_base_signature():
     config = dict(make(**{**TINY, **VARIANTS["positions"]}).config)
     moved = sana.config_with_latent(config, 128, 2)
     assert (moved["in_channels"], moved["out_channels"], moved["patch_size"], moved["sample_size"]) == (128, 128, 2, 12)
     make(**moved)
-    assert sana.fingerprint(moved) == sana.fingerprint(config)
+    assert sana.base_signature(moved) == sana.base_signature(config)
     for field, value in (("num_layers", 4), ("caption_channels", 25), ("qk_norm", NORMED["qk_norm"])):
-        assert sana.fingerprint({**config, field: value}) != sana.fingerprint(config)
+        assert sana.base_signature({**config, field: value}) != sana.base_signature(config)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_shape_tables_are_the_models(name):
     model = make(**{**TINY, **VARIANTS[name]})
-    base = sana.fingerprint(dict(model.config))
+    base = sana.base_signature(dict(model.config))
     state = model.state_dict()
     shapes = sana.linears(base)
     assert all(tuple(state[f"{path}.weight"].shape) == shape for path, shape in shapes.items())
@@ -383,7 +384,7 @@ def test_shape_tables_are_the_models(name):
     assert all("conv_" in path for path in set(shapes) - linear)
     ends = {**sana.latent_shapes(base, 8, model.config.patch_size), **sana.extra_shapes(base)}
     assert all(tuple(state[key].shape) == shape for key, shape in ends.items())
-    targets = {path for path in shapes if sana.is_lora_target(path)}
+    targets = {path for path in shapes if family.is_lora_target(path)}
     assert len(targets) == 3 * (4 + 4 + 2)
 
 

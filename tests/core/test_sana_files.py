@@ -11,11 +11,13 @@ from dcgen.backbones import BACKBONES
 from dcgen.convert import main, merge_file, unpack
 from dcgen.extract import extract
 from dcgen.release import open_model
+from dcgen.schedule import Schedule
 from dcgen.spaces import SPACES
+from train.families import FAMILIES
 
 diffusers = pytest.importorskip("diffusers")
 get_2d_sincos_pos_embed = diffusers.models.embeddings.get_2d_sincos_pos_embed
-sana = BACKBONES["sana"]
+sana, family = BACKBONES["sana"], FAMILIES["sana"]
 TINY = {"num_attention_heads": 2, "num_cross_attention_heads": 2, "cross_attention_head_dim": 32, "num_layers": 2}
 TINY |= {"cross_attention_dim": 64, "caption_channels": 24, "qk_norm": "rms_norm_across_heads"}
 
@@ -26,7 +28,7 @@ def make(seed: int = 0, **config):
 
 
 def adapter_for(config: dict, rank: int = 2) -> Adapter:
-    base = sana.fingerprint(config)
+    base = sana.base_signature(config)
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -34,7 +36,7 @@ def adapter_for(config: dict, rank: int = 2) -> Adapter:
 
     lora = {}
     for path, (outputs, inputs, *ones) in sana.linears(base).items():
-        if sana.is_lora_target(path):
+        if family.is_lora_target(path):
             lora[path] = LoraPair(draw(rank, inputs, *ones), draw(outputs, rank, *ones), 3.0)
     ends = {**sana.latent_shapes(base, 128, 1), **sana.extra_shapes(base)}
     tensors = {key: draw(*shape) for key, shape in ends.items()}
@@ -62,7 +64,7 @@ def test_pth_to_file_to_release(tmp_path):
     assert again.patch_embed.base_size == 64
     assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
     assert open_model(back).latent == SPACES["dc-ae-f32c32-sana-1.0"]
-    assert open_model(back).schedule == {"rule": "static", "shift": 3.0}
+    assert open_model(back).schedule == Schedule("static", shift=3.0)
 
 
 @pytest.mark.parametrize(("side", "scale", "shift"), [(3, None, 3.0), (8, 1.0, 3.0), (16, 2.0, 6.0)])
@@ -78,9 +80,9 @@ def test_positions_are_read_from_an_original_file(tmp_path, side, scale, shift, 
     torch.save({"state_dict": tensors}, tmp_path / "Sana.pth")
     opened = open_model(tmp_path / "Sana.pth")
     assert (opened.config["sample_size"], opened.config["interpolation_scale"]) == (side, scale)
-    assert sana.default_schedule(SPACES["dc-ae-f32c32-sana-1.0"], opened.config)["shift"] == shift
+    assert sana.default_schedule(SPACES["dc-ae-f32c32-sana-1.0"], opened.config).shift == shift
     assert set(opened.entries) == set(model.state_dict())
-    with pytest.raises(ValueError, match=r"pos_embed has 10 places"):
+    with pytest.raises(ValueError, match=r"pos_embed has 10 positions"):
         sana.read_values({"pos_embed": None}, lambda key: torch.zeros(1, 10, 64))
 
 
@@ -100,7 +102,7 @@ def test_adapter_on_convolutions_is_pefts(tmp_path):
     adapter.tensors = {key: model.state_dict()[key].clone() for key in adapter.tensors}
     save_adapter(tmp_path / "a.safetensors", adapter)
     adapter = load_adapter(tmp_path / "a.safetensors")
-    config = peft.LoraConfig(r=2, lora_alpha=3.0, target_modules="|".join(sana.lora_targets))
+    config = peft.LoraConfig(r=2, lora_alpha=3.0, target_modules="|".join(family.lora_targets))
     injected = peft.inject_adapter_in_model(config, model)
     for path, pair in adapter.lora.items():
         module = injected.get_submodule(path)
@@ -108,9 +110,9 @@ def test_adapter_on_convolutions_is_pefts(tmp_path):
         module.lora_B["default"].weight.copy_(pair.B)
     assert sum(hasattr(module, "lora_A") for module in injected.modules()) == len(adapter.lora) == 2 * 10
     call = (torch.randn(1, 128, 3, 4), torch.tensor([0.7]), {"prompt_embeds": torch.randn(1, 5, 24)})
-    expected, before = sana.velocity(injected, *call), sana.velocity(plain, *call)
+    expected, before = family.velocity(injected, *call), family.velocity(plain, *call)
     plain.load_state_dict(merge(plain.state_dict(), adapter))
-    torch.testing.assert_close(sana.velocity(plain, *call), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(family.velocity(plain, *call), expected, rtol=1e-4, atol=1e-5)
     assert (before - expected).abs().max() > 1e-2
 
 

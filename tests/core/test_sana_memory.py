@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from dcgen.backbones.sana import SanaConfig, SanaNet, network
 
-BRIDGE = Path(__file__).resolve().parents[2] / "nodes" / "bridge" / "sana.py"
+BRIDGE = Path(__file__).resolve().parents[2] / "nodes" / "bridge" / "families" / "sana" / "__init__.py"
 
 
 class Live(TorchDispatchMode):

@@ -7,12 +7,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dcgen.folder import read_release
+from dcgen.schedule import Schedule
 from train.batches import BatchPlan
 from train.config import parse_recipe
 from train.distributed import Ranks
-from train.generate import base_schedule
+from train.families import FAMILIES
 from train.run import make_stage, run_recipe
-from train.stages.tiny import tiny_kl
+from train.tiny import tiny_kl
 
 STEPS = {"steps": 2, "batch": 3}
 
@@ -73,11 +75,10 @@ def test_text_encoders_tell_captions_apart(recipe):
 
 def test_the_sana_release_encodes_as_its_pipeline_does(sana_recipe):
     """300 positions, as in ComfyUI and by default in diffusers, see what 16 see: what lies beyond is masked."""
-    from train.text import load_text
-
     release = sana_recipe.folder / "pretrain" / "release"
     short, long = (
-        load_text(release, "cpu", torch.float32, tokens)(["ghost on a red background"]) for tokens in (16, 300)
+        FAMILIES["sana"].text_encoder(release, "cpu", torch.float32, tokens)(["ghost on a red background"])
+        for tokens in (16, 300)
     )
     assert int(short["mask"].sum()) == int(long["mask"].sum()) == 1 + 5
     torch.testing.assert_close(short["prompt_embeds"], long["prompt_embeds"][:, :16])
@@ -86,7 +87,7 @@ def test_the_sana_release_encodes_as_its_pipeline_does(sana_recipe):
 
 def test_a_base_without_guidance_embedding_is_sampled_by_true_cfg(sana_recipe):
     assert (sana_recipe.folder / "pretrain" / "previews").is_dir()
-    assert base_schedule(sana_recipe.folder / "pretrain" / "release") == {"rule": "static", "shift": 2.0}
+    assert read_release(sana_recipe.folder / "pretrain" / "release").schedule == Schedule("static", shift=2.0)
 
 
 def test_the_release_is_one_that_diffusers_opens(recipe):
@@ -110,15 +111,13 @@ def test_clip_is_written_with_the_names_that_every_transformers_reads(recipe):
 
 
 def test_an_encoder_with_weights_missing_is_refused(recipe, tmp_path):
-    from train.text import load_text
-
     release = tmp_path / "release"
     shutil.copytree(recipe.folder / "text" / "release", release)
     file = release / "text_encoder" / "model.safetensors"
     tensors = {f"other.{name}": tensor for name, tensor in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"weights of CLIPTextModel missing there, .*random"):
-        load_text(release, "cpu", torch.float32)
+        FAMILIES["flux"].text_encoder(release, "cpu", torch.float32)
 
 
 def test_pretraining_changes_the_transformer_and_nothing_else(recipe):
@@ -159,7 +158,7 @@ def test_distillation_starts_from_the_distance_to_cfg(recipe, w):
             for name, value in text.items()}  # fmt: skip
 
     def v(cond, g):
-        return stage.backbone.velocity(model, x, sigma, cond, torch.full((3,), g))
+        return stage.family.velocity(model, x, sigma, cond, torch.full((3,), g))
 
     with torch.no_grad():
         target = v(empty, 1.0) + (1 + w) * (v(text, 1.0) - v(empty, 1.0))

@@ -9,12 +9,13 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.toy import draw
 from dcgen.adapter import load_adapter
+from dcgen.schedule import Schedule
 from train.config import load_recipe, parse_recipe
 from train.evaluate import Judge
+from train.families.sana import sana_instruction
 from train.files import read_json
 from train.generate import Pipeline
 from train.run import run_recipe
-from train.text import sana_instruction
 from train.toy.pictures import ToyPictures
 
 SEED = 3  # none of the benchmark's
@@ -75,7 +76,7 @@ def test_the_dcgen_recipe_makes_what_is_shipped(root, tmp_path):
     run_recipe(load_recipe("toy-sana", [f"output={tmp_path}", "device=cpu", *few]))
     made, shipped = load_adapter(tmp_path / "export" / "toy-sana-dcgen.safetensors"), load_adapter(root / ADAPTER)
     assert made.base == shipped.base
-    assert made.schedule == shipped.schedule == {"rule": "static", "shift": 2.0}
+    assert made.schedule == shipped.schedule == Schedule("static", shift=2.0)
     assert not made.latent.differences(shipped.latent)
     assert {k: t.shape for k, t in made.tensors.items()} == {k: t.shape for k, t in shipped.tensors.items()}
     assert {k: pair.A.shape for k, pair in made.lora.items()} == {k: pair.A.shape for k, pair in shipped.lora.items()}

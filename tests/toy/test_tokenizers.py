@@ -4,8 +4,8 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from train.families.sana import sana_instruction
 from train.files import read_json
-from train.text import sana_instruction
 from train.toy.pictures import ToyPictures
 from train.toy.tokenizers import (
     CLIP_TOKENS,

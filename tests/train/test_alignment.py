@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from dcgen.backbones import BACKBONES
 from train.alignment import LinearEmbedder, NormalEquations, alignment_loss, resample_pair
+from train.families import FAMILIES
 
-FLUX = BACKBONES["flux"]
+FLUX = FAMILIES["flux"]
 
 
 class Embedder(nn.Module):

@@ -123,13 +123,13 @@ def test_whole_shards_are_kept_and_damaged_ones_made_anew(debug_run, tmp_path, m
     shards[1].write_bytes(before[1][:-1])
     (tmp_path / "run" / "cache" / "done.json").unlink()
     made = []
-    encode = CacheStage._encode_pictures
+    encode = CacheStage._encode_images
 
     def counting(self, numbers, captions, encoders):
         made.append(len(numbers))
         return encode(self, numbers, captions, encoders)
 
-    monkeypatch.setattr(CacheStage, "_encode_pictures", counting)
+    monkeypatch.setattr(CacheStage, "_encode_images", counting)
     run_recipe(load_recipe("debug", [f"output={tmp_path / 'run'}"]), only="cache")
     assert len(made) == 1
     assert [path.read_bytes() for path in shards] == before

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from dcgen.adapter import load_adapter
+from dcgen.schedule import Schedule
 from train.config import RecipeError, list_recipes, load_recipe, parse_recipe
 from train.distributed import Ranks
 from train.files import MARKER, mark, remove_marked
-from train.run import fingerprint, inputs, main, make_stage, run_recipe
+from train.run import config_hash, inputs, main, make_stage, run_recipe
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -74,10 +75,10 @@ def test_defaults_reach_every_stage_that_has_the_field_and_yield_to_its_own():
 def test_a_stage_depends_on_its_own_settings_and_its_inputs():
     plain, other = load_recipe("debug"), load_recipe("debug", ["cache.store=float16"])
     assert inputs(plain, "finetune") == ["tiny", "cache", "head"]
-    assert fingerprint(plain, "tiny") == fingerprint(other, "tiny")
-    assert fingerprint(plain, "finetune") != fingerprint(other, "finetune")
+    assert config_hash(plain, "tiny") == config_hash(other, "tiny")
+    assert config_hash(plain, "finetune") != config_hash(other, "finetune")
     watched = load_recipe("debug", ["finetune.log_every=99"])
-    assert fingerprint(plain, "finetune") == fingerprint(watched, "finetune")
+    assert config_hash(plain, "finetune") == config_hash(watched, "finetune")
 
 
 def test_a_finished_stage_is_skipped_and_a_changed_one_refused(debug_run, capsys):
@@ -202,6 +203,11 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
         "finetune.preview_steps=1000000000",
         "finetune.schedule={rule: x}",
         "finetune.schedule={rule: static}",
+        "finetune.schedule={rul: flx}",
+        "finetune.schedule=flux",
+        "finetune.objective.timesteps={rule: flx}",
+        "finetune.objective.timesteps={rule: static}",
+        "tiny.backbone=flx",
         "head.schedule={rule: flux, mu: .nan}",
         "seed=99999999999999999999999",
     ],
@@ -309,7 +315,7 @@ def test_a_schedule_changed_after_the_end_is_written_without_training_anew(debug
     before = load_adapter(tmp_path / "run" / "finetune" / "adapter.safetensors")
     run_recipe(load_recipe("debug", [output, "finetune.schedule={rule: static, shift: 2.5}"]), only="finetune")
     after = load_adapter(tmp_path / "run" / "finetune" / "adapter.safetensors")
-    assert (before.schedule == after.schedule, after.schedule) == (False, {"rule": "static", "shift": 2.5})
+    assert (before.schedule == after.schedule, after.schedule) == (False, Schedule("static", shift=2.5))
     assert all(torch.equal(after.tensors[key], tensor) for key, tensor in before.tensors.items())
     assert (tmp_path / "run" / "finetune" / "log.csv").read_text() == log
     with pytest.raises(RecipeError, match="finished with other settings"):

@@ -87,7 +87,7 @@ def test_parquet(tmp_path):
 
 
 def test_empty_and_missing_paths_are_named(tmp_path):
-    with pytest.raises(ValueError, match="holds no captioned picture"):
+    with pytest.raises(ValueError, match="holds no captioned image"):
         open_source(FolderData(type="folder", path=""), tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         open_source(FolderData(type="folder", path=""), tmp_path / "nowhere")
@@ -147,7 +147,7 @@ def test_synthetic_pictures_are_resumable_shared_over_ranks_and_readable(debug_r
     assert [path.read_bytes() for path in files] == before
     assert files[1].stat().st_mtime_ns == kept
     (tmp_path / "one" / "synthesize" / "done.json").unlink()
-    with pytest.raises(RecipeError, match="holds pictures of other settings"):
+    with pytest.raises(RecipeError, match="holds images of other settings"):
         run_recipe(recipe(debug_run, tmp_path / "one", prompts, guidance=2.0))
 
 

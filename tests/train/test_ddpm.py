@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from dcgen.backbones.dit import alphas_cumprod
 from train.batches import Batch
-from train.ddpm import ddpm_loss, raw_output, variational_bound
+from train.ddpm import alphas_cumprod, ddpm_loss, variational_bound
+from train.families import FAMILIES
 
 BAR = alphas_cumprod()
+DIT = FAMILIES["dit"]
 
 
 def draw(seed: int, count: int = 4):
@@ -123,10 +124,10 @@ def test_the_network_drops_no_class_of_its_own(debug_dit):
     model.train()
     x, step = torch.randn(4, 8, 4, 4), torch.tensor([1, 300, 600, 900])
     labels = {"labels": torch.arange(4)}
-    outputs = [raw_output(model, x, step, labels) for _ in range(6)]
+    outputs = [DIT.raw_output(model, x, step, labels) for _ in range(6)]
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
     empty = {"labels": torch.full((4,), config["num_embeds_ada_norm"])}
-    assert (raw_output(model, x, step, empty) - outputs[0]).abs().max() > 1e-3
+    assert (DIT.raw_output(model, x, step, empty) - outputs[0]).abs().max() > 1e-3
 
 
 def test_a_class_conditional_base_is_trained_by_the_same_stages(tmp_path):

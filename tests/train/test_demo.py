@@ -74,7 +74,7 @@ def test_omp_num_threads_decides(monkeypatch):
     assert threads.choose_threads() == (2, 9.0)
 
 
-@pytest.mark.parametrize("name", list(demo.WORKFLOWS))
+@pytest.mark.parametrize("name", list(demo.DEMOS))
 def test_what_is_done_is_not_estimated_again(name, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     recipe = load_recipe(name, [f"output={tmp_path}"])

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import diffusers
 import pytest
 import torch
 
-from dcgen.adapter import load_adapter
-from dcgen.backbones import BACKBONES
+from dcgen.adapter import check_model, load_adapter
+from dcgen.folder import read_release
 from dcgen.release import open_model
+from dcgen.schedule import Schedule
 from train.batches import BatchPlan
-from train.config import load_recipe
+from train.config import load_recipe, parse_recipe
 from train.distributed import Ranks
+from train.families import FAMILIES
 from train.generate import Pipeline
 from train.run import make_stage, run_recipe
 
 CPU = Ranks(0, 1, torch.device("cpu"))
-FLUX = BACKBONES["flux"]
+FLUX = FAMILIES["flux"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def test_the_single_file_has_the_velocity_of_training(debug_run, trained):
         found = FLUX.velocity(network.eval(), *call)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert model.latent.spatial_factor == 16
-    assert model.schedule == {"rule": "flux"}
+    assert model.schedule == Schedule("flux")
 
 
 def test_the_release_loads_in_diffusers_and_has_the_velocity_of_training(debug_run, trained):
@@ -109,6 +112,76 @@ def test_dc_gen_again_to_a_deeper_autoencoder(debug_run, tmp_path):
     adapter = load_adapter(tmp_path / "export" / "debug.safetensors")
     assert adapter.patch_size == 2
     assert adapter.tensors["x_embedder.weight"].shape[1] == 8 * 4
+
+
+@pytest.fixture(scope="module")
+def two_steps(debug_run, tmp_path_factory):
+    """Folders of two steps: from the base, then over what the first exported, against the original base as well."""
+    first, second = (tmp_path_factory.mktemp(name) for name in ("first", "second"))
+    tiny = debug_run / "tiny"
+    common = [f"finetune.cache={debug_run}/cache", "finetune.preview_every=0", "finetune.optimizer={lr: 0.03}"]
+    common += [f"defaults.autoencoder={tiny}/dc-ae", "finetune.ema=null"]
+    place = [f"output={first}", f"defaults.base={tiny}/release", f"finetune.start={debug_run}/head"]
+    place += ["export.forms=[adapter, release]"]
+    over = [f"output={second}", f"defaults.base={first}/export/release", "finetune.start=base"]
+    over += ["export.forms=[adapter, single]", f"export.original={tiny}/release"]
+    for overrides in (place, over):
+        recipe = load_recipe("debug", [*common, *overrides])
+        numbers = [run_recipe(recipe, only=stage)[stage] for stage in ("finetune", "export")]
+    assert numbers[-1]["least_share_kept"] > 0.9999
+    return first, second
+
+
+def test_an_adapter_says_which_base_it_was_trained_over(debug_run, two_steps):
+    first, second = two_steps
+    bases = {first: debug_run / "tiny" / "release", second: first / "export" / "release"}
+    for folder, base in bases.items():
+        adapter = load_adapter(folder / "export" / "debug.safetensors")
+        assert adapter.base_weights.distance(open_model(base).identity()) < 1e-3
+        assert not adapter.base_latent.differences(read_release(base).latent)
+        check_model(adapter, open_model(base))
+
+
+def test_the_adapter_of_a_second_step_is_refused_over_the_first_base(debug_run, two_steps):
+    tiny, exported = debug_run / "tiny", two_steps[1] / "export"
+    adapter = exported / "debug.safetensors"
+    advice = r"not the latent of the base .*the first step's merged model.*dcgen\.convert extract"
+    with pytest.raises(ValueError, match=advice):
+        check_model(load_adapter(adapter), open_model(tiny / "release"))
+    with pytest.raises(ValueError, match=advice):
+        Pipeline(tiny / "release", adapter=adapter, autoencoder=tiny / "dc-ae")
+    overrides = [f"output={two_steps[1]}", f"export.base={tiny}/release", "export.name=wrong"]
+    stage = make_stage(load_recipe("debug", overrides), "export", CPU)
+    with pytest.raises(ValueError, match=advice):
+        stage.finish({})
+    # its latent is the second step's own, its weights are not: the model that the first step was made of
+    moved = replace(open_model(tiny / "release"), latent=load_adapter(adapter).base_latent)
+    with pytest.raises(ValueError, match=r"trained over other weights .*merged model.*dcgen\.convert extract"):
+        check_model(load_adapter(adapter), moved)
+    assert not (exported / "wrong.safetensors").exists()
+
+
+def test_the_adapter_over_the_original_base_does_both_steps(debug_run, two_steps, trained):
+    _, call = trained
+    tiny, exported = debug_run / "tiny", two_steps[1] / "export"
+    model = open_model(exported / "debug-merged.safetensors")
+    network = diffusers.FluxTransformer2DModel.from_config(model.config)
+    network.load_state_dict({key: model.get(key) for key in model.entries})
+    with torch.no_grad():
+        expected = FLUX.velocity(network.eval(), *call)
+        files = (exported / "debug-over-original.safetensors", two_steps[0] / "export" / "debug.safetensors")
+        both, first = (
+            Pipeline(tiny / "release", adapter=file, autoencoder=tiny / "dc-ae").velocity(*call) for file in files
+        )
+    torch.testing.assert_close(both, expected, rtol=1e-4, atol=1e-4)
+    assert (first - expected).abs().max() > 1e-2  # the second step changed something
+    assert load_adapter(files[0]).metadata["modelspec.title"] == "debug"
+
+
+def test_the_original_base_needs_the_base(tmp_path):
+    stages = {"export": {"adapter": str(tmp_path), "original": str(tmp_path)}}
+    recipe = parse_recipe({"name": "x", "output": str(tmp_path), "stages": stages})
+    assert any("`original` needs `base`" in problem for problem in make_stage(recipe, "export", CPU).check())
 
 
 def test_own_ends_are_refused_on_a_foreign_latent(debug_run, tmp_path):

@@ -38,7 +38,7 @@ def test_the_gradient_of_the_loss_is_zero_there(backbone, request, tmp_path, mon
     recipe, run = RUNS[backbone]
     stage = stage_of(recipe, request.getfixturevalue(run), tmp_path)
     stage.setup()
-    head = stage.model.get_submodule(stage.backbone.head)
+    head = stage.model.get_submodule(stage.ends.head)
     named = stage.space.channels  # DiT's head also gives a variance, which the bound trains and the fit leaves at 0
     loss = losses(stage)
     assert loss.item() == pytest.approx(stage.fitted["closed_form_loss"], rel=1e-4)

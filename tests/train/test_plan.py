@@ -57,9 +57,9 @@ def test_lora_count_is_what_peft_makes():
     from diffusers import FluxTransformer2DModel
 
     model = FluxTransformer2DModel.from_config(geo.backbone.config_with_latent(small, 32, 1))
-    inject_lora(model, geo.backbone, 8, 8.0, seed=0)
+    inject_lora(model, geo.family, 8, 8.0, seed=0)
     assert counted.lora == sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
-    assert network(geo.backbone, geo.moved).x_embedder.weight.device.type == "meta"
+    assert network(geo.family, geo.moved).x_embedder.weight.device.type == "meta"
 
 
 @pytest.mark.parametrize(
@@ -81,5 +81,5 @@ def test_what_does_not_fit_is_refused_with_the_setting_that_would(overrides, wor
 def test_dry_run_says_what_is_not_there_yet(capsys):
     dry_run(load_recipe("flux-4k"))
     out = capsys.readouterr().out
-    assert "4096 tokens a picture at 4096 px" in out
+    assert "4096 tokens an image at 4096 px" in out
     assert "needed before it runs: runs/flux-2k/export/release/transformer not found" in out

@@ -12,6 +12,7 @@ from dcgen.adapter import load_adapter
 from train.config import list_recipes, load_recipe, parse_recipe
 from train.run import dry_run, run_recipe
 
+SEVERAL_STEPS = ("flux-1k", "flux-2k", "flux-4k")
 PUBLISHED = [name for name in list_recipes() if name.startswith(("flux-", "sana-", "dit-"))]
 
 
@@ -44,10 +45,13 @@ def test_one_step_of_every_stage(name, releases, debug_run, tmp_path):
         for key, value in (("base", base), ("autoencoder", autoencoder)):
             if key in fields:
                 fields[key] = str(value)
+        if fields.get("original"):
+            fields["original"] = str(narrow["base"])
         stages[stage] = fields
     numbers = run_recipe(parse_recipe({"name": name, "output": str(tmp_path), "stages": stages}))
     adapter = load_adapter(tmp_path / "export" / f"{name}.safetensors")
     assert adapter.lora
+    assert (tmp_path / "export" / f"{name}-over-original.safetensors").is_file() == (name in SEVERAL_STEPS)
     assert adapter.schedule == published.stages["finetune"].schedule
     assert all(math.isfinite(value) for value in numbers["finetune"].values())
     assert (tmp_path / "export" / "release" / "transformer" / "config.json").is_file()
@@ -62,7 +66,7 @@ def test_the_base_draws_its_own_training_pictures(name, releases, tmp_path, caps
     fields |= {"pixels": 64, "multiple": 16, "sampling_steps": 1}
     recipe = parse_recipe({"name": name, "output": str(tmp_path / "run"), "stages": {"synthesize": fields}})
     assert dry_run(recipe) == 0
-    assert "2 pictures in 1 tars" in capsys.readouterr().out
+    assert "2 images in 1 tars" in capsys.readouterr().out
     assert run_recipe(recipe)["synthesize"] == {"pictures": 2, "shards": 1}
     assert (tmp_path / "run" / "synthesize" / "pictures" / "00000.tar").is_file()
 

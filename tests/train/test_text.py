@@ -9,7 +9,10 @@ import sys
 import pytest
 import torch
 
-from train.text import TEXT_ENCODERS, TOKENIZERS, check_text, load_text
+from train.families import FAMILIES
+from train.text import check_text, text_identity
+
+FLUX = FAMILIES["flux"]
 
 
 @pytest.fixture
@@ -32,15 +35,15 @@ def rename(release, part, named):
 def test_only_known_classes_are_loaded(release, part, named):
     rename(release, part, named)
     with pytest.raises(ValueError, match=r"model_index\.json.*" + part):
-        load_text(release, "cpu", torch.float32)
+        FLUX.text_encoder(release, "cpu", torch.float32)
     with pytest.raises(ValueError, match=r"model_index\.json.*" + part):
-        check_text(release)
+        check_text(release, FLUX.text_parts)
 
 
 def test_the_known_classes_run_no_code_of_a_folder():
     import transformers
 
-    for name in (*TOKENIZERS, *TEXT_ENCODERS):
+    for name in {name for f in FAMILIES.values() for names in f.text_parts.values() for name in names}:
         assert not name.startswith("Auto")
         assert name == "TokenizersBackend" or isinstance(getattr(transformers, name), type)
 
@@ -62,7 +65,7 @@ def test_code_in_a_folder_is_not_run_and_nobody_is_asked(release, tmp_path, monk
 
     monkeypatch.setattr("builtins.input", asked)
     monkeypatch.setattr(sys.stdin, "readline", asked, raising=False)
-    assert load_text(release, "cpu", torch.float32)(["a red square"])
+    assert FLUX.text_encoder(release, "cpu", torch.float32)(["a red square"])
     assert not mark.exists()
 
 
@@ -72,12 +75,10 @@ def test_weights_that_are_pickles_are_not_loaded(release):
     torch.save({"a": torch.zeros(1)}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match="safetensors"):
-        load_text(release, "cpu", torch.float32)
+        FLUX.text_encoder(release, "cpu", torch.float32)
 
 
 def test_files_of_a_mac_are_not_part_of_the_identity(release):
-    from train.text import text_identity
-
-    before = text_identity(release)
+    before = text_identity(release, FLUX.text_parts)
     (release / "text_encoder" / "._model.safetensors").write_bytes(b"Mac OS X")
-    assert text_identity(release) == before
+    assert text_identity(release, FLUX.text_parts) == before

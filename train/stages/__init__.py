@@ -1,12 +1,6 @@
-"""Stages by kind. The class is imported when a recipe asks for it, so `--list` needs no diffusers."""
+"""Stages by kind. train.config imports a class when a recipe asks for it, so `--list` needs no diffusers."""
 
 from __future__ import annotations
-
-import importlib
-
-from dcgen.fields import shown
-from train.config import RecipeError, nearest
-from train.stages.base import Stage
 
 STAGES: dict[str, str] = {
     "synthesize": "train.stages.synthesize:SynthesizeStage",
@@ -25,11 +19,3 @@ STAGES: dict[str, str] = {
     "pretrain": "train.stages.pretrain:PretrainStage",
     "distill": "train.stages.distill:DistillStage",
 }
-
-
-def stage_class(kind: str, where: str = "recipe") -> type[Stage]:
-    """The Stage subclass of a kind; an unknown kind is a RecipeError which lists the valid ones."""
-    if not isinstance(kind, str) or kind not in STAGES:
-        raise RecipeError(f"{where}: unknown kind {shown(kind)}{nearest(str(kind)[:100], STAGES)}")
-    module, name = STAGES[kind].split(":")
-    return getattr(importlib.import_module(module), name)

@@ -91,7 +91,7 @@ class AEAlignStage(Stage):
         return numbers
 
     def _measure(self, model: Any) -> dict[str, Any]:
-        """Reconstruction and 1 / RMS of the latent on up to 64 pictures of one size."""
+        """Reconstruction and 1 / RMS of the latent on up to 64 images of one size."""
         indices = self.buckets()[0][:64]
         images = torch.stack([self.source.image(index) for index in indices]).to(self.device)
         latent = model.encode(images).latent

@@ -14,7 +14,7 @@ from train.alignment import LinearEmbedder, NormalEquations, alignment_loss
 from train.batches import Batch
 from train.config import Optimizer, StageConfig
 from train.files import write_json, write_tensors
-from train.models import base_backbone, embedder_only, fresh_ends, network_class, without_blocks
+from train.models import embedder_only, fresh_ends, network_of, without_blocks
 from train.plan import plan_align
 from train.stages.base import CachedStage, complaints
 
@@ -32,7 +32,7 @@ class AlignStage(CachedStage):
             "teacher-down", description="teacher-down: average pool (paper 3.3); student-up: bilinear (released code)"
         )
         ridge: float = Field(0.0, ge=0, description="closed form only, relative to the mean feature power")
-        steps: int = Field(20_000, ge=0, description="adamw only (Table 7: FLUX and SANA 20k, DiT 50k)")
+        steps: int = Field(20_000, ge=0, description="adamw only (Table 7: 20k, class-conditional 50k)")
         batch: int = Field(64, ge=1, description="Table 7")
         optimizer: Optimizer = Optimizer(lr=1e-4)
 
@@ -41,7 +41,7 @@ class AlignStage(CachedStage):
     def check(self) -> list[str]:
         if self.context.pending(self.config.base):
             return []
-        return complaints(base_backbone, self.context.resolve(self.config.base))
+        return complaints(network_of, self.context.resolve(self.config.base))
 
     @property
     def trains(self) -> bool:
@@ -52,7 +52,7 @@ class AlignStage(CachedStage):
 
     def setup(self) -> nn.Module | None:
         self.cache = self.open_cache(self.config.cache, self.config.patch_size)
-        self.backbone, self.teacher, self.teacher_config = embedder_only(self.context.resolve(self.config.base))
+        self.family, self.teacher, self.teacher_config = embedder_only(self.context.resolve(self.config.base))
         self.teacher.to(self.device)
         self.student = self._new_student()
         return None if self.config.solver == "closed-form" else self.student
@@ -61,28 +61,29 @@ class AlignStage(CachedStage):
         """A network without blocks whose embedder is fresh, on the new latent."""
         channels, p = self.cache.spaces["student"].channels, self.config.patch_size
         seed = self.context.recipe.seed
-        self.student_config, embedder, _ = fresh_ends(self.backbone, self.teacher_config, channels, p, seed)
-        student = network_class(self.backbone).from_config(without_blocks(self.student_config)).requires_grad_(False)
-        parent, _, name = self.backbone.embedder.rpartition(".")
-        setattr(student.get_submodule(parent), name, embedder.requires_grad_(True))
+        self.student_config, ends = fresh_ends(self.family, self.teacher_config, channels, p, seed)
+        self.embedder = self.family.backbone.ends(self.student_config).embedder
+        student = without_blocks(self.family, self.student_config).requires_grad_(False)
+        parent, _, name = self.embedder.rpartition(".")
+        setattr(student.get_submodule(parent), name, ends[self.embedder].requires_grad_(True))
         return student.to(self.device)
 
     def shard_units(self) -> Sequence[nn.Module]:
-        return [self.student.get_submodule(self.backbone.embedder)]
+        return [self.student.get_submodule(self.embedder)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float | Tensor]]:
         student = self.cache.latents(batch.indices, "student").to(self.device)
-        found = self.backbone.embed(self.student, student, self.student_config)
-        return alignment_loss(self._teacher(batch.indices), found, self.config.resample), {}
+        embedded = self.family.embed(self.student, student, self.student_config)
+        return alignment_loss(self._teacher(batch.indices), embedded, self.config.resample), {}
 
     @torch.no_grad()
     def _teacher(self, indices: Sequence[int]) -> Tensor:
         latents = self.cache.latents(indices, "teacher").to(self.device)
-        return self.backbone.embed(self.teacher, latents, self.teacher_config)
+        return self.family.embed(self.teacher, latents, self.teacher_config)
 
     def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
         student = self._new_student()
-        linear = LinearEmbedder(self.backbone, student, self.student_config, self.config.patch_size)
+        linear = LinearEmbedder(self.family, student, self.student_config, self.config.patch_size)
         equations = self._accumulate(linear)
         least = equations.loss(*equations.solve())
         if self.config.solver == "closed-form":
@@ -95,7 +96,7 @@ class AlignStage(CachedStage):
         numbers: dict[str, object] = {"loss": loss, "least_loss": least, "variance": variance}
         numbers |= {"rows": int(equations.count), "unexplained": loss / variance}
         if self.context.rank == 0:
-            prefix = self.backbone.embedder
+            prefix = self.embedder
             state = student.get_submodule(prefix).state_dict()
             write_tensors(self.folder / "embedder.safetensors", {f"{prefix}.{name}": t for name, t in state.items()})
             write_json(self.folder / "report.json", numbers)

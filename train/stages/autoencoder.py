@@ -1,4 +1,4 @@
-"""Train a small autoencoder (f8 KL or f32 DC-AE) on the toy's pictures, in the diffusers layout."""
+"""Train a small autoencoder (f8 KL or f32 DC-AE) on the toy's images, in the diffusers layout."""
 # B batch, C latent channels, f spatial factor, H W pixels
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class AutoencoderStage(Stage):
     def preview(self, step: int) -> dict[str, Tensor]:
         x = self._measured(self.pairs[:: len(self.pairs) // 16][:16])
         y = self._reconstruct(x)[0]
-        rows = torch.stack([x, y]).reshape(2, 2, 8, *x.shape[1:]).permute(1, 0, 2, 3, 4, 5)  # picture above its copy
+        rows = torch.stack([x, y]).reshape(2, 2, 8, *x.shape[1:]).permute(1, 0, 2, 3, 4, 5)  # image above its copy
         grid = rows.reshape(4, 8, *x.shape[1:]).permute(2, 0, 3, 1, 4)
         return {"reconstruction": (grid.reshape(3, 4 * x.shape[2], 8 * x.shape[3]) + 1).div(2).clamp(0, 1)}
 
@@ -131,6 +131,6 @@ class AutoencoderStage(Stage):
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Mean over the batch of 10 log10(4 / MSE) for pictures in -1..1, in dB."""
+    """Mean over the batch of 10 log10(4 / MSE) for images in -1..1, in dB."""
     mse = (x - y.detach().clamp(-1, 1)).square().flatten(1).mean(1)
     return (10 * torch.log10(4 / mse)).mean()

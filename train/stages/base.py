@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from train.batches import Batch
@@ -23,7 +22,7 @@ def stage_of(reference: str, recipe: Recipe) -> str | None:
 
 
 def complaints(check: Callable[[Path], object], path: Path) -> list[str]:
-    """What `check(path)` has to say against a path, as a list; empty when it is content."""
+    """The problem that `check(path)` raises, as a list; empty when there is none."""
     try:
         check(path)
     except (OSError, ValueError) as error:
@@ -117,7 +116,7 @@ class Stage:
         return [str(index) for index in indices]
 
     def preview(self, step: int) -> dict[str, Tensor]:
-        """Pictures (3,H,W) in 0..1 to save every `preview_every` steps, by name."""
+        """Images (3,H,W) in 0..1 to save every `preview_every` steps, by name."""
         return {}
 
     def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
@@ -141,7 +140,7 @@ class CachedStage(Stage):
         for height, width in sorted({tuple(sample["size"]) for sample in cache.samples}):
             if height // f % patch_size or width // f % patch_size:
                 raise ValueError(
-                    f"patch_size {patch_size} does not divide the latents of {cache.folder}: pictures of "
+                    f"patch_size {patch_size} does not divide the latents of {cache.folder}: images of "
                     f"{width}x{height} have {width // f}x{height // f} latent pixels; take a patch_size that does, "
                     "or cache other sizes"
                 )
@@ -152,12 +151,3 @@ class CachedStage(Stage):
 
     def describe_samples(self, indices: Sequence[int]) -> list[str]:
         return self.cache.describe(indices)
-
-
-class PreviewConfig(StageConfig):
-    """Fields of a stage that draws pictures while it trains."""
-
-    preview_prompts: tuple[str, ...] = ()
-    preview_guidance: float = Field(3.5, ge=0, description="g of preview pictures; by true CFG without an embedding")
-    preview_steps: int = Field(20, ge=1)
-    preview_seed: int = 0

@@ -1,4 +1,4 @@
-"""Stage `cache`: latents of both autoencoders and text embeddings, in shards."""
+"""Stage `cache`: latents of both autoencoders and conditioning, in shards."""
 # B batch, C latent channels, h w latent rows and columns
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
+from dcgen.folder import VAE, autoencoder_space
 from train import distributed
-from train.autoencoders import autoencoder_identity, latent_space, load_autoencoder
+from train.autoencoders import autoencoder_identity, load_autoencoder
 from train.cache import CacheWriter
+from train.conditioning import Cond, of_samples, pack
 from train.config import StageConfig
 from train.data import DataConfig, open_source
 from train.files import digest_json
-from train.models import base_backbone
+from train.models import network_of
 from train.plan import plan_cache
 from train.stages.base import Context, Stage, complaints
-from train.text import load_text, text_identity
+from train.text import text_identity
 
 
 class CacheStage(Stage):
-    """Encodes every picture with both autoencoders, and every caption once."""
+    """Encodes every image with both autoencoders, and every caption once."""
 
     class Config(StageConfig):
         base: str = Field(description="release folder of the base model (diffusers layout)")
@@ -33,13 +35,11 @@ class CacheStage(Stage):
         autoencoder: str = Field(description="folder of the new autoencoder (student)")
         teacher: str = Field("", description="folder of the base's own autoencoder; default BASE/vae")
         data: DataConfig
-        batch: int = Field(16, ge=1, description="pictures or captions encoded at a time")
+        batch: int = Field(16, ge=1, description="images or captions encoded at a time")
         shard_size: int = Field(512, ge=1, description="samples in a shard")
         store: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dtype on disk")
         text: Literal["cache", "online"] = Field("cache", description="embed captions now, or in every training step")
-        text_tokens: int | None = Field(
-            None, ge=1, description="T5/Gemma length; default the tokenizer's own (FLUX 512)"
-        )
+        text_tokens: int | None = Field(None, ge=1, description="length of the text; default the tokenizer's own")
 
     config: Config
 
@@ -47,14 +47,14 @@ class CacheStage(Stage):
         super().__init__(config, context)
         self.base = context.resolve(self.config.base)
         self.student = context.resolve(self.config.autoencoder)
-        self.teacher = context.resolve(self.config.teacher) if self.config.teacher else self.base / "vae"
+        self.teacher = context.resolve(self.config.teacher) if self.config.teacher else self.base / VAE
 
     def check(self) -> list[str]:
         problems = []
         if not self.context.pending(self.config.base):
-            problems += complaints(base_backbone, self.base) + complaints(latent_space, self.teacher)
+            problems += complaints(network_of, self.base) + complaints(autoencoder_space, self.teacher)
         if not self.context.pending(self.config.autoencoder):
-            problems += complaints(latent_space, self.student)
+            problems += complaints(autoencoder_space, self.student)
         return problems
 
     def describe_plan(self) -> list[str]:
@@ -62,13 +62,17 @@ class CacheStage(Stage):
 
     def setup(self) -> None:
         self.source = open_source(self.config.data, self.context.resolve(self.config.data.path))
-        self.parts = {
+        self.family, _ = network_of(self.base)
+        parts, tokens = self.family.text_parts, self.config.text_tokens
+        self.parts: dict[str, Any] = {
             "data": {**self.source.identity(), "settings": self.config.data.model_dump()},
             "teacher": autoencoder_identity(self.teacher),
             "student": autoencoder_identity(self.student),
-            "text": text_identity(self.base, self.config.text_tokens) if self.config.text == "cache" else "online",
+            "text": text_identity(self.base, parts, tokens) if self.config.text == "cache" else "online",
             "store": self.config.store,
         }
+        if self.family.ragged:
+            self.parts["ragged"] = dict(self.family.ragged)
         self.writer = CacheWriter(self.folder, digest_json(self.parts))
         self.dtype = getattr(torch, self.config.dtype)
 
@@ -78,7 +82,7 @@ class CacheStage(Stage):
         encoders: dict[str, Any] = {}
         mine = jobs[self.context.rank :: self.context.world]
         for name, kind, numbers in tqdm(mine, desc=self.context.name, unit="shard", disable=self.context.rank > 0):
-            encode = self._encode_pictures if kind == "latent" else self._encode_captions
+            encode = self._encode_images if kind == "latent" else self._encode_captions
             self.writer.shard(name, len(numbers), partial(encode, numbers, captions, encoders))
         distributed.barrier()
         if self.context.rank == 0:
@@ -102,36 +106,55 @@ class CacheStage(Stage):
         parts = _split(range(len(captions)), self.config.shard_size)
         return [(f"text-{number:05d}", "text", part) for number, part in enumerate(parts)]
 
-    def _encode_pictures(
-        self, numbers: Sequence[int], captions: Sequence[str], encoders: dict[str, Any]
-    ) -> dict[str, Tensor]:
+    def _encode_images(self, numbers: Sequence[int], captions: Sequence[str], encoders: dict[str, Any]) -> Cond:
+        """Latents of both sides, and what belongs to a sample beside them, as train.cache names it."""
         if "teacher" not in encoders:
             encoders["teacher"] = load_autoencoder(self.teacher, self.device, self.dtype)
             if self.student != self.teacher:  # the toy's base is trained on one latent only
                 encoders["student"] = load_autoencoder(self.student, self.device, self.dtype)
-        latents: dict[str, list[Tensor]] = {side: [] for side in ("teacher", "student") if side in encoders}
+        sides = [side for side in ("teacher", "student") if side in encoders]
+        parts: list[Cond] = []
         for part in _split(numbers, self.config.batch):
             images = torch.stack([self.source.image(index) for index in part])
-            for side, rows in latents.items():
-                rows.append(encoders[side].encode(images).to("cpu", getattr(torch, self.config.store)))
-        found = {side: self._finite(torch.cat(rows), numbers) for side, rows in latents.items()}
-        return {"student": found["teacher"].clone(), **found}
+            parts.append({})
+            for side in sides:
+                parts[-1][side] = encoders[side].encode(images)
+                own = self._of_samples(images, encoders[side])
+                parts[-1] |= {f"{side}.{name}": value for name, value in own.items()}
+        stored = {name: self._finite(value, numbers) for name, value in self._stored(parts).items()}
+        if "student" not in sides:
+            stored |= {name.replace("teacher", "student", 1): value.clone() for name, value in stored.items()}
+        return stored
 
-    def _encode_captions(
-        self, numbers: Sequence[int], captions: Sequence[str], encoders: dict[str, Any]
-    ) -> dict[str, Tensor]:
+    def _of_samples(self, images: Tensor, autoencoder: Any) -> Cond:
+        own, fields = self.family.sample_conditioning(images, autoencoder), of_samples(self.family.fields)
+        if set(own) != set(fields):
+            title = self.family.backbone.title
+            raise ValueError(f"{title}: a sample's conditioning is {sorted(own)}, its fields say {sorted(fields)}")
+        return own
+
+    def _encode_captions(self, numbers: Sequence[int], captions: Sequence[str], encoders: dict[str, Any]) -> Cond:
+        """Conditioning of captions, as train.cache names it."""
         if "text" not in encoders:
-            encoders["text"] = load_text(self.base, self.device, self.dtype, self.config.text_tokens)
-        parts = [encoders["text"]([captions[n] for n in part]) for part in _split(numbers, self.config.batch)]
-        found = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+            tokens = self.config.text_tokens
+            encoders["text"] = self.family.text_encoder(self.base, self.device, self.dtype, tokens)
+        batches = _split(numbers, self.config.batch)
+        return self._stored(
+            [pack(encoders["text"]([captions[n] for n in part]), self.family.ragged) for part in batches]
+        )
+
+    def _stored(self, parts: Sequence[Cond]) -> Cond:
+        """All parts as one, on the CPU, floating values in the type of the cache."""
         store = getattr(torch, self.config.store)
-        return {name: value.to(store) if value.is_floating_point() else value for name, value in found.items()}
+        whole = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+        return {name: value.to(store) if value.is_floating_point() else value for name, value in whole.items()}
 
     def _finite(self, latents: Tensor, numbers: Sequence[int]) -> Tensor:
+        """The latents (n,...) of these samples; ValueError that names those which are not finite."""
         bad = [self.source.name(n) for n, row in zip(numbers, latents, strict=True) if not row.isfinite().all()]
         if bad:
             raise ValueError(
-                f"latents of {', '.join(bad[:8])} are not finite; mend or remove the pictures, or use dtype: float32"
+                f"latents of {', '.join(bad[:8])} are not finite; mend or remove the images, or use dtype: float32"
             )
         return latents
 
@@ -146,9 +169,8 @@ class CacheStage(Stage):
                 caption = place[self.source.caption(index)]
                 sample = {"name": self.source.name(index), "size": self.source.size(index), "caption": caption}
                 samples.append({**sample, "shard": record["file"], "row": row})
-        spaces = {"teacher": latent_space(self.teacher)}
-        spaces["student"] = load_autoencoder(self.student).space
-        self.writer.finish(self.parts, spaces, captions, samples, shards)
+        spaces = {"teacher": autoencoder_space(self.teacher), "student": autoencoder_space(self.student)}
+        self.writer.finish(self.parts, spaces, captions, samples, shards, self.family.ragged)
 
 
 def _split(items: Sequence[int], size: int) -> list[Sequence[int]]:

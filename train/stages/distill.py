@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dcgen import guidance
 from train.batches import Batch, drop_captions, losses_by_caption
+from train.conditioning import under_empty
 from train.stages.pretrain import BaseConfig, BaseStage
 
 
@@ -26,6 +27,7 @@ class DistillStage(BaseStage):
         w: tuple[float, float] = Field((0.0, 4.0), description="range of w, uniform; g = 1 + w is fed")
 
     config: Config
+    preview_by_embedding = True
 
     def setup(self) -> nn.Module:
         student = super().setup()
@@ -33,18 +35,18 @@ class DistillStage(BaseStage):
         return student
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float | Tensor]]:
-        latents, text = self.samples(batch)
+        latents, cond = self.samples(batch)
         objective = self.config.objective
         sigma = objective.timesteps.draw(batch, self.tokens(latents), latents.shape[1])
         noised = guidance.interpolate(latents, batch.normal("noise", latents.shape[1:]), sigma)
-        text, dropped = drop_captions(batch, text, self.empty, objective.caption_dropout)
+        cond, dropped = drop_captions(batch, cond, self.empty, objective.caption_dropout)
         w = self.config.w[0] + (self.config.w[1] - self.config.w[0]) * batch.uniform("w")
-        empty = {name: value.expand(len(batch), *value.shape[1:]) for name, value in self.empty.items()}
+        empty = under_empty(cond, self.empty, torch.arange(len(batch), device=self.device))
         with torch.no_grad():
             one = torch.ones_like(w)
-            v_cond = self.velocity_of(self.teacher, noised, sigma, text, one)
+            v_cond = self.velocity_of(self.teacher, noised, sigma, cond, one)
             v_uncond = self.velocity_of(self.teacher, noised, sigma, empty, one)
             target = guidance.cfg_velocity(v_cond, v_uncond, w)  # arXiv:2509.25180 Eq. 4
-        found = self.velocity(noised, sigma, text, guidance.guidance_scale(w))
-        errors = (found - target).square().flatten(1).mean(1)  # Eq. 3
+        v_model = self.velocity(noised, sigma, cond, guidance.guidance_scale(w))
+        errors = (v_model - target).square().flatten(1).mean(1)  # Eq. 3
         return errors.mean(), losses_by_caption(errors, dropped)

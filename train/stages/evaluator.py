@@ -1,5 +1,5 @@
-"""Stage `evaluator`: the small network that judges toy pictures, trained to name subject and colour of real ones."""
-# B pictures, H W pixels
+"""Stage `evaluator`: the small network that judges toy images, trained to name subject and colour of real ones."""
+# B images, H W pixels
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VARIANTS = 64
 
 
 class EvaluatorStage(Stage):
-    """Real pictures of all pairs, half of them blurred and grainy so that a soft picture is judged by its content."""
+    """Real images of all pairs, half of them blurred and grainy so that a soft image is judged by its content."""
 
     class Config(StageConfig):
         kind: Literal["evaluator"] = "evaluator"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from dcgen.adapter import Adapter, load_adapter, save_adapter
+from dcgen.adapter import Adapter, check_model, load_adapter, save_adapter
 from dcgen.convert import merge_file
+from dcgen.extract import extract
 from dcgen.release import open_model
 from train.autoencoders import check_autoencoder
 from train.config import Name, StageConfig
-from train.models import base_backbone
+from train.models import read_base
 from train.release import check_parts, write_release
 from train.stages.base import Stage, complaints
 
@@ -23,12 +25,13 @@ Form = Literal["adapter", "single", "release"]
 class ExportStage(Stage):
     """Writes NAME.safetensors (adapter), NAME-merged.safetensors (single) and release/ (diffusers layout).
 
-    `release/` is also how training goes on: as the base of the next resolution or of the next autoencoder.
+    `release/` is also how training goes on: as the base of the next resolution or of the next autoencoder. The adapter
+    of such a step is for that release alone; with `original` NAME-over-original.safetensors does all steps at once.
     """
 
     class Config(StageConfig):
         adapter: str = Field("finetune", description="stage whose adapter is exported")
-        base: str = Field("", description="release folder the adapter is for; needed by single and release")
+        base: str = Field("", description="release folder the adapter is for; needed by single, release and original")
         autoencoder: str = Field("", description="folder of the new autoencoder, release/vae; needed by release")
         forms: tuple[Form, ...] = Field(("adapter",), min_length=1)
         name: Name | Literal[""] = Field("", description="file name without ending; default the recipe's name")
@@ -36,6 +39,16 @@ class ExportStage(Stage):
             "as base", description="dtype of merged weights"
         )
         metadata: dict[str, str] = Field({}, description="e.g. modelspec.author, modelspec.license")
+        original: str = Field(
+            "",
+            description="the base that the first of several steps started from; the adapter is extracted against it "
+            "as well",
+        )
+        original_rank: int = Field(
+            1024, ge=1, le=1 << 13, description="the most a layer of it has: all steps' together"
+        )
+
+        later_fields = ("original", "original_rank")
 
     config: Config
 
@@ -44,12 +57,15 @@ class ExportStage(Stage):
         problems = []
         if {"single", "release"} & set(c.forms) and not c.base:
             problems.append("forms single and release need `base`")
+        if c.original and not c.base:
+            problems.append("`original` needs `base`: the model is merged before it is compared with the original")
         if "release" in c.forms and not c.autoencoder:
             problems.append("form release needs `autoencoder`")
-        if {"single", "release"} & set(c.forms) and c.base and not self.context.pending(c.base):
-            base = self.context.resolve(c.base)
-            problems += complaints(base_backbone, base)
-            problems += complaints(check_parts, base) if "release" in c.forms else []
+        for folder in (c.base, c.original):
+            if folder and not self.context.pending(folder):
+                problems += complaints(read_base, self.context.resolve(folder))
+        if "release" in c.forms and c.base and not self.context.pending(c.base):
+            problems += complaints(check_parts, self.context.resolve(c.base))
         if "release" in c.forms and c.autoencoder and not self.context.pending(c.autoencoder):
             problems += complaints(check_autoencoder, self.context.resolve(c.autoencoder))
         path = self.context.resolve(c.adapter) / "adapter.safetensors"
@@ -58,28 +74,45 @@ class ExportStage(Stage):
         return problems
 
     def describe_plan(self) -> list[str]:
-        return [f"writes {', '.join(self.config.forms)}"]
+        forms = [*self.config.forms, *(["adapter over the original base"] if self.config.original else [])]
+        return [f"writes {', '.join(forms)}"]
 
     def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
         source = self.context.resolve(self.config.adapter) / "adapter.safetensors"
         adapter = load_adapter(source)
         adapter.metadata = {**adapter.metadata, "modelspec.title": self.context.recipe.name, **self.config.metadata}
+        numbers: dict[str, object] = {"megabytes": round(source.stat().st_size / 1e6, 3)}
+        numbers["lora_layers"] = len(adapter.lora)
         if self.context.rank == 0:
-            self._write(adapter)
-        return {"megabytes": round(source.stat().st_size / 1e6, 3), "lora_layers": len(adapter.lora)}
+            numbers |= self._write(adapter)
+        return numbers
 
-    def _write(self, adapter: Adapter) -> None:
+    def _write(self, adapter: Adapter) -> dict[str, object]:
+        c = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = self.config.name or self.context.recipe.name
-        if "adapter" in self.config.forms:
+        name = c.name or self.context.recipe.name
+        base = self.context.resolve(c.base) if c.base else None
+        if base is not None:
+            check_model(adapter, open_model(base))
+        if "adapter" in c.forms:
             save_adapter(self.folder / f"{name}.safetensors", adapter)
-        if self.config.forms == ("adapter",):
-            return
-        dtype = None if self.config.store == "as base" else getattr(torch, self.config.store)
-        base = self.context.resolve(self.config.base)
+        if base is None or (c.forms == ("adapter",) and not c.original):
+            return {}
+        dtype = None if c.store == "as base" else getattr(torch, c.store)
         merged = merge_file(open_model(base), adapter, self.folder / f"{name}-merged.safetensors", dtype=dtype)
-        if "release" in self.config.forms:
-            vae = self.context.resolve(self.config.autoencoder)
+        if "release" in c.forms:
+            vae = self.context.resolve(c.autoencoder)
             write_release(self.folder / "release", merged, base, vae, adapter)
-        if "single" not in self.config.forms:
+        numbers = self._write_over_original(merged, adapter, name) if c.original else {}
+        if "single" not in c.forms:
             merged.unlink()
+        return numbers
+
+    def _write_over_original(self, merged: Path, adapter: Adapter, name: str) -> dict[str, object]:
+        """The merged model as an adapter of the base that the first step started from."""
+        original = open_model(self.context.resolve(self.config.original))
+        rank, device = self.config.original_rank, self.device
+        over, kept = extract(open_model(merged), original, rank=rank, latent=adapter.latent, device=device)
+        over.metadata = {**adapter.metadata, **over.metadata}
+        save_adapter(self.folder / f"{name}-over-original.safetensors", over)
+        return {"least_share_kept": min((layer.energy for layer in kept), default=1.0)}

@@ -14,10 +14,10 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from dcgen.folder import TRANSFORMER
 from train.config import Optimizer
 from train.files import write_folder
 from train.lora import inject_lora, scale_lora
-from train.models import network_class
 from train.plan import plan_moved
 from train.release import check_parts, release_parts
 from train.stages.base import complaints
@@ -36,7 +36,7 @@ class FinetuneStage(MovedStage):
         layer_lr_ratio: float = Field(
             1.0, ge=1, description="last block's learning rate over the first's, mean kept (Table 9: 3)"
         )
-        steps: int = Field(10_000, ge=1, description="Table 7: FLUX 10k, SANA 150k/50k, DiT 100k/500k")
+        steps: int = Field(10_000, ge=1, description="Table 7: 10k to 500k, by model")
         batch: int = Field(256, ge=1, description="Table 7")
         ema: float | None = Field(0.999, gt=0, lt=1, description="Table 7")
         optimizer: Optimizer = Optimizer(lr=1e-4, weight_decay=1e-3, warmup=2000)
@@ -65,11 +65,11 @@ class FinetuneStage(MovedStage):
     def prepare(self) -> None:
         if self.config.train == "lora":
             # first: peft freezes everything but its own matrices
-            inject_lora(self.model, self.backbone, self.config.rank, self.config.alpha, self.context.recipe.seed)
+            inject_lora(self.model, self.family, self.config.rank, self.config.alpha, self.context.recipe.seed)
         super().prepare()
         if self.config.train == "full":
             self.model.float().requires_grad_(True)
-        self.depth = _depths(self.model, self.backbone.blocks(self.model))
+        self.depth = _depths(self.model, self.family.blocks(self.model))
 
     def before_step(self, step: int) -> None:
         if self.config.alpha_warmup:
@@ -80,16 +80,16 @@ class FinetuneStage(MovedStage):
         ratio = self.config.layer_lr_ratio
         low, high = 2 / (1 + ratio), 2 * ratio / (1 + ratio)
         last = max(self.depth.values())
-        found = next((depth for prefix, depth in self.depth.items() if name.startswith(prefix)), None)
-        if found is None:
-            found = last if name.startswith(self.backbone.head) else 0
-        return low + (high - low) * (found / last if last else 0.5)
+        depth = next((depth for prefix, depth in self.depth.items() if name.startswith(prefix)), None)
+        if depth is None:
+            depth = last if name.startswith(self.ends.head) else 0
+        return low + (high - low) * (depth / last if last else 0.5)
 
     def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
         if self.config.train == "lora":
             self.write_adapter(weights, self.config.alpha)
         elif self.context.rank == 0:
-            network = network_class(self.backbone).from_config(dict(self.moved_config))
+            network = self.family.network_class().from_config(dict(self.moved_config))
             network.load_state_dict(weights)
             vae = self.context.resolve(self.config.autoencoder)
             write_folder(self.folder / "release", lambda folder: self._write_release(folder, network, vae))
@@ -97,7 +97,7 @@ class FinetuneStage(MovedStage):
 
     def _write_release(self, folder: Path, network: Any, vae: Path) -> None:
         release_parts(folder, self.base, vae, self.space.name, self.config.schedule)
-        network.save_pretrained(folder / "transformer")
+        network.save_pretrained(folder / TRANSFORMER)
 
 
 def _depths(model: nn.Module, blocks: list[nn.Module]) -> dict[str, int]:

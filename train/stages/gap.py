@@ -14,17 +14,18 @@ from torch import Tensor, nn
 
 from dcgen import guidance
 from dcgen.adapter import load_adapter, merge
+from dcgen.folder import TRANSFORMER
 from train.alignment import resample_pair
 from train.cache import Cache
 from train.config import StageConfig
 from train.files import write_atomically
-from train.models import base_backbone, base_patch_size, load_network, moved_network, read_tensors
+from train.models import load_network, load_submodule, moved_network, network_of
 from train.sample import seeded_noise
 from train.stages.base import Stage
 
 
 class GapStage(Stage):
-    """For each block: |h_new - pool(h_base)|^2 / |pool(h_base)|^2 over picture tokens; gap.csv and gap.png."""
+    """For each block: |h_new - pool(h_base)|^2 / |pool(h_base)|^2 over image tokens; gap.csv and gap.png."""
 
     class Config(StageConfig):
         base: str = Field(description="release folder of the base model")
@@ -34,7 +35,7 @@ class GapStage(Stage):
             description="name -> align, head or finetune stage; empty = random embedder and head",
         )
         samples: int = Field(32, ge=1)
-        sigma: float = Field(0.3, gt=0, lt=1, description="noise level at which both models look at a picture")
+        sigma: float = Field(0.3, gt=0, lt=1, description="noise level at which both models look at an image")
         guidance: float = Field(3.5, ge=0)
         patch_size: int = Field(1, ge=1)
 
@@ -45,17 +46,18 @@ class GapStage(Stage):
             return {}
         self.base = self.context.resolve(self.config.base)
         self.cache = Cache(self.context.resolve(self.config.cache))
-        self.backbone, self.base_config = base_backbone(self.base)
+        self.family, self.base_config = network_of(self.base)
         bucket = self.cache.buckets()[0]
         picked = [bucket[k * len(bucket) // self.config.samples] for k in range(self.config.samples)]
         model = load_network(self.base, torch.float32, self.device).eval()
-        p = base_patch_size(self.base_config, self.cache.spaces["teacher"].channels)
+        where = str(self.base / TRANSFORMER)
+        p = self.family.backbone.patch_size(self.base_config, self.cache.spaces["teacher"], where)
         expected = self._representations(model, picked, "teacher", p)
         gaps = {}
         for name, reference in self.config.models.items():
             moved = self._moved(reference).to(self.device).eval()
-            found = self._representations(moved, picked, "student", self.config.patch_size)
-            gaps[name] = [relative_gap(old, new) for old, new in zip(expected, found, strict=True)]
+            kept = self._representations(moved, picked, "student", self.config.patch_size)
+            gaps[name] = [relative_gap(old, new) for old, new in zip(expected, kept, strict=True)]
         write_atomically(self.folder / "gap.csv", lambda path: _write_csv(path, gaps))
         write_atomically(self.folder / "gap.png", lambda path: _plot(path, gaps))
         return {f"mean gap, {name}": sum(values) / len(values) for name, values in gaps.items()}
@@ -63,33 +65,31 @@ class GapStage(Stage):
     def _moved(self, reference: str) -> nn.Module:
         """The base with new ends, and with what a stage wrote in place."""
         channels, p = self.cache.spaces["student"].channels, self.config.patch_size
-        model, _ = moved_network(self.base, channels, p, self.context.recipe.seed, torch.float32)
+        model, config = moved_network(self.base, channels, p, self.context.recipe.seed, torch.float32)
         if not reference:
             return model
         folder = self.context.resolve(reference)
         if (folder / "adapter.safetensors").is_file():
             model.load_state_dict(merge(model.state_dict(), load_adapter(folder / "adapter.safetensors")))
             return model
-        prefix = f"{self.backbone.embedder}."
-        embedder = model.get_submodule(self.backbone.embedder)
-        tensors = read_tensors(folder, {f"{prefix}{name}" for name in embedder.state_dict()})
-        embedder.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+        load_submodule(model, self.family.backbone.ends(config).embedder, folder)
         return model
 
     @torch.no_grad()
     def _representations(self, model: nn.Module, picked: Sequence[int], side: str, p: int) -> list[Tensor]:
-        """Picture tokens after each block, (B,h,w,D)."""
+        """Image tokens after each block, (B,h,w,D)."""
         latents = self.cache.latents(picked, side)
         sigma = torch.full((len(picked),), self.config.sigma)
         noised = guidance.interpolate(latents, seeded_noise(picked, latents.shape[1:]), sigma).to(self.device)
-        text = self.cache.text(self.cache.caption_numbers(picked))
-        text = {name: value.to(self.device) for name, value in text.items()}
+        cond = self.cache.text(self.cache.caption_numbers(picked)) | self.cache.of_samples(picked, side)
+        cond = {name: value.to(self.device) for name, value in cond.items()}
         grid = (latents.shape[2] // p, latents.shape[3] // p)
         kept: list[Tensor] = []
-        hooks = [block.register_forward_hook(_keep(kept, grid)) for block in self.backbone.blocks(model)]
+        keep = _keep(kept, lambda output: self.family.image_tokens(output, grid))
+        hooks = [block.register_forward_hook(keep) for block in self.family.blocks(model)]
         scale = torch.full_like(sigma, self.config.guidance).to(self.device)
         distilled = self.base_config.get("guidance_embeds")
-        self.backbone.velocity(model, noised, sigma.to(self.device), text, scale if distilled else None)
+        self.family.velocity(model, noised, sigma.to(self.device), cond, scale if distilled else None)
         for hook in hooks:
             hook.remove()
         return kept
@@ -97,17 +97,13 @@ class GapStage(Stage):
 
 def relative_gap(base: Tensor, new: Tensor) -> float:
     """|new - pool(base)|^2 / |pool(base)|^2 of representations (B,h,w,D), (B,h',w',D)."""
-    target, found = resample_pair(base.double(), new.double(), "teacher-down")
-    return ((found - target).square().sum() / target.square().sum()).item()
+    target, moved = resample_pair(base.double(), new.double(), "teacher-down")
+    return ((moved - target).square().sum() / target.square().sum()).item()
 
 
-def _keep(kept: list[Tensor], grid: tuple[int, int]) -> Callable[..., None]:
-    count = grid[0] * grid[1]
-
+def _keep(kept: list[Tensor], image_tokens: Callable[[Any], Tensor]) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        # FLUX blocks give (text, picture), SANA's the picture alone
-        tokens = output[-1] if isinstance(output, tuple) else output
-        kept.append(tokens[:, -count:].unflatten(1, grid))
+        kept.append(image_tokens(output))
 
     return hook
 

@@ -1,4 +1,4 @@
-"""Stage `labels`: a class-conditional DiT release with random weights, whose classes are the toy's subjects."""
+"""Stage `labels`: a class-conditional release with random weights, whose classes are the toy's subjects."""
 # S subjects
 
 from __future__ import annotations
@@ -8,29 +8,38 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from dcgen.backbones import BACKBONES
-from train.autoencoders import autoencoder_config, latent_space
-from train.config import StageConfig
+from dcgen.folder import TRANSFORMER, VAE, autoencoder_config, autoencoder_space
+from train.config import StageConfig, one_of
+from train.families import FAMILIES
 from train.files import write_folder, write_json
-from train.models import network_class
 from train.stages.base import Context, Stage, complaints
 from train.toy.pictures import ToyPictures
 
+LABELLED = {name: family.toy_labels for name, family in FAMILIES.items() if family.toy_labels is not None}
+
 
 class LabelsStage(Stage):
-    """Writes FOLDER/release in the diffusers layout: the given VAE, a DiT as initialised, subjects as id2label."""
+    """Writes FOLDER/release in the diffusers layout: the given VAE, a network as initialised, subjects as id2label."""
 
     class Config(StageConfig):
         kind: Literal["labels"] = "labels"
+        backbone: str = Field(next(iter(LABELLED)), description="which base the release is")
         data: str = Field("toy/data", description="folder of captions.json")
         vae: str = Field(description="folder of the autoencoder that the release gets")
         transformer: dict[str, Any] = Field(
-            description="arguments of DiTTransformer2DModel, less channels, size and number of classes"
+            description="arguments of the diffusers class, less channels, size and number of classes"
         )
-        pixels: int = Field(128, ge=8, description="side of the pictures, which positions refer to")
+        pixels: int = Field(128, ge=8, description="side of the images, which positions refer to")
+
+        later_fields = ("backbone",)
+
+        @field_validator("backbone")
+        @classmethod
+        def _a_family(cls, value: str) -> str:
+            return one_of(value, LABELLED)
 
     config: Config
 
@@ -50,21 +59,14 @@ class LabelsStage(Stage):
     def _write_release(self, folder: Path, subjects: list[str]) -> None:
         import diffusers
 
-        space, backbone = latent_space(self.vae), BACKBONES["dit"]
+        family, toy = FAMILIES[self.config.backbone], LABELLED[self.config.backbone]
         torch.manual_seed(self.context.recipe.seed)
-        network = network_class(backbone)(
-            in_channels=space.channels,
-            out_channels=2 * space.channels,  # DDPM with a learned variance
-            sample_size=self.config.pixels // space.spatial_factor,
-            num_embeds_ada_norm=len(subjects),
-            norm_type="ada_norm_zero",
-            **self.config.transformer,
-        )
-        network.save_pretrained(folder / "transformer")
-        shutil.copytree(self.vae, folder / "vae")
-        diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False).save_pretrained(folder / "scheduler")
-        index = {"_class_name": "DiTPipeline", "_diffusers_version": diffusers.__version__}
-        index |= {"transformer": ["diffusers", backbone.diffusers_class]}
-        index |= {"vae": ["diffusers", autoencoder_config(self.vae)["_class_name"]]}
-        index |= {"scheduler": ["diffusers", "DDIMScheduler"]}
+        config = toy.config(autoencoder_space(self.vae), self.config.pixels, len(subjects))
+        family.network_class()(**config, **self.config.transformer).save_pretrained(folder / TRANSFORMER)
+        shutil.copytree(self.vae, folder / VAE)
+        getattr(diffusers, toy.scheduler)(**toy.settings).save_pretrained(folder / "scheduler")
+        index = {"_class_name": toy.pipeline, "_diffusers_version": diffusers.__version__}
+        index |= {TRANSFORMER: ["diffusers", family.backbone.diffusers_class]}
+        index |= {VAE: ["diffusers", autoencoder_config(self.vae)["_class_name"]]}
+        index |= {"scheduler": ["diffusers", toy.scheduler]}
         write_json(folder / "model_index.json", {**index, "id2label": dict(enumerate(subjects))})

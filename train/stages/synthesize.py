@@ -1,4 +1,4 @@
-"""Stage `synthesize`: training pictures drawn by the base model itself, as the paper does (section 4.1)."""
+"""Stage `synthesize`: training images drawn by the base model itself, as the paper does (section 4.1)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dcgen.files import weight_files
+from dcgen.folder import TRANSFORMER
 from train import distributed
 from train.config import RecipeError, StageConfig
 from train.data import bucket_sizes
 from train.files import digest_json, read_json, sha256, write_atomically, write_json
 from train.generate import Pipeline
-from train.models import base_backbone
+from train.models import read_base
 from train.stages.base import Stage, complaints
 
 
@@ -34,8 +35,8 @@ class SynthesizeStage(Stage):
     class Config(StageConfig):
         base: str = Field(description="release folder of the base model")
         prompts: str = Field(description="text file, one prompt a line")
-        per_prompt: int = Field(1, ge=1, description="pictures of each prompt, with different seeds")
-        pixels: int = Field(512, ge=32, description="side of the square whose area a picture has")
+        per_prompt: int = Field(1, ge=1, description="images of each prompt, with different seeds")
+        pixels: int = Field(512, ge=32, description="side of the square whose area an image has")
         multiple: int = Field(64, ge=1)
         ratios: tuple[float, ...] = Field((1.0,), min_length=1, description="aspect ratios H/W, taken in turns")
         sampling_steps: int = Field(20, ge=1)
@@ -43,14 +44,14 @@ class SynthesizeStage(Stage):
             3.5, ge=0, description="g of the guidance embedding, or of true CFG where there is none"
         )
         batch: int = Field(4, ge=1)
-        shard_size: int = Field(256, ge=1, description="pictures in a tar")
+        shard_size: int = Field(256, ge=1, description="images in a tar")
 
     config: Config
 
     def check(self) -> list[str]:
         problems = []
         if not self.context.pending(self.config.base):
-            problems += complaints(base_backbone, self.context.resolve(self.config.base))
+            problems += complaints(read_base, self.context.resolve(self.config.base))
         path = self.context.resolve(self.config.prompts)
         if not self.context.pending(self.config.prompts) and not path.is_file():
             problems.append(f"{path} not found; `prompts` is a text file with one prompt a line")
@@ -59,12 +60,12 @@ class SynthesizeStage(Stage):
     def describe_plan(self) -> list[str]:
         c = self.config
         sizes = ", ".join(f"{h}x{w}" for h, w in bucket_sizes(c.pixels, c.multiple, c.ratios))
-        lines = [f"{c.sampling_steps} steps at g = {c.guidance:g}, {sizes} px, {c.shard_size} pictures a tar"]
+        lines = [f"{c.sampling_steps} steps at g = {c.guidance:g}, {sizes} px, {c.shard_size} images a tar"]
         path = self.context.resolve(c.prompts)
         if path.is_file() and (count := len(_prompts(path)) * c.per_prompt):
             # PNG of a photograph: about 1.5 bytes a pixel
             size = 1.5e-9 * count * c.pixels**2
-            lines.append(f"{count} pictures in {-(-count // c.shard_size)} tars, about {size:.3g} GB")
+            lines.append(f"{count} images in {-(-count // c.shard_size)} tars, about {size:.3g} GB")
         return lines
 
     def setup(self) -> None:
@@ -75,26 +76,27 @@ class SynthesizeStage(Stage):
             raise ValueError(f"{path} holds no prompt; write one a line")
         self.sizes = bucket_sizes(c.pixels, c.multiple, c.ratios)
         self.count = len(self.prompts) * c.per_prompt
-        network = weight_files(self.context.resolve(c.base) / "transformer")
+        network = weight_files(self.context.resolve(c.base) / TRANSFORMER)
         parts = {
-            "settings": {
-                k: v for k, v in c.model_dump(mode="json").items() if k not in ("batch", "log_every", "shard")
-            },
+            "settings": c.settings(without=("batch", "log_every", "shard")),
             "prompts": digest_json(self.prompts),
             "network": {file.name: sha256(file) for file in network},
             "seed": self.context.recipe.seed,
         }
         self._settle(digest_json(parts))
 
-    def _settle(self, fingerprint: str) -> None:
+    def _settle(self, config_hash: str) -> None:
         """Refuse to mix shards of two settings in one folder."""
-        note = self.folder / "pictures" / "fingerprint.json"
-        if note.is_file() and read_json(note).get("fingerprint") != fingerprint:
-            raise RecipeError(
-                f"{note.parent} holds pictures of other settings, prompts or base; remove it or use --redo"
-            )
-        if self.context.rank == 0 and not note.is_file():
-            write_json(note, {"fingerprint": fingerprint})
+        folder = self.folder / "pictures"
+        for key in ("config_hash", "fingerprint"):  # the second is that of older runs
+            note = folder / f"{key}.json"
+            if not note.is_file():
+                continue
+            if read_json(note).get(key) != config_hash:
+                raise RecipeError(f"{folder} holds images of other settings, prompts or base; remove it or use --redo")
+            return
+        if self.context.rank == 0:
+            write_json(folder / "config_hash.json", {"config_hash": config_hash})
 
     def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
         shards = range(-(-self.count // self.config.shard_size))
@@ -111,7 +113,7 @@ class SynthesizeStage(Stage):
         return self.folder / "pictures" / f"{shard:05d}.tar"
 
     def sample(self, index: int) -> dict[str, Any]:
-        """What picture `index` is: prompt, seed and size."""
+        """What image `index` is: prompt, seed and size."""
         seed = self.context.recipe.seed * 1_000_003 + index
         return {
             "caption": self.prompts[index // self.config.per_prompt],
@@ -131,11 +133,9 @@ class SynthesizeStage(Stage):
     def _draw(self, tar: tarfile.TarFile, indices: list[int], size: tuple[int, int], pipeline: Pipeline) -> None:
         samples = [self.sample(index) for index in indices]
         c = self.config
-        how: dict[str, Any] = {"steps": c.sampling_steps, "guidance": c.guidance}
-        if not pipeline.distilled:
-            how["cfg_w"] = max(c.guidance - 1, 0.0)
+        cfg_w = 0.0 if pipeline.distilled else max(c.guidance - 1, 0.0)
         prompts, seeds = [s["caption"] for s in samples], [s["seed"] for s in samples]
-        images = pipeline.images(prompts, seeds, *size, **how)
+        images = pipeline.images(prompts, seeds, *size, steps=c.sampling_steps, guidance=c.guidance, cfg_w=cfg_w)
         for index, sample, image in zip(indices, samples, images, strict=True):
             array = ((image + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
             buffer = io.BytesIO()
@@ -152,6 +152,6 @@ def _prompts(path: Path) -> list[str]:
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # no time, no owner: the same pictures make the same file
+    member = tarfile.TarInfo(name)  # no time, no owner: the same images make the same file
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))

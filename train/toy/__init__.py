@@ -1,1 +1,1 @@
-"""The toy: a small captioned picture set, and the models that the whole project runs on without a download."""
+"""The toy: a small captioned image set, and the models that the whole project runs on without a download."""

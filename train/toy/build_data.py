@@ -23,7 +23,7 @@ SHA256 = {
 TEMPLATE = "{subject} on a {color} background"
 PIXELS = 128  # stored side; the pack has 256, the toy draws at most 108
 
-# Thirty-two pictures that a person tells apart at a glance; the names are emojibase's English labels.
+# Thirty-two images that a person tells apart at a glance; the names are emojibase's English labels.
 SUBJECTS = [
     "strawberry",
     "watermelon",
@@ -96,9 +96,9 @@ def fetch(pack: tuple[str, str, str], folder: Path) -> Path:
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         subprocess.run(["npm", "pack", "--silent", f"{name}@{version}"], cwd=folder, check=True)
-    found = sha256(path)
-    if found != SHA256[file]:
-        raise ValueError(f"{path}: sha256 is {found}, expected {SHA256[file]}; delete it and run this again")
+    digest = sha256(path)
+    if digest != SHA256[file]:
+        raise ValueError(f"{path}: sha256 is {digest}, expected {SHA256[file]}; delete it and run this again")
     return path
 
 

@@ -31,8 +31,14 @@ export function widgetValue(node, name) {
   return node?.widgets?.find((widget) => widget.name === name)?.value;
 }
 
-/** {factor, patch} of the model connected to an input, or {missing: true} if its file is missing. `changed` is called
- * when an answer arrives later. */
+/** Whether an input is linked. */
+export function connected(node, name) {
+  const slot = slotOf(node, name);
+  return slot >= 0 && Boolean(linkInto(node, slot));
+}
+
+/** {factor, patch, guidance} of the model connected to an input, or {missing: true} if its file is missing. `changed` is
+ * called when an answer arrives later. */
 export function latentOf(api, node, changed, name = "model") {
   return latentAt(api, source(node, name), changed, 0);
 }

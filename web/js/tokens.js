@@ -1,14 +1,13 @@
 // A line on the empty-latent and sampler nodes: the number of tokens of the image, and the saving over f8.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { forget, latentOf, source, widgetValue } from "./model.js";
+import { refresh, watch, whileInGraph } from "./changes.js";
+import { connected, forget, latentOf, source, widgetValue } from "./model.js";
 
 const NODES = ["DCGenEmptyLatent", "DCGen4KSampler"];
 const LOADERS = ["DCGenReleaseLoader", "DCGenModelLoader", "DCGenApply"];
 const F8_SIDE = 16; // f8 with patch size 2, as in FLUX without DC-Gen
 const UNKNOWN = "tokens: depends on what is linked";
-const lines = new Set();
-let due = false;
 
 /** [width, height] in pixels from a node's `size`, `width` and `height`; NaN if one is linked. */
 function pixels(node) {
@@ -26,6 +25,7 @@ function sized(node) {
 }
 
 export function line(node, changed) {
+  if (connected(node, "image") && widgetValue(node, "denoise") >= 1) return "the image has no effect at denoise 1";
   const empty = sized(node);
   if (!empty) return UNKNOWN;
   if (!NODES.includes(empty.comfyClass)) return "tokens: as the latent";
@@ -44,33 +44,6 @@ function count(latent, width, height) {
   const fewer = ((width / F8_SIDE) * (height / F8_SIDE)) / tokens;
   const text = `${width} x ${height} = ${tokens.toLocaleString("en")} tokens`;
   return fewer > 1 ? `${text}, ${+fewer.toFixed(1)}x fewer than f8` : text;
-}
-
-/** Update the lines after the current change of the graph. */
-function refresh() {
-  if (due) return;
-  due = true;
-  setTimeout(() => {
-    due = false;
-    lines.forEach((update) => update());
-  }, 0);
-}
-
-/** Call `after` when a widget of a node changes, or one of its links is added or removed. */
-function watch(node, after) {
-  for (const widget of node.widgets ?? []) {
-    const callback = widget.callback;
-    widget.callback = function (...args) {
-      const result = callback?.apply(this, args);
-      after();
-      return result;
-    };
-  }
-  const connected = node.onConnectionsChange;
-  node.onConnectionsChange = function (...args) {
-    connected?.apply(this, args);
-    after();
-  };
 }
 
 function addLine(node) {
@@ -93,30 +66,15 @@ function addLine(node) {
     const text = line(node, update);
     if (box.textContent !== text) box.textContent = text;
   };
-  const { onAdded, onRemoved } = node;
-  node.onAdded = function (...args) {
-    onAdded?.apply(this, args);
-    lines.add(update);
-    refresh();
-  };
-  node.onRemoved = function (...args) {
-    onRemoved?.apply(this, args);
-    lines.delete(update);
-  };
+  whileInGraph(node, update);
 }
 
 app.registerExtension({
   name: "DCGen.Tokens",
-  setup() {
-    // For changes on other packs' nodes between a line and its model; sent in both classic and Vue rendering.
-    api.addEventListener("graphChanged", refresh);
-  },
   nodeCreated(node) {
     if (NODES.includes(node.comfyClass)) addLine(node);
-    if (NODES.includes(node.comfyClass) || LOADERS.includes(node.comfyClass)) watch(node, refresh);
-    refresh(); // a second instance of a subgraph changes the lines inside it
+    if (NODES.includes(node.comfyClass) || LOADERS.includes(node.comfyClass)) watch(node);
   },
-  afterConfigureGraph: refresh,
   refreshComboInNodes() {
     forget();
     refresh();

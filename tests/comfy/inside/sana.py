@@ -118,11 +118,12 @@ def refusals(pack, params, base, deep, adapter):
     adapter.base = {**adapter.base, "num_layers": 19}
     attempt("base", lambda: apply(base, adapter, 1.0))
     text = {"cross_attn": torch.zeros(1, 300, 24), "attention_mask": torch.ones(1, 300)}
-    attempt("not SANA's text", lambda: base.model.extra_conds(**text))
+    check = bridge(pack, "guard").check_text
+    attempt("not SANA's text", lambda: check({"positive": [text]}, base.model.dcgen))
     wide = {"cross_attn": torch.zeros(1, 77, 768), "dcgen_text": "sana"}
-    attempt("other encoder", lambda: base.model.extra_conds(**wide))
+    attempt("other encoder", lambda: check({"negative": [wide]}, base.model.dcgen))
     joined = {**text, "cross_attn": torch.zeros(1, 600, 24), "dcgen_text": "sana"}
-    attempt("joined", lambda: base.model.extra_conds(**joined))
+    attempt("joined", lambda: check({"positive": [joined]}, base.model.dcgen))
     return said
 
 

@@ -46,7 +46,11 @@ class Pebble(Backbone):
     modelspec = "pebble"
     keys = _keys(1)
     original_signature = ("text_in.weight", "layers.0.qkv.weight")
-    diffusers_signature = ("context_embedder.weight", "transformer_blocks.0.attn.to_q.weight", "time_embed.linear_1.weight")
+    diffusers_signature = (
+        "context_embedder.weight",
+        "transformer_blocks.0.attn.to_q.weight",
+        "time_embed.linear_1.weight",
+    )
     stacks: ClassVar[dict[str, tuple[str, str, str]]] = {"block": ("num_layers", "transformer_blocks", "layers")}
     identity_layers: ClassVar[dict[str, str]] = {"block": "attn.to_q"}
     signature_fields = ("num_layers", "num_attention_heads", "text_dim")

@@ -27,7 +27,9 @@ class Layer(nn.Module):
         super().__init__()
         self.qkv = operations.Linear(D, 3 * D, **kwargs)
         self.out = operations.Linear(D, D, **kwargs)
-        self.mlp = nn.Sequential(operations.Linear(D, 2 * D, **kwargs), nn.SiLU(), operations.Linear(2 * D, D, **kwargs))
+        self.mlp = nn.Sequential(
+            operations.Linear(D, 2 * D, **kwargs), nn.SiLU(), operations.Linear(2 * D, D, **kwargs)
+        )
 
     def forward(self, x: Tensor, mask: Tensor, heads: int) -> Tensor:
         normed = F.layer_norm(x, x.shape[-1:])
