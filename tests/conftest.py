@@ -106,6 +106,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     seconds: Counter[str] = Counter()
     for outcome, reports in terminalreporter.stats.items():
         for report in reports:
+            if not hasattr(report, "duration"):  # what was deselected is here too
+                continue
             setting = dict(getattr(report, "user_properties", ())).get(SETTING)
             if setting:
                 seconds[setting] += report.duration
