@@ -17,12 +17,20 @@ from dcgen.latent import LatentSpace
 from dcgen.schedule import Schedule
 from train.autoencoders import load_autoencoder
 from train.batches import Batch
+from train.cache import Cache
 from train.conditioning import Cond, trim
 from train.config import StageConfig
 from train.family import Family, RawOutput, TextEncoder
 from train.objective import Objective, objective_loss
 from train.sample import euler, grid, seeded_noise
 from train.stages.base import CachedStage
+
+
+def text_of(cache: Cache, numbers: Sequence[int], online: TextEncoder | None, family: Family) -> Cond:
+    """Conditioning (B,...) of captions of a cache by number: as stored, or by an encoder where it stores none."""
+    if online is None:
+        return cache.text(numbers)
+    return trim(online([cache.captions[number] for number in numbers]), family.ragged)
 
 
 class DenoisingConfig(StageConfig):
@@ -112,9 +120,7 @@ class DenoisingStage(CachedStage):
         return latents.shape[2] * latents.shape[3] // self.patch_size**2
 
     def _text(self, captions: Sequence[int]) -> Cond:
-        if self.text_online is None:
-            return self.cache.text(captions)
-        return trim(self.text_online([self.cache.captions[number] for number in captions]), self.family.ragged)
+        return text_of(self.cache, captions, self.text_online, self.family)
 
     def _text_encoder(self) -> TextEncoder:
         return self.family.text_encoder(self.base, self.device, self.text_dtype, self.cache.text_tokens)

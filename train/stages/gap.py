@@ -22,6 +22,7 @@ from train.files import write_atomically
 from train.models import load_network, load_submodule, moved_network, network_of
 from train.sample import seeded_noise
 from train.stages.base import Stage
+from train.stages.denoising import text_of
 
 
 class GapStage(Stage):
@@ -47,6 +48,10 @@ class GapStage(Stage):
         self.base = self.context.resolve(self.config.base)
         self.cache = Cache(self.context.resolve(self.config.cache))
         self.family, self.base_config = network_of(self.base)
+        self.text_online = None
+        if not self.cache.has_text:
+            tokens = self.cache.text_tokens
+            self.text_online = self.family.text_encoder(self.base, self.device, torch.float32, tokens)
         bucket = self.cache.buckets()[0]
         picked = [bucket[k * len(bucket) // self.config.samples] for k in range(self.config.samples)]
         model = load_network(self.base, torch.float32, self.device).eval()
@@ -81,7 +86,8 @@ class GapStage(Stage):
         latents = self.cache.latents(picked, side)
         sigma = torch.full((len(picked),), self.config.sigma)
         noised = guidance.interpolate(latents, seeded_noise(picked, latents.shape[1:]), sigma).to(self.device)
-        cond = self.cache.text(self.cache.caption_numbers(picked)) | self.cache.of_samples(picked, side)
+        text = text_of(self.cache, self.cache.caption_numbers(picked), self.text_online, self.family)
+        cond = text | self.cache.of_samples(picked, side)
         cond = {name: value.to(self.device) for name, value in cond.items()}
         grid = (latents.shape[2] // p, latents.shape[3] // p)
         kept: list[Tensor] = []
