@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import FP16_MAX, KEEP_SHARE, Layer, RMSNorm, activate, conv3x3, finite, make_norm, plain, pointwise
-from .stream import Chunks, Collector, Window, drain, in_rows
+from .stream import Chunks, Collector, Handover, Window, drain, in_rows
 
 
 class Attention(nn.Module, Layer):
@@ -72,24 +72,26 @@ class Attention(nn.Module, Layer):
         whole = source.take()
         assert sums is not None
         done = 0
-        for query in drain(held) if keep else self.again(whole, rows, height):
-            count = query[0].shape[2] // whole.shape[3]
-            box = [self.mix(sums, query, whole[:, :, done : done + count])]
-            done += count
-            del query
+
+        def mixed(queries: list[Tensor]) -> Tensor:
+            nonlocal done, whole
+            chunk = whole[:, :, done : done + queries[0].shape[2] // whole.shape[3]]
+            done += chunk.shape[2]
             if done == height:
                 del whole
-            yield box.pop()
+            return self.mix(sums, queries, chunk)
+
+        yield from Handover(mixed, drain(held) if keep else self.again(whole, rows, height))
 
     def again(self, whole: Tensor, rows: int, height: int) -> Iterator[list[Tensor]]:
         """The queries of the whole input, a chunk at a time."""
         project = self.projection()
-        for chunk, last in in_rows(iter(whole.split(rows, 2)), height):
-            pieces = project(chunk, last)
-            if pieces is not None:
-                box = [[piece[:, :, 0] for piece in pieces]]
-                del pieces
-                yield box.pop()
+
+        def queries(rows: tuple[Tensor, bool]) -> list[Tensor] | None:
+            pieces = project(*rows)
+            return None if pieces is None else [piece[:, :, 0] for piece in pieces]
+
+        return Handover(queries, in_rows(drain(list(whole.split(rows, 2))), height))
 
     def projection(self) -> Callable[[Tensor, bool], list[Tensor] | None]:
         """A function with fresh row memory: rows -> one (B, heads, 3, N, head_dim) of q, k, v per scale."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .stream import Chunks, Window, in_rows
+from .stream import Chunks, Handover, Window, in_rows
 
 FP16_MAX = 65504.0
 FOLD_MOST = 512 * 512
@@ -121,13 +121,7 @@ class Layer:
     def stream(self, chunks: Chunks, height: int, limit: int) -> Chunks:
         """`limit`: elements this layer may keep alive."""
         step = self.stepper()
-        for chunk, last in in_rows(chunks, height):
-            done = step(chunk, last)
-            del chunk
-            if done is not None:
-                box = [done]
-                del done
-                yield box.pop()
+        return Handover(lambda rows: step(*rows), in_rows(chunks, height))
 
     def size(self, pixels: int) -> int:
         """Output rows (or columns) of a picture with this many input rows (or columns)."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,20 +72,34 @@ class Meter:
             self.total += layer.work * size * pictures
             size *= layer.scale**2
 
-    def layer_rows(self, layer: Layer, chunks: Chunks) -> Chunks:
-        """Pass chunks of a layer's input through and count the work on each once the layer asks for the next."""
-        for chunk in chunks:
-            work = layer.work * chunk.shape[2] * chunk.shape[3]
-            box = [chunk]
-            del chunk
-            yield box.pop()
-            self.done += work
-            self.tell(None)
+    def add(self, work: float) -> None:
+        """Count work as done."""
+        self.done += work
+        self.tell(None)
 
     def tell(self, rows: Tensor | None) -> None:
         if self.on_strip is not None:
             share = min(1.0, self.done / self.total)
             self.on_strip(int(share * PROGRESS_TOTAL), PROGRESS_TOTAL, rows)
+
+
+class Metered(Iterator[Tensor]):
+    """Chunks of a layer's input; the work on each counts as done once the layer asks for the next.
+
+    Not a generator, so that the layer is the only owner of a chunk: see Handover.
+    """
+
+    def __init__(self, chunks: Chunks, layer: Layer, meter: Meter) -> None:
+        self.chunks, self.layer, self.meter = chunks, layer, meter
+        self.work = 0  # on the chunk that the layer has
+
+    def __next__(self) -> Tensor:
+        if self.work:
+            self.meter.add(self.work)
+            self.work = 0
+        chunk = next(self.chunks)
+        self.work = self.layer.work * chunk.shape[2] * chunk.shape[3]
+        return chunk
 
 
 def run(layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, limit: int, meter: Meter) -> Tensor:
@@ -103,7 +117,7 @@ def stream(layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, limit: int, m
     chunks = source_rows(x, dtype, _rows(layers[0], height, width, limit))
     for layer in layers:
         chunks = regroup(chunks, _rows(layer, height, width, limit))
-        chunks = layer.stream(meter.layer_rows(layer, chunks), height, limit)
+        chunks = layer.stream(Metered(chunks, layer, meter), height, limit)
         height, width = layer.size(height), layer.size(width)
     return chunks
 

@@ -5,11 +5,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Chunks = Iterator[Tensor]  # (B, C, rows, W) pieces of one picture, top to bottom
 
 
@@ -48,14 +51,33 @@ class Window:
         return zeros.contiguous(memory_format=torch.channels_last)
 
 
+class Handover(Iterator[Result]):
+    """function(item) of each item, without the Nones; the consumer becomes the only owner of a result.
+
+    A generator that waits at `yield x` still holds x by its name. In a chain of generators every layer's last chunk
+    would then stay in memory while the layers after it work. A function that has returned holds nothing.
+    """
+
+    def __init__(self, function: Callable[[Item], Result | None], items: Iterable[Item]) -> None:
+        self._results = map(function, items)
+
+    def __next__(self) -> Result:
+        while True:
+            result = next(self._results)
+            if result is not None:
+                return result
+
+
 def in_rows(chunks: Iterable[Tensor], height: int) -> Iterator[tuple[Tensor, bool]]:
     """Pair every chunk with whether it ends the picture of `height` rows."""
     seen = 0
-    for chunk in chunks:
+
+    def paired(chunk: Tensor) -> tuple[Tensor, bool]:
+        nonlocal seen
         seen += chunk.shape[2]
-        box = [(chunk, seen == height)]
-        del chunk
-        yield box.pop()
+        return chunk, seen == height
+
+    return map(paired, chunks)
 
 
 def regroup(chunks: Chunks, rows: int) -> Chunks:
@@ -65,29 +87,25 @@ def regroup(chunks: Chunks, rows: int) -> Chunks:
     for chunk in chunks:
         held.append(chunk)
         count += chunk.shape[2]
-        del chunk
+        del chunk  # the consumer is to be its only owner: see Handover
         if count * 2 >= rows:
-            yield from _cut(held, rows)
+            yield from drain(_cut(held, rows))
             count = 0
     if held:
-        yield from _cut(held, rows)
+        yield from drain(_cut(held, rows))
 
 
-def _cut(held: list[Tensor], rows: int) -> Chunks:
+def _cut(held: list[Tensor], rows: int) -> list[Tensor]:
     """The rows of `held` (emptied) in equal parts of at most `rows`."""
     joined = held[0] if len(held) == 1 else torch.cat(held, 2)
     held.clear()
     count = joined.shape[2]
     part = math.ceil(count / math.ceil(count / rows))
-    for start in range(0, count - part, part):
-        yield joined[:, :, start : start + part]
-    box = [joined[:, :, (math.ceil(count / part) - 1) * part :]]
-    del joined
-    yield box.pop()
+    return [joined[:, :, start : start + part] for start in range(0, count, part)]
 
 
-def drain(items: list) -> Iterator:
-    """The items first to last, each forgotten once it is handed over."""
+def drain(items: list[Item]) -> Iterator[Item]:
+    """The items first to last, each forgotten (`items` ends up empty) once it is handed over; see Handover."""
     items.reverse()
     while items:
         yield items.pop()
