@@ -31,15 +31,15 @@ class Attention(nn.Module, Layer):
     ) -> None:
         super().__init__()
         self.head_dim, self.eps = head_dim, 1e-15
-        kwargs = {"dtype": dtype, "device": device}
+        factory_kwargs = {"dtype": dtype, "device": device}
         inner = channels // head_dim * head_dim
-        self.to_q = operations.Linear(channels, inner, bias=False, **kwargs)
-        self.to_k = operations.Linear(channels, inner, bias=False, **kwargs)
-        self.to_v = operations.Linear(channels, inner, bias=False, **kwargs)
+        self.to_q = operations.Linear(channels, inner, bias=False, **factory_kwargs)
+        self.to_k = operations.Linear(channels, inner, bias=False, **factory_kwargs)
+        self.to_v = operations.Linear(channels, inner, bias=False, **factory_kwargs)
         self.to_qkv_multiscale: Any = nn.ModuleList(
             AttentionScale(inner, head_dim, size, operations, dtype, device) for size in scales
         )
-        self.to_out = operations.Linear(inner * (1 + len(scales)), channels, bias=False, **kwargs)
+        self.to_out = operations.Linear(inner * (1 + len(scales)), channels, bias=False, **factory_kwargs)
         self.norm_out = make_norm(norm, channels, dtype, device)
         self.channels = channels
         self.live, self.held = (16 + 14 * len(scales)) * channels, channels
@@ -56,7 +56,7 @@ class Attention(nn.Module, Layer):
         source, sums, held = Collector(height), None, []
         project, rows, keep = self.projection(), 0, None
         for chunk, last in in_rows(chunks, height):
-            if keep is None:  # a small picture's queries are kept, a large one's are computed again
+            if keep is None:  # a small image's queries are kept, a large one's would take too much memory
                 keep = self.to_out.in_features * height * chunk.shape[3] * chunk.shape[0] <= limit // KEEP_SHARE
             rows = max(rows, chunk.shape[2])
             source.add(chunk)
@@ -143,10 +143,14 @@ class AttentionScale(nn.Module):
     def __init__(self, inner: int, head_dim: int, size: int, operations: Any, dtype: Any, device: Any) -> None:
         super().__init__()
         self.size, self.head_dim = size, head_dim
-        kwargs = {"bias": False, "dtype": dtype, "device": device}
+        factory_kwargs = {"dtype": dtype, "device": device}
         channels = 3 * inner
-        self.proj_in = operations.Conv2d(channels, channels, size, padding=(0, size // 2), groups=channels, **kwargs)
-        self.proj_out = operations.Conv2d(channels, channels, 1, groups=channels // head_dim, **kwargs)
+        self.proj_in = operations.Conv2d(
+            channels, channels, size, padding=(0, size // 2), groups=channels, bias=False, **factory_kwargs
+        )
+        self.proj_out = operations.Conv2d(
+            channels, channels, 1, groups=channels // head_dim, bias=False, **factory_kwargs
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3 * inner, H + size - 1, W) -> (B, 3 * heads, H * W, head_dim)."""
@@ -163,12 +167,12 @@ class GLUMBConv(nn.Module, Layer):
 
     def __init__(self, channels: int, operations: Any, dtype: Any, device: Any) -> None:
         super().__init__()
-        kwargs = {"dtype": dtype, "device": device}
+        factory_kwargs = {"dtype": dtype, "device": device}
         hidden = 4 * channels
-        self.conv_inverted = operations.Conv2d(channels, 2 * hidden, 1, **kwargs)
-        self.conv_depth = conv3x3(operations, 2 * hidden, 2 * hidden, groups=2 * hidden, **kwargs)
-        self.conv_point = operations.Conv2d(hidden, channels, 1, bias=False, **kwargs)
-        self.norm = RMSNorm(channels, **kwargs)
+        self.conv_inverted = operations.Conv2d(channels, 2 * hidden, 1, **factory_kwargs)
+        self.conv_depth = conv3x3(operations, 2 * hidden, 2 * hidden, groups=2 * hidden, **factory_kwargs)
+        self.conv_point = operations.Conv2d(hidden, channels, 1, bias=False, **factory_kwargs)
+        self.norm = RMSNorm(channels, **factory_kwargs)
         self.channels = channels
         self.live, self.work = 28 * channels, sum(weight.numel() for weight in self.parameters())
         self.carried = 18 * channels

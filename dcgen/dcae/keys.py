@@ -48,7 +48,7 @@ class Rename:
 
 
 def rename_table(config: DCAEConfig, keys: list[str]) -> dict[str, Rename]:
-    """Map every key of the diffusers state dict of this architecture to its place in the original format."""
+    """Map every key of the diffusers state dict of this architecture to where its values are in the original format."""
     modules = _module_names(config)
     table = {}
     for key in keys:
@@ -105,26 +105,26 @@ def _block_names(config: DCAEConfig, side: str, stage: int, here: str, there: st
 
 def original_shapes(table: Mapping[str, Rename], shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
     """Shapes that the original format has for a model whose diffusers shapes are `shapes`."""
-    found: dict[str, torch.Size] = {}
+    original: dict[str, torch.Size] = {}
     for key, rename in table.items():
         shape = shapes[key]
         if rename.linear:
             shape = torch.Size((shape[0] * (1 if rename.third is None else 3), shape[1], 1, 1))
-        found[rename.key] = shape
-    return found
+        original[rename.key] = shape
+    return original
 
 
 def from_original(state: Mapping[str, Tensor], table: Mapping[str, Rename]) -> dict[str, Tensor]:
     """Original tensors under diffusers keys; attention weights become (out, in) matrices."""
-    found = {}
+    tensors = {}
     for key, rename in table.items():
         tensor = state[rename.key]
         if rename.linear:
             tensor = tensor.reshape(tensor.shape[0], tensor.shape[1])
         if rename.third is not None:
             tensor = tensor.chunk(3, 0)[rename.third]
-        found[key] = tensor
-    return found
+        tensors[key] = tensor
+    return tensors
 
 
 def to_original(state: Mapping[str, Tensor], table: Mapping[str, Rename]) -> dict[str, Tensor]:
@@ -175,7 +175,7 @@ def infer_config(shapes: Mapping[str, torch.Size], kind: str) -> DCAEConfig:
 
     Diffusers keys do not show the outer shortcuts and activations: those follow the published families.
     """
-    stages: dict[str, dict[int, _Stage]] = {"encoder": {}, "decoder": {}}
+    sides: dict[str, dict[int, _Stage]] = {"encoder": {}, "decoder": {}}
     for key, shape in shapes.items():
         match = STAGE_KEY.fullmatch(key)
         if match:
@@ -184,14 +184,14 @@ def infer_config(shapes: Mapping[str, torch.Size], kind: str) -> DCAEConfig:
                 raise DCAEError(f"{shown(key)} is in a stage or block that no DC-AE has")
             if not shape.numel():
                 raise DCAEError(f"{shown(key)} has shape {tuple(shape)}, which holds nothing")
-            _note(stages[side].setdefault(int(stage), _Stage({})), int(index), leaf, shape)
-    for side, found in stages.items():
-        if not found or any(stage.width == 0 for stage in found.values()):
+            _record(sides[side].setdefault(int(stage), _Stage({})), int(index), leaf, shape)
+    for side, stages in sides.items():
+        if not stages or any(stage.width == 0 for stage in stages.values()):
             raise DCAEError(f"the DC-AE {side} has stages without a readable block; the file is not complete")
-    return _config_of(stages, shapes, kind)
+    return _config_of(sides, shapes, kind)
 
 
-def _note(stage: _Stage, index: int, leaf: str, shape: torch.Size) -> None:
+def _record(stage: _Stage, index: int, leaf: str, shape: torch.Size) -> None:
     if leaf in RES_LEAF or leaf in OUT_LEAF:
         stage.kinds[index] = "ResBlock" if leaf in RES_LEAF else "EfficientViTBlock"
         stage.width = shape[0]
@@ -206,11 +206,11 @@ def _note(stage: _Stage, index: int, leaf: str, shape: torch.Size) -> None:
             stage.head_dim = shape[1]
 
 
-def _config_of(stages: dict[str, dict[int, _Stage]], shapes: Mapping[str, torch.Size], kind: str) -> DCAEConfig:
+def _config_of(sides: dict[str, dict[int, _Stage]], shapes: Mapping[str, torch.Size], kind: str) -> DCAEConfig:
     values: dict[str, Any] = {}
-    for side, found in stages.items():
-        count = max(found) + 1
-        listed = [found.get(index) for index in range(count)]
+    for side, stages in sides.items():
+        count = max(stages) + 1
+        listed = [stages.get(index) for index in range(count)]
         widths = [stage.width if stage else 0 for stage in listed]
         # the width of an empty stage 0 leaves no trace and has no effect; published files have half of stage 1
         values[f"{side}_block_out_channels"] = tuple(
@@ -226,11 +226,12 @@ def _config_of(stages: dict[str, dict[int, _Stage]], shapes: Mapping[str, torch.
             norms[0] = norms[0] or (listed[0] is None and len(norms) > 1 and norms[1])
             values["decoder_norm_types"] = tuple("batch_norm" if norm else "rms_norm" for norm in norms)
             values["decoder_act_fns"] = tuple("relu" if norm else "silu" for norm in norms)
-    enc, dec = stages["encoder"], stages["decoder"]
-    head_dims = [stage.head_dim for side in stages.values() for stage in side.values() if stage.head_dim]
+    head_dims = [stage.head_dim for stages in sides.values() for stage in stages.values() if stage.head_dim]
     attends = {
-        side: any("EfficientViTBlock" in s.kinds.values() for s in found.values()) for side, found in stages.items()
+        side: any("EfficientViTBlock" in stage.kinds.values() for stage in stages.values())
+        for side, stages in sides.items()
     }
+    enc, dec = sides["encoder"], sides["decoder"]
     first, conv = min((index, stage.conv) for index, stage in enc.items() if stage.conv is not None)
     values["downsample_block_type"] = "pixel_unshuffle" if conv[0] * 4 == enc[first + 1].width else "Conv"
     first, conv = min((index, stage.conv) for index, stage in dec.items() if stage.conv is not None)

@@ -1,4 +1,4 @@
-"""Pictures as streams of row chunks: the bookkeeping under the layers of model.py."""
+"""Images as streams of row chunks: what is kept between chunks, and how chunks are cut and joined."""
 
 # B batch, C channels, H W rows and columns at the layer's own resolution
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Chunks = Iterator[Tensor]  # (B, C, rows, W) pieces of one picture, top to bottom
+Chunks = Iterator[Tensor]  # (B, C, rows, W) pieces of one image, top to bottom
 
 
 class Window:
-    """The rows that a k-row operator needs from the chunks before, and the zero rows outside of the picture.
+    """The rows that a k-row operator needs from the chunks before, and the zero rows outside of the image.
 
     ``span`` rows in give one step of output, each step moves ``step`` rows down; ``top`` / ``bottom`` zero rows pad
-    the picture. Calling it with a chunk returns all rows that complete steps need, or None when there are too few.
+    the image. Calling it with a chunk returns all rows that complete steps need, or None when there are too few.
     """
 
     def __init__(self, span: int, step: int, top: int, bottom: int) -> None:
@@ -69,7 +69,7 @@ class Handover(Iterator[Result]):
 
 
 def in_rows(chunks: Iterable[Tensor], height: int) -> Iterator[tuple[Tensor, bool]]:
-    """Pair every chunk with whether it ends the picture of `height` rows."""
+    """Pair every chunk with whether it ends the image of `height` rows."""
     seen = 0
 
     def paired(chunk: Tensor) -> tuple[Tensor, bool]:
@@ -112,7 +112,7 @@ def drain(items: list[Item]) -> Iterator[Item]:
 
 
 class Collector:
-    """Put the chunks of a picture of `height` rows back together, in one buffer unless autograd is watching."""
+    """Put the chunks of an image of `height` rows back together, in one buffer unless autograd is watching."""
 
     def __init__(self, height: int) -> None:
         self.height, self.filled = height, 0
@@ -135,7 +135,7 @@ class Collector:
         self.filled += rows
 
     def take(self) -> Tensor:
-        """The whole picture; the collector lets go of it."""
+        """The whole image; the collector no longer holds it."""
         if self.filled != self.height:
             raise RuntimeError(f"DC-AE stream ended after {self.filled} of {self.height} rows")
         whole = torch.cat(self.parts, 2) if self.parts else self.whole
@@ -144,17 +144,17 @@ class Collector:
         return whole
 
 
-def batched(pictures: Iterator[Tensor], count: int) -> Tensor:
-    """`count` pictures (1,C,H,W) as one batch, each written into it when it is there unless autograd is watching."""
+def batched(images: Iterator[Tensor], count: int) -> Tensor:
+    """`count` images (1,C,H,W) as one batch, each written into it when it is there unless autograd is watching."""
     out: Tensor | None = None
     parts = []
-    for index, picture in enumerate(pictures):
-        if picture.requires_grad:
-            parts.append(picture)
+    for index, image in enumerate(images):
+        if image.requires_grad:
+            parts.append(image)
             continue
         if out is None:
-            out = torch.empty_like(picture.expand(count, -1, -1, -1), memory_format=torch.channels_last)
-        out[index] = picture[0]
+            out = torch.empty_like(image.expand(count, -1, -1, -1), memory_format=torch.channels_last)
+        out[index] = image[0]
     return torch.cat(parts) if out is None else out
 
 

@@ -108,8 +108,8 @@ class DCAEVAE(comfy.sd.VAE):
         out = torch.empty((samples.shape[0], *shape, 3), dtype=torch.float32, device=self.output_device)
         show = StripPreview(*shape) if preview else None
 
-        def work(one: Tensor, chosen: Strip, tell: Callable) -> Tensor:
-            return self.dcae.decode(one, chosen.rows, columns=chosen.columns, on_strip=tell)
+        def work(one: Tensor, chosen: Strip, progress: Callable) -> Tensor:
+            return self.dcae.decode(one, chosen.rows, columns=chosen.columns, progress=progress)
 
         for index, picture in enumerate(self._each("decode", samples, samples.shape[-2:], strip, most, work, show)):
             out[index] = self.process_output(picture[0].to(self.output_device).float()).movedim(0, -1)
@@ -125,9 +125,9 @@ class DCAEVAE(comfy.sd.VAE):
                 f"the image is smaller than {f}x{f}, one latent pixel of {self.dcae.config.name}; enlarge it"
             )
 
-        def work(one: Tensor, chosen: Strip, tell: Callable) -> Tensor:
+        def work(one: Tensor, chosen: Strip, progress: Callable) -> Tensor:
             image = self.process_input(one)
-            return self.dcae.encode(image, chosen.rows, columns=chosen.columns, on_strip=tell)
+            return self.dcae.encode(image, chosen.rows, columns=chosen.columns, progress=progress)
 
         size = (pixels.shape[-2] // f, pixels.shape[-1] // f)
         each = self._each("encode", pixels, size, strip, most, work, None)
@@ -146,7 +146,7 @@ class DCAEVAE(comfy.sd.VAE):
         chosen = None
         for index, one in enumerate(batch.split(1)):
 
-            def tell(done: int, total: int, rows: Tensor | None, index: int = index) -> None:
+            def progress(done: int, total: int, rows: Tensor | None, index: int = index) -> None:
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 image = show.add(rows) if show is not None and rows is not None else None
                 bar.update_absolute(index * total + done, batch.shape[0] * total, image)
@@ -158,7 +158,7 @@ class DCAEVAE(comfy.sd.VAE):
                 if show is not None:
                     show.restart()
                 try:
-                    result = work(one.to(self.device, self.vae_dtype), chosen, tell)
+                    result = work(one.to(self.device, self.vae_dtype), chosen, progress)
                 except Exception as error:
                     if not out_of_memory(error) or chosen == smaller(chosen, h, w):
                         raise

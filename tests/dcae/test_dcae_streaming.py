@@ -153,7 +153,7 @@ def test_progress_reaches_the_end_and_hands_out_every_row(tiny_model) -> None:
     model = tiny_model("dc-ae-f32c32-sana-1.0")
     latent = torch.randn(2, model.config.latent_channels, 4, 3)
     seen: list[tuple[int, int, torch.Tensor | None]] = []
-    picture = model.decode(latent, 1, on_strip=lambda *args: seen.append(args))
+    picture = model.decode(latent, 1, progress=lambda *args: seen.append(args))
     rows = torch.cat([rows for _, _, rows in seen if rows is not None], 2)
     assert torch.equal(rows, torch.cat(list(picture.split(1)), 2))
     done = [now for now, _, _ in seen]
@@ -163,7 +163,7 @@ def test_progress_reaches_the_end_and_hands_out_every_row(tiny_model) -> None:
 
 
 @torch.no_grad()
-def test_raising_in_on_strip_cancels_at_once(tiny_model) -> None:
+def test_raising_in_progress_cancels_at_once(tiny_model) -> None:
     calls = []
 
     def stop(done: int, total: int, rows: torch.Tensor | None) -> None:
@@ -172,7 +172,7 @@ def test_raising_in_on_strip_cancels_at_once(tiny_model) -> None:
 
     model = tiny_model("dc-ae-f32c32-in-1.0")
     with pytest.raises(KeyboardInterrupt):
-        model.decode(torch.randn(1, model.config.latent_channels, 4, 4), 1, on_strip=stop)
+        model.decode(torch.randn(1, model.config.latent_channels, 4, 4), 1, progress=stop)
     assert len(calls) == 1
 
 
