@@ -122,9 +122,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Flush a folder's list of names to the disk, without which a power cut may undo a rename.
+    """Flush a folder's entries to disk; otherwise a power failure may undo a rename.
 
-    Windows has no such call, and some network file systems refuse it.
+    Windows has no such call, and some network file systems reject it.
     """
     if os.name == "nt":
         return
@@ -138,7 +138,7 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush every file below a folder to the disk, and the folders' lists of names."""
+    """Flush all files in a folder tree to disk, and the entries of its folders."""
     for file in sorted(folder.rglob("*")):
         if file.is_file() and not file.is_symlink():
             with open(file, "rb+") as handle:
@@ -150,7 +150,7 @@ def sync_tree(folder: Path) -> None:
 
 @contextmanager
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """As replacing(), of a folder: an empty one beside `path` to fill. An older one at `path` is removed at the end."""
+    """As replacing(), for a folder: an empty one to fill, which replaces an existing folder at `path` at the end."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -163,7 +163,7 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(target)
         os.replace(temporary, target)
         sync_folder(target.parent)
-    except SafetensorError as error:  # others' save_pretrained on a full disk
+    except SafetensorError as error:  # raised by save_pretrained for a full disk
         raise OSError(f"{target} could not be written ({error}); is the disk full?") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .fields import Check, check_fields, flag, optional, real, shown, text, whole, words
 
-LINEAR = "flux"  # the rule whose mu is linear in the tokens, as scheduler_config.json has it
+LINEAR = "flux"  # the rule with mu linear in the number of tokens, as in scheduler_config.json
 RULES = (LINEAR, "flux2", "static", "sprint")
 SHIFT = real(1e-8, 1e8)
 # Allowed fields of a stored schedule; shift = e^mu is 3 to 6 for the published models.

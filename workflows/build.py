@@ -1,16 +1,16 @@
-"""Writes the workflows of this folder and the blueprints of subgraphs/, which are described in jobs.py.
+"""Writes the workflows of this folder and the blueprints in subgraphs/, as described in jobs.py.
 
     python workflows/build.py http://127.0.0.1:8188 [NAME ...]
 
-needs a running ComfyUI with this pack, a Chromium and Pillow. Each job becomes NAME.json (what the template browser
-shows), NAME.jpg (its picture there) and api/NAME.json (the same for scripts that POST to /prompt). The picture is what
-the graph draws where everything it needs ships with the pack, else the graph itself. Nodes are placed by the room they
-take in the page, drawn in the classic way or as Nodes 2.0, whichever is more.
+needs a running ComfyUI with this pack, Chromium and Pillow. Each job becomes NAME.json (for the template browser),
+NAME.jpg (its thumbnail) and api/NAME.json (the same graph for scripts that POST to /prompt). The thumbnail shows the
+graph's output if all its weights ship with the pack, else the graph. Nodes are placed by their size on the page, the
+larger of classic rendering and Nodes 2.0.
 
     python workflows/build.py http://127.0.0.1:8188 --nodes
     python workflows/build.py http://127.0.0.1:8188 --blueprints
 
-write the pictures of the nodes on their help pages (web/docs/img), and the blueprints.
+write the node images of the help pages (web/docs/img), and the blueprints.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from jobs import BLUEPRINTS, JOBS  # noqa: E402
 
 VUE_NODES = "Comfy.VueNodes.Enabled"
 
-# The height that each node asks for, without its title bar, by id.
+# The height that each node needs, without its title bar, by id.
 NEEDED = """
-const NOTE_ROOM = 1.2; // frontends differ in the size of their letters
+const NOTE_MARGIN = 1.2; // frontends differ in font size
 const element = (node) => document.querySelector(`[data-node-id="${node.id}"]`);
 const notes = (node) => {
   const text = (LiteGraph.vueNodesMode ? element(node) : node.widgets[0].element).querySelector("h2").parentElement;
   const style = getComputedStyle(text), edges = [...text.children].map((e) => e.offsetTop + e.offsetHeight);
-  return (Math.max(...edges) - text.children[0].offsetTop + parseFloat(style.fontSize)) * NOTE_ROOM + 40;
+  return (Math.max(...edges) - text.children[0].offsetTop + parseFloat(style.fontSize)) * NOTE_MARGIN + 40;
 };
 const drawn = (node) => element(node).offsetHeight - LiteGraph.NODE_TITLE_HEIGHT;
 const height = (node) => {
@@ -55,7 +55,7 @@ const height = (node) => {
 return app.graph.nodes.map((node) => [node.id, height(node)]);
 """
 
-# Whether the page stands still: the same nodes in the same sizes, one look after the other.
+# Whether the page has settled: the same nodes in the same sizes, twice in a row.
 STILL = """
 const nodes = () => [...document.querySelectorAll("[data-node-id]")];
 const look = () => JSON.stringify(nodes().map((e) => [e.offsetWidth, e.offsetHeight]));
@@ -64,7 +64,7 @@ return new Promise((done) => setTimeout(() => done(before === look()), 300));
 """
 
 
-# Fits the graph into the free part of the page; the rectangle it then fills.
+# Fits the graph into the free part of the page; returns its rectangle.
 FRAME = """
 const boxes = app.graph._nodes.map((n) => [n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]);
 const [left, top] = [0, 1].map((i) => Math.min(...boxes.map((box) => box[i])) - 20);
@@ -78,7 +78,7 @@ return [80, 100, (right - left) * scale, (bottom - top) * scale];
 """
 
 
-# One node alone on the canvas; the rectangle it fills on the page.
+# One node alone on the canvas; returns its rectangle on the page.
 ONE_NODE = """
 app.graph.clear();
 const node = LiteGraph.createNode(name);
@@ -94,7 +94,7 @@ return [area.left + 480, area.top + 150, node.size[0] + 40, node.size[1] + 70];
 """
 
 
-# Jobs whose weights ship with the pack, so that their pictures can be drawn anywhere.
+# Jobs whose weights ship with the pack, so that they run anywhere.
 SELF_CONTAINED = ("dcgen_toy", "dcgen_toy_custom", "dcgen_toy_sana", "dcae_roundtrip")
 
 
@@ -107,55 +107,53 @@ def _browser():
     return module
 
 
-def _graph_picture(page, file: Path) -> None:
-    """The graph as a JPEG of 640 pixels' width."""
-    for _ in range(2):  # the page moves the view once more after loading a graph
+def _graph_image(page, file: Path) -> None:
+    """Write an image of the graph, as a JPEG 640 pixels wide."""
+    for _ in range(2):  # the page moves the view again after loading a graph
         x, y, width, height = page.js(f"(() => {{ {FRAME} }})()")
         page.js("new Promise((done) => setTimeout(done, 600))")
     clip = {"x": x, "y": y, "width": width, "height": height, "scale": 640 / width}
-    found = page.call("Page.captureScreenshot", format="jpeg", quality=82, clip=clip)
-    file.write_bytes(base64.b64decode(found["data"]))
+    screenshot = page.call("Page.captureScreenshot", format="jpeg", quality=82, clip=clip)
+    file.write_bytes(base64.b64decode(screenshot["data"]))
 
 
-def _drawn_picture(url: str, api: dict, file: Path) -> None:
-    """What the graph draws: its pictures side by side, or in two columns, as a JPEG of 640 pixels' width."""
+def _output_image(url: str, api: dict, file: Path) -> None:
+    """Write the graph's output images side by side, or in two columns, as a JPEG 640 pixels wide."""
     from PIL import Image
 
     entry = _run(url, api)
-    shown = [
+    outputs = [
         image
         for output in entry["outputs"].values()
         for part in ("a_images", "b_images", "images")
         for image in output.get(part, [])
     ]
-    pictures = []
-    for image in shown:
-        with urllib.request.urlopen(f"{url}/view?{urllib.parse.urlencode(image)}") as answer:
-            pictures.append(Image.open(io.BytesIO(answer.read())).convert("RGB"))
-    columns = len(pictures) if len(pictures) < 4 else 2
+    images = []
+    for image in outputs:
+        with urllib.request.urlopen(f"{url}/view?{urllib.parse.urlencode(image)}") as response:
+            images.append(Image.open(io.BytesIO(response.read())).convert("RGB"))
+    columns = len(images) if len(images) < 4 else 2
     side = 640 // columns
-    height = round(side * pictures[0].height / pictures[0].width)
-    sheet = Image.new("RGB", (side * columns, height * math.ceil(len(pictures) / columns)))
-    for i, picture in enumerate(pictures):
-        sheet.paste(
-            picture.resize((side, height), Image.Resampling.LANCZOS), (i % columns * side, i // columns * height)
-        )
+    height = round(side * images[0].height / images[0].width)
+    sheet = Image.new("RGB", (side * columns, height * math.ceil(len(images) / columns)))
+    for i, image in enumerate(images):
+        sheet.paste(image.resize((side, height), Image.Resampling.LANCZOS), (i % columns * side, i // columns * height))
     sheet.save(file, quality=88)
 
 
 def _post(address: str, body: dict) -> bytes:
     headers = {"Content-Type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(address, json.dumps(body).encode(), headers)) as answer:
-        return answer.read()
+    with urllib.request.urlopen(urllib.request.Request(address, json.dumps(body).encode(), headers)) as response:
+        return response.read()
 
 
 def _run(url: str, api: dict) -> dict:
-    """Queue a graph and wait; its history entry."""
-    _post(f"{url}/free", {"free_memory": True})  # else nothing is drawn that was drawn before
-    number = json.loads(_post(f"{url}/prompt", {"prompt": api}))["prompt_id"]
+    """Queue a graph, wait for it, and return its history entry."""
+    _post(f"{url}/free", {"free_memory": True})  # else cached outputs are not returned again
+    prompt_id = json.loads(_post(f"{url}/prompt", {"prompt": api}))["prompt_id"]
     while True:
-        with urllib.request.urlopen(f"{url}/history/{number}") as answer:
-            entry = json.loads(answer.read()).get(number)
+        with urllib.request.urlopen(f"{url}/history/{prompt_id}") as response:
+            entry = json.loads(response.read()).get(prompt_id)
         if entry:
             if entry["status"]["status_str"] != "success":
                 raise SystemExit(f"the graph failed: {entry['status']['messages'][-1]}")
@@ -165,9 +163,9 @@ def _run(url: str, api: dict) -> dict:
 
 @contextlib.contextmanager
 def opened(url: str) -> Iterator[tuple]:
-    """(page with ComfyUI in it, /object_info and the nodes of FOREIGN)."""
-    with urllib.request.urlopen(f"{url}/object_info") as answer:
-        kinds = {**json.loads(answer.read()), **FOREIGN}
+    """(page with ComfyUI, /object_info with the nodes of FOREIGN)."""
+    with urllib.request.urlopen(f"{url}/object_info") as response:
+        kinds = {**json.loads(response.read()), **FOREIGN}
     module = _browser()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         page = module.Browser(module.find_chromium(), Path(folder))
@@ -184,8 +182,8 @@ def opened(url: str) -> Iterator[tuple]:
             page.close()
 
 
-def shown(page, graph: dict, name: str, nodes2: bool) -> None:
-    """Open a graph in the page, its nodes drawn in one of the two ways."""
+def show(page, graph: dict, name: str, nodes2: bool) -> None:
+    """Open a graph in the page, with classic nodes or Nodes 2.0."""
     page.js(f"app.extensionManager.setting.set('{VUE_NODES}', {json.dumps(nodes2)})")
     page.until(f"!!LiteGraph.vueNodesMode === {json.dumps(nodes2)}")
     page.js(f"app.loadGraphData({json.dumps(graph)}, true, true, {json.dumps(name)})")
@@ -194,25 +192,25 @@ def shown(page, graph: dict, name: str, nodes2: bool) -> None:
     page.until(f"(() => {{ {STILL} }})()")
 
 
-def needed(page, workflow: Workflow, kinds: dict) -> dict[int, float]:
-    """The height that each node takes, in whichever way of drawing takes more; the page ends in the classic one."""
+def heights_of(page, workflow: Workflow, kinds: dict) -> dict[int, float]:
+    """The height of each node, the larger of both renderings; leaves the page in classic rendering."""
     heights: dict[int, float] = {}
     for nodes2 in (True, False):
-        shown(page, workflow.ui(kinds), workflow.title, nodes2)
+        show(page, workflow.ui(kinds), workflow.title, nodes2)
         for number, height in page.js(f"(() => {{ {NEEDED} }})()"):
             heights[int(number)] = max(height, heights.get(int(number), 0))
     return heights
 
 
 def written(page, kinds: dict, name: str) -> tuple[dict, dict]:
-    """(UI graph, API graph) of a job, as the page lays it out and serializes it. The page goes on showing it."""
+    """(UI graph, API graph) of a job, as the page lays it out and serializes it. Leaves it open in the page."""
     workflow = JOBS[name]()
-    places = workflow.places(needed(page, workflow, kinds))
-    shown(page, workflow.ui(kinds, places), name, nodes2=False)
+    places = workflow.places(heights_of(page, workflow, kinds))
+    show(page, workflow.ui(kinds, places), name, nodes2=False)
     missing = page.js("app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)")
     if missing:
         raise SystemExit(f"{name}: unknown nodes {missing}")
-    # The page draws a number; one made of the name lets two runs write the same file.
+    # The page makes a random id; one derived from the name gives the same file each time.
     ui = {**page.js("app.graph.serialize()"), "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)), "extra": {}}
     for node in ui["nodes"]:
         _plain(node, kinds.get(node["type"]))
@@ -220,26 +218,26 @@ def written(page, kinds: dict, name: str) -> tuple[dict, dict]:
 
 
 def _plain(node: dict, kind: dict | None) -> None:
-    """Make a node of the file the same whichever frontend and core wrote it."""
-    node.pop("widgets_values_named", None)  # newer frontends write the values twice, older ones cannot
+    """Remove what depends on the versions of frontend and core from a node."""
+    node.pop("widgets_values_named", None)  # newer frontends write the values twice
     if kind and node["outputs"] and not any(output["links"] for output in node["outputs"]):
-        node["outputs"] = []  # nodes that end a graph have got outputs in newer cores; the page adds them
-    # Switches that were never set; the page would show them as set when it reads null.
+        node["outputs"] = []  # newer cores give output nodes outputs; the page adds them
+    # Booleans that were never set are null; the page would show those as on.
     values = [False if value is None else value for value in node.get("widgets_values", [])]
     node["widgets_values"] = [] if kind and not has_widgets(kind) else values
 
 
 def _known_inputs(api: dict, kinds: dict) -> dict:
-    """Without the values that some frontends send for widgets of their own."""
+    """The graph without values of the frontend's own widgets."""
     for node in api.values():
-        known = {name for part in kinds[node["class_type"]]["input"].values() for name in part}
-        node["inputs"] = {name: value for name, value in node["inputs"].items() if name in known}
+        names = {name for part in kinds[node["class_type"]]["input"].values() for name in part}
+        node["inputs"] = {name: value for name, value in node["inputs"].items() if name in names}
     return api
 
 
 def blueprint(page, kinds: dict, workflow) -> dict:
     """The file of a blueprint."""
-    return workflow.file(kinds, workflow.places(needed(page, workflow, kinds)))
+    return workflow.file(kinds, workflow.places(heights_of(page, workflow, kinds)))
 
 
 def build_blueprints(url: str) -> None:
@@ -263,22 +261,22 @@ def build(url: str, names: list[str]) -> None:
             (HERE / f"{name}.json").write_text(as_text(ui))
             (HERE / "api" / f"{name}.json").write_text(as_text(api))
             if name in SELF_CONTAINED:
-                _drawn_picture(url, api, HERE / f"{name}.jpg")
+                _output_image(url, api, HERE / f"{name}.jpg")
             else:
-                _graph_picture(page, HERE / f"{name}.jpg")
+                _graph_image(page, HERE / f"{name}.jpg")
             print(name, len(ui["nodes"]), "nodes")
 
 
 def build_nodes(url: str) -> None:
-    """Pictures of our nodes, each alone with its links' ends, at twice the size they have on the canvas."""
+    """Write an image of each of our nodes."""
     with opened(url) as (page, kinds):
         page.js(f"app.loadGraphData({json.dumps(Workflow('').ui(kinds))}, true, true, 'nodes')")
         for name in (name for name, kind in kinds.items() if kind["category"] == "DC-Gen"):
             x, y, width, height = page.js(f"(() => {{ const name = {json.dumps(name)}; {ONE_NODE} }})()")
             page.js("new Promise((done) => setTimeout(done, 500))")
             clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
-            found = page.call("Page.captureScreenshot", format="png", clip=clip)
-            (HERE.parent / "web" / "docs" / "img" / f"{name}.png").write_bytes(base64.b64decode(found["data"]))
+            screenshot = page.call("Page.captureScreenshot", format="png", clip=clip)
+            (HERE.parent / "web" / "docs" / "img" / f"{name}.png").write_bytes(base64.b64decode(screenshot["data"]))
             print(name)
 
 

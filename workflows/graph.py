@@ -1,4 +1,4 @@
-"""A workflow as it is described in jobs.py: nodes and links, without places or sizes."""
+"""A workflow as described in jobs.py: nodes and links, without positions or sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 HUB = "https://huggingface.co"
 
-# Files that ComfyUI offers to download: name -> (folder below models/, address, sha256 if known).
+# Files that ComfyUI offers to download: name -> (folder in models/, URL, sha256 if known).
 FILES = {
     "flux1-krea-dev_fp8_scaled.safetensors": (
         "diffusion_models",
@@ -38,7 +38,7 @@ FILES = {
     ),
 }
 
-# Nodes of packs that need not be here to write a graph with them, as /object_info would have them.
+# Nodes of other packs as in /object_info, so that graphs with them can be written without the pack.
 FOREIGN = {
     "NunchakuFluxDiTLoader": {
         "input": {
@@ -63,7 +63,7 @@ FOREIGN = {
         "python_module": "custom_nodes.ComfyUI-nunchaku",
     }
 }
-# By these the frontend and ComfyUI-Manager know which pack to offer.
+# The pack that the frontend and ComfyUI-Manager offer for a missing node.
 PACKS = {"NunchakuFluxDiTLoader": {"cnr_id": "ComfyUI-nunchaku", "aux_id": "nunchaku-tech/ComfyUI-nunchaku"}}
 SOCKETS = {
     "MODEL",
@@ -80,25 +80,25 @@ SOCKETS = {
     "*",
 }
 
-WIDTH = 270  # of a node that says no other
-NARROW = 230  # of a node without much to read
+WIDTH = 270  # default of a node
+NARROW = 230  # of a node with little text
 NOTE = 860
 ACROSS = 40  # between columns
-DOWN = 80  # between nodes of one column: a title bar, and what Nodes 2.0 hangs below a node
-TALLEST = 1080  # what the page can show at a size that can be read
-INSIDE, OUTSIDE = -10, -20  # the ends of a subgraph, as links name them
+DOWN = 80  # between nodes of one column: a title bar, and what Nodes 2.0 shows below a node
+TALLEST = 1080  # what the page can show at a readable size
+INSIDE, OUTSIDE = -10, -20  # node ids of a subgraph's inputs and outputs, in links
 
 
 @dataclass(frozen=True)
 class Outer:
-    """An input of a blueprint, where an inner node takes it; what a widget says until it is changed."""
+    """An input of a blueprint that an inner node takes; value: the default of its widget."""
 
     name: str
     value: object = None
 
 
 class Workflow:
-    """Nodes and links of one graph. A node stands in the first column to the right of all that feed it."""
+    """Nodes and links of one graph. A node is placed in the first column to the right of all its sources."""
 
     def __init__(self, title: str, note: str = "", width: int = WIDTH):
         self.title, self.width, self.nodes = title, width, []
@@ -107,10 +107,10 @@ class Workflow:
             self.nodes[-1]["title"] = title
 
     def node(self, kind: str, box: tuple[int, int] | None = None, column: int = 0, **inputs) -> Callable:
-        """Add a node; inputs are widget values, or outputs of other nodes. box: its least width and height; column: the
-        leftmost it may stand in.
+        """Add a node; inputs are widget values or outputs of other nodes. box: its minimum width and height; column:
+        the leftmost column for it.
 
-        Returns output(i), to be given to other nodes as input.
+        Returns output(slot), the input value for other nodes.
         """
         number = len(self.nodes) + 1
         feeding = [self.nodes[value[0] - 1]["column"] for value in inputs.values() if isinstance(value, tuple)]
@@ -120,9 +120,9 @@ class Workflow:
         return lambda slot=0: (number, slot)
 
     def places(self, heights: dict[int, float]) -> dict[int, tuple[list[int], list[int]]]:
-        """{node id: (position, size)}: columns from left to right, their nodes one below the other, the note on top.
+        """{node id: (position, size)}: columns from left to right, with their nodes below each other; the note on top.
 
-        Where that is too tall, the columns to the right of the note start at its top.
+        When that is too tall, the columns to the right of the note start at its top.
         """
         for spec in self.nodes:
             spec["size"] = [spec["box"][0], round(max(spec["box"][1], heights[spec["id"]]))]
@@ -145,7 +145,7 @@ class Workflow:
         return [[spec for spec in drawn if spec["column"] == column] for column in range(last + 1)]
 
     def ui(self, kinds: dict, places: dict[int, tuple[list[int], list[int]]] | None = None) -> dict:
-        """As the frontend loads it; `kinds` is /object_info. Without places the nodes stand apart, to be measured."""
+        """The graph for the page; `kinds` is /object_info. Without places the nodes are far apart, to measure them."""
         nodes, links = [], []
         for spec in self.nodes:
             node = _node(self.title, spec, kinds.get(spec["kind"]), links)
@@ -159,7 +159,7 @@ class Workflow:
 
 
 def _node(title: str, spec: dict, kind: dict | None, links: list) -> dict:
-    """A node as the frontend loads it, placed nowhere; adds the links into it."""
+    """A node for the frontend, without a position; adds its input links to `links`."""
     sockets, widgets = [], []
     names = list(_inputs(kind)) if kind else [("text", "STRING", {})]
     for name, type_, options in names:
@@ -191,7 +191,7 @@ def _node(title: str, spec: dict, kind: dict | None, links: list) -> dict:
 
 
 class Blueprint(Workflow):
-    """A graph to drop into another as one node."""
+    """A graph that can be inserted into another as one node (a subgraph)."""
 
     def __init__(self, title: str, description: str):
         super().__init__(title)
@@ -199,11 +199,11 @@ class Blueprint(Workflow):
         self.results: list[tuple[str, tuple[int, int]]] = []
 
     def result(self, name: str, output: tuple[int, int]) -> None:
-        """An output of the whole."""
+        """Add an output of the blueprint."""
         self.results.append((name, output))
 
     def file(self, kinds: dict, places: dict) -> dict:
-        """The file that ComfyUI lists: one node in a graph, and what is inside it."""
+        """The file that ComfyUI lists: a graph of one subgraph node, and the subgraph's definition."""
         name = str(uuid.uuid5(uuid.NAMESPACE_URL, self.title))
         inner = self.ui(kinds, places)
         inputs, outputs = self._inputs_of(inner, kinds), self._outputs_of(inner)
@@ -248,8 +248,8 @@ class Blueprint(Workflow):
         }
 
     def _inputs_of(self, inner: dict, kinds: dict) -> list[dict]:
-        """Inputs in the order in which the nodes name them; adds the links from them to `inner`."""
-        found: dict[str, dict] = {}
+        """Inputs in the order of the nodes that take them; adds their links to `inner`."""
+        inputs: dict[str, dict] = {}
         for spec, node in zip(self.nodes, inner["nodes"], strict=True):
             node["inputs"] = _all_sockets(node, kinds[spec["kind"]])
             for slot, socket in enumerate(node["inputs"]):
@@ -257,12 +257,12 @@ class Blueprint(Workflow):
                     inner["links"][socket["link"] - 1][4] = slot
                 value = spec["inputs"].get(socket["name"])
                 if isinstance(value, Outer):
-                    one = found.setdefault(value.name, _end(self.title, value.name, socket["type"]))
-                    link = [len(inner["links"]) + 1, INSIDE, list(found).index(value.name), node["id"], slot]
+                    entry = inputs.setdefault(value.name, _end(self.title, value.name, socket["type"]))
+                    link = [len(inner["links"]) + 1, INSIDE, list(inputs).index(value.name), node["id"], slot]
                     inner["links"].append([*link, socket["type"]])
-                    one["linkIds"].append(link[0])
+                    entry["linkIds"].append(link[0])
                     socket["link"] = link[0]
-        return [one | {"pos": [-140, 20 + 20 * i]} for i, one in enumerate(found.values())]
+        return [entry | {"pos": [-140, 20 + 20 * i]} for i, entry in enumerate(inputs.values())]
 
     def _outputs_of(self, inner: dict) -> list[dict]:
         outputs = []
@@ -283,7 +283,7 @@ def _end(title: str, name: str, type_: str) -> dict:
 
 
 def _all_sockets(node: dict, kind: dict) -> list[dict]:
-    """A node's inputs as the frontend numbers them: each widget has one too."""
+    """A node's input sockets as the frontend numbers them: widgets have one too."""
     linked = {socket["name"]: socket for socket in node["inputs"]}
     return [
         linked.get(name) or {"name": name, "type": type_, "widget": {"name": name}, "link": None}
@@ -292,9 +292,9 @@ def _all_sockets(node: dict, kind: dict) -> list[dict]:
 
 
 def _download(name: str) -> dict:
-    folder, address, digest = FILES[name]
-    known = {"hash": digest, "hash_type": "SHA256"} if digest else {}
-    return {"name": name, "url": address, "directory": folder, **known}
+    folder, url, digest = FILES[name]
+    checksum = {"hash": digest, "hash_type": "SHA256"} if digest else {}
+    return {"name": name, "url": url, "directory": folder, **checksum}
 
 
 def _inputs(kind: dict) -> Iterator[tuple[str, str, dict]]:

@@ -1,4 +1,4 @@
-"""The workflows and blueprints of this pack: what each is made of. build.py writes them."""
+"""The workflows and blueprints of this pack; build.py writes their files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from graph import Blueprint, Outer, Workflow
 
 PROMPT_4K = "a lighthouse on a cliff at dawn, long grass in the wind, film photograph, fine detail"
 
-# The parts that several jobs share -----------------------------------------------------------------------------------
+# Parts that several jobs share -----------------------------------------------------------------------------------
 
 
 def prompt_box(w: Workflow, clip, text: str):
@@ -16,7 +16,7 @@ def prompt_box(w: Workflow, clip, text: str):
 
 
 def save(w: Workflow, samples, vae, prefix: str, decode: str = "DCAEDecode"):
-    """Decoding, and the picture below it; without a prefix it is only shown."""
+    """Decode and save the image; without a prefix, only show it."""
     strip = {"strip": 0} if decode == "DCAEDecode" else {}
     image = w.node(decode, samples=samples, vae=vae, **strip)
     kind, name = ("SaveImage", {"filename_prefix": prefix}) if prefix else ("PreviewImage", {})
@@ -25,7 +25,7 @@ def save(w: Workflow, samples, vae, prefix: str, decode: str = "DCAEDecode"):
 
 
 def one_sampler(w: Workflow, model, positive, latent, **values):
-    """latent: an output, or the name of a size, at which the node makes an empty one itself."""
+    """latent: an output, or the name of a size at which the node makes an empty latent."""
     values = {"seed": 42, "steps": 20, "guidance": 3.5, "sampler_name": "euler", "denoise": 1.0, **values}
     start = {"size": latent} if isinstance(latent, str) else {"latent": latent}
     return w.node("DCGen4KSampler", model=model, positive=positive, **start, **values)
@@ -39,7 +39,7 @@ def release_job(title: str, release: str, size: str, prefix: str, extra: str = "
         f"## {title}\n\nNeeds the release folder `models/diffusers/{release}`:\n\n"
         f"```\nhf download {repo} --local-dir models/diffusers/{release}\n```\n\n"
         "FLUX.1 Krea [dev] weights are for non-commercial use. Guidance 3.5, 20 steps and euler are the published "
-        f"settings; the shift follows the checkpoint by itself, so no ModelSamplingFlux.{extra}",
+        f"settings; the shift comes from the checkpoint, so do not add ModelSamplingFlux.{extra}",
     )
     load = w.node("DCGenReleaseLoader", release=release)
     text = prompt_box(w, load(1), PROMPT_4K)
@@ -61,9 +61,9 @@ def toy_loaders(w: Workflow, prompt: str):
 
 TOY_VAE = "toy/dc-ae-f32"
 TOY_NOTE = (
-    "\n\nEverything it needs ships with the pack: a FLUX-style model small enough for a CPU, trained on emoji on "
-    "coloured backgrounds, its f8 autoencoder's 64 tokens an image brought down to 16. Prompts read "
-    "`{subject} on a {color} background`. Set the adapter's strength to 0 to see alignment alone."
+    "\n\nAll weights ship with the pack: a FLUX-style model small enough for a CPU, trained on emoji on coloured "
+    "backgrounds; DC-Gen reduces the 64 tokens per image of its f8 latent to 16. Prompts have the form "
+    "`{subject} on a {color} background`. Set the adapter's strength to 0 to see alignment only."
 )
 
 
@@ -102,7 +102,7 @@ KREA_1K, KREA_4K = "DC-Gen-FLUX.1-Krea-Dev-Res1K", "DC-Gen-FLUX.1-Krea-Dev-Res4K
 
 
 def krea_base(w: Workflow):
-    """Plain FLUX.1 Krea from core's loaders, its text at 512 tokens as DC-Gen was published with."""
+    """Plain FLUX.1 Krea from core's loaders, with 512 text tokens as in the published DC-Gen."""
     model = w.node("UNETLoader", unet_name="flux1-krea-dev_fp8_scaled.safetensors", weight_dtype="default")
     return model, krea_text(w)
 
@@ -113,18 +113,18 @@ def krea_text(w: Workflow):
     return w.node("T5TokenizerOptions", clip=clip(), min_padding=0, min_length=512)
 
 
-# A folder below models/vae: what the notes have the user download.
+# Folder names in models/vae, and their download commands for the notes.
 VAE_F64, VAE_F32 = "dc-ae-1.5-f64c128", "dc-ae-f32c32-in-1.0"
 GET_F64 = f"\n\n```\nhf download dc-ai/{VAE_F64}-diffusers --local-dir models/vae/{VAE_F64}\n```\n\n"
 GET_F32 = f"\n\n```\nhf download mit-han-lab/{VAE_F32}-diffusers --local-dir models/vae/{VAE_F32}\n```\n\n"
 ADAPTER = (
-    "The adapter goes into `models/model_patches`. None is published as a file: take it out of a merged release with "
+    "The adapter goes into `models/model_patches`. None is published as a file: extract it from a merged release with "
     "`python -m dcgen.convert extract`, or train one with `python -m train.run`. "
 )
 
 
 def adapted_4k(w: Workflow, model, clip, prefix: str) -> Workflow:
-    """The rest of a graph from a base model to a 4K picture through an adapter."""
+    """The rest of a graph from a base model to a 4K image through an adapter."""
     adapter = "flux1-krea-dcgen-f64c128.safetensors"
     apply = w.node("DCGenApply", model=model(), adapter_name=adapter, strength=1.0)
     vae = w.node("DCAELoader", column=1, vae_name=VAE_F64)
@@ -138,7 +138,7 @@ def adapter_4k() -> Workflow:
     w = Workflow(
         "FLUX 4K from an adapter",
         f"## 4096 x 4096 from plain FLUX.1 Krea and a DC-Gen adapter\n\n{ADAPTER}Its autoencoder:{GET_F64}"
-        "Any loader may stand in for the model's: GGUF, fp8, LoRA before or after the adapter.",
+        "Any loader works in place of the model's: GGUF, fp8, LoRA before or after the adapter.",
     )
     model, clip = krea_base(w)
     return adapted_4k(w, model, clip, "dcgen/flux-4k-adapter")
@@ -149,13 +149,13 @@ def nunchaku_4k() -> Workflow:
         "FLUX 4K, nunchaku",
         "## 4096 x 4096 on a 4-bit nunchaku FLUX\n\n**Needs the node pack ComfyUI-nunchaku** and nunchaku itself: "
         "ComfyUI-Manager offers it under Install Missing Custom Nodes, then run its wheel installer. NVIDIA 20 to 50 "
-        "series only; on the 50 series choose the `svdq-fp4_r32-flux.1-krea-dev` file of the same place.\n\n"
+        "series only; on the 50 series use the `svdq-fp4_r32-flux.1-krea-dev` file from the same repository.\n\n"
         f"{ADAPTER}Extract it with `--rank 256`; nunchaku takes multiples of 16 up to 320. Its autoencoder:{GET_F64}"
-        "Nunchaku's LoRA nodes go between its loader and Apply DC-Gen; core's LoRA loaders do nothing here. Its 4-bit "
-        "weights were calibrated on f8 latents, so this is not the quantized DC-Gen model of the paper.",
+        "Nunchaku's LoRA nodes go between its loader and Apply DC-Gen; core's LoRA loaders have no effect here. Its "
+        "4-bit weights were calibrated on f8 latents, so this is not the quantized DC-Gen model of the paper.",
     )
     file = "svdq-int4_r32-flux.1-krea-dev.safetensors"
-    # Where its pack is missing the page draws it with a field for each value, which takes more room.
+    # If its pack is missing, the page draws it with a field for each value, which needs more space.
     model = w.node("NunchakuFluxDiTLoader", box=(270, 400), model_path=file)
     return adapted_4k(w, model, krea_text(w), "dcgen/flux-4k-nunchaku")
 
@@ -163,7 +163,7 @@ def nunchaku_4k() -> Workflow:
 def image_to_image() -> Workflow:
     w = Workflow(
         "FLUX 4K image to image",
-        "## 4K image to image\n\nThe picture is scaled to the sampler's size, encoded, and kept by 1 - denoise. "
+        "## 4K image to image\n\nThe image is scaled to the sampler's size and encoded; less denoise keeps more of it. "
         f"Needs `models/diffusers/{KREA_4K}`.",
     )
     load = w.node("DCGenReleaseLoader", release=KREA_4K)
@@ -177,19 +177,19 @@ def image_to_image() -> Workflow:
 def refine() -> Workflow:
     w = Workflow(
         "FLUX 1K to 4K refine",
-        "## Compose at 1K, refine at 4K\n\nThe 1K model draws the picture; the 4K model redraws it at 4096 x 4096 with "
-        f"denoise 0.45. Needs `models/diffusers/{KREA_1K}` and `{KREA_4K}`.",
+        "## Generate at 1K, refine at 4K\n\nThe 1K model generates the image; the 4K model refines it at 4096 x 4096 "
+        f"with denoise 0.45. Needs `models/diffusers/{KREA_1K}` and `{KREA_4K}`.",
         width=240,
     )
     small = w.node("DCGenReleaseLoader", release=KREA_1K)
     large = w.node("DCGenReleaseLoader", release=KREA_4K)
     text = w.node("CLIPTextEncode", box=(280, 160), clip=small(1), text=PROMPT_4K)
-    drawn = one_sampler(w, small(0), text(), "1K: 1024 x 1024")
-    image = w.node("DCAEDecode", samples=drawn(), vae=small(2), strip=0)
+    latent = one_sampler(w, small(0), text(), "1K: 1024 x 1024")
+    image = w.node("DCAEDecode", samples=latent(), vae=small(2), strip=0)
     w.node("PreviewImage", box=(240, 260), images=image())
     start = {"denoise": 0.45, "image": image(), "vae": large(2)}
-    detailed = one_sampler(w, large(0), text(), "4K: 4096 x 4096", **start)
-    save(w, detailed(), large(2), "dcgen/refine-4k")
+    refined = one_sampler(w, large(0), text(), "4K: 4096 x 4096", **start)
+    save(w, refined(), large(2), "dcgen/refine-4k")
     return w
 
 
@@ -197,7 +197,7 @@ def inpaint() -> Workflow:
     w = Workflow(
         "FLUX inpaint",
         "## Inpaint on a deep latent\n\nPaint the mask in LoadImage's mask editor. A mask pixel of the latent is 32 "
-        "(f32) or 64 (f64) image pixels wide, so paint generously; the picture's sides must be multiples of that. "
+        "(f32) or 64 (f64) image pixels wide, so paint generously; the image sides must be multiples of that. "
         f"Needs `models/diffusers/{KREA_1K}`.",
     )
     load = w.node("DCGenReleaseLoader", release=KREA_1K)
@@ -214,7 +214,7 @@ def side_by_side() -> Workflow:
     w = Workflow(
         "FLUX base and DC-Gen side by side",
         "## One base, two latents\n\nBoth samplers use the same loaded FLUX: once on its own f8 latent, once through a "
-        f"DC-Gen adapter. No weight is loaded twice. The wipe at the end compares the two pictures.\n\n{ADAPTER}"
+        f"DC-Gen adapter. No weight is loaded twice. The wipe at the end compares the two images.\n\n{ADAPTER}"
         f"Its autoencoder:{GET_F32}",
     )
     model, clip = krea_base(w)
@@ -238,9 +238,9 @@ def four_bit() -> Workflow:
     w = Workflow(
         "FLUX 4K, 4-bit",
         "## 4K from one 4-bit file\n\nOne .safetensors in `models/diffusion_models` with core's nvfp4 layout (or "
-        "fp8); native 4-bit speed needs a Blackwell GPU, other devices compute in 16 bit. None is published: quantize "
+        "fp8); 4-bit arithmetic needs a Blackwell GPU, other devices compute in 16 bit. None is published: quantize "
         f"a merged file (`python -m dcgen.convert pack`). Its autoencoder:{GET_F64}For nunchaku's 4-bit files there is "
-        "a workflow of its own.",
+        "a separate workflow.",
     )
     name = "dcgen-flux1-krea-4k-nvfp4.safetensors"
     model = w.node("DCGenModelLoader", model_name=name, weight_dtype="default")
@@ -255,19 +255,19 @@ def four_bit() -> Workflow:
 def round_trip() -> Workflow:
     w = Workflow(
         "DC-AE round trip",
-        "## What does a DC-AE lose?\n\nThe picture goes through the autoencoder and back; the wipe, the difference "
-        "(brightened) and the PSNR show what it costs. `toy/dc-ae-f32` ships with the pack and knows emoji only: put a "
-        "published one into `models/vae` and choose it, for example `dc-ai/dc-ae-1.5-f64c128` or the `vae` folder of "
+        "## What does a DC-AE lose?\n\nThe image is encoded and decoded; the wipe, the difference (brightened) and the "
+        "PSNR show the loss. `toy/dc-ae-f32` ships with the pack but was trained on emoji only: put a published one "
+        "into `models/vae` and select it, for example `dc-ai/dc-ae-1.5-f64c128` or the `vae` folder of "
         "`Efficient-Large-Model/Sana_1600M_1024px_diffusers`. Sides are cropped to multiples of 32, 64 or 128 pixels.",
     )
     image = w.node("LoadImage", box=(270, 330), image="example.png")
     vae = w.node("DCAELoader", vae_name=TOY_VAE)
     latent = w.node("DCAEEncode", image=image(), vae=vae(), strip=0)
-    again = w.node("DCAEDecode", samples=latent(), vae=vae(), strip=0)
-    lost = w.node("DCAEDifference", image_a=image(), image_b=again(), gain=4.0)
-    w.node("PreviewAny", source=lost(1))
-    w.node("DCGenCompare", box=(440, 560), image_a=image(), image_b=again())
-    w.node("SaveImage", box=(320, 380), images=lost(), filename_prefix="dcgen/round-trip-difference")
+    decoded = w.node("DCAEDecode", samples=latent(), vae=vae(), strip=0)
+    difference = w.node("DCAEDifference", image_a=image(), image_b=decoded(), gain=4.0)
+    w.node("PreviewAny", source=difference(1))
+    w.node("DCGenCompare", box=(440, 560), image_a=image(), image_b=decoded())
+    w.node("SaveImage", box=(320, 380), images=difference(), filename_prefix="dcgen/round-trip-difference")
     return w
 
 
@@ -278,7 +278,7 @@ SANA_PROMPT = "a lighthouse on a cliff at dawn, long grass in the wind, film pho
 def sana_parts(
     w: Workflow, model, clip, vae, size: str | dict, prefix: str, text: str = SANA_PROMPT, **values
 ) -> Workflow:
-    """Both prompts, the latent, SANA's published settings (or other values), and the picture."""
+    """Both prompts, the latent, SANA's published settings (or other values), and the image."""
     positive = w.node("DCGenSanaTextEncode", box=(300, 190), clip=clip, text=text, negative=False)
     negative = w.node("DCGenSanaTextEncode", box=(300, 190), clip=clip, text="", negative=True)
     empty = w.node("DCGenEmptyLatent", column=2, model=model, **({"size": size} if isinstance(size, str) else size))
@@ -295,8 +295,8 @@ def sana(pixels: str, size: str, prefix: str) -> Workflow:
         f"SANA {size[:2]}",
         f"## SANA {size[:2]}\n\nNeeds the release folder `models/diffusers/{release}`:\n\n```\n"
         f"hf download Efficient-Large-Model/{release} --local-dir models/diffusers/{release}\n```\n\n"
-        "Published settings: flow_dpmpp_2m, 20 steps, cfg 4.5; the shift (3, at 4K 6) comes from the release. Prompts "
-        "go through SANA Text Encode, the negative one too. `guidance` is ignored: SANA has no guidance embedding.",
+        "Published settings: flow_dpmpp_2m, 20 steps, cfg 4.5; the shift (3, at 4K 6) comes from the release. Encode "
+        "both prompts with SANA Text Encode. `guidance` is ignored: SANA has no guidance embedding.",
     )
     load = w.node("DCGenReleaseLoader", release=release)
     return sana_parts(w, load(0), load(1), load(2), size, prefix)
@@ -309,8 +309,8 @@ def sana_sprint() -> Workflow:
         "SANA-Sprint 1K",
         f"## SANA-Sprint 1K: two steps\n\nNeeds the release folder `models/diffusers/{release}`:\n\n```\n"
         f"hf download Efficient-Large-Model/{release} --local-dir models/diffusers/{release}\n```\n\n"
-        "Published settings: 2 steps (1 works too) of flow_consistency, guidance 4.5, cfg 1: the model has its "
-        "guidance built in, so there is no negative prompt and a step is one run. The noise levels come from "
+        "Published settings: 2 steps (1 works too) of flow_consistency, guidance 4.5, cfg 1: the model is "
+        "guidance-distilled, so it has no negative prompt and runs once per step. The sigmas come from "
         "the release.",
     )
     load = w.node("DCGenReleaseLoader", release=release)
@@ -327,10 +327,10 @@ def deep_sana_adapter() -> Workflow:
     release = SANA.format("1024px")
     w = Workflow(
         "DC-Gen-SANA 1K",
-        "## SANA on an f64 latent: 256 tokens at 1K in place of 1,024\n\n"
+        "## SANA on an f64 latent: 256 tokens at 1K instead of 1,024\n\n"
         f"Base: `models/diffusers/{release}`. Adapter: in `models/model_patches`; none is published, train one with "
         "`python -m train.run` (the paper's recipe for SANA is among `--list`). Autoencoder: the f64 one it was "
-        "trained with, in `models/vae`. Text and sampler settings are the base's.",
+        "trained with, in `models/vae`. Text encoding and sampler settings are the same as for the base.",
     )
     load = w.node("DCGenReleaseLoader", release=release)
     adapter = "sana-1.6b-dcgen-f64c128.safetensors"
@@ -346,7 +346,7 @@ def deep_sana() -> Workflow:
         "DC-Gen-SANA 4K",
         "## 4096 x 4096 from 4,096 tokens\n\n"
         f"Needs a merged release in `models/diffusers/{release}`. None is published: train it with "
-        "`python -m train.run` and export the release. Sampler settings are SANA's.",
+        "`python -m train.run` and export the release. Sampler settings are the same as for SANA.",
     )
     load = w.node("DCGenReleaseLoader", release=release)
     return sana_parts(w, load(0), load(1), load(2), "4K: 4096 x 4096", "dcgen/dcgen-sana-4k")
@@ -356,10 +356,11 @@ def toy_sana() -> Workflow:
     """DC-Gen-SANA as an adapter on the toy SANA."""
     w = Workflow(
         "DC-Gen toy SANA",
-        "## DC-Gen on a toy SANA\n\nEverything it needs ships with the pack: a SANA-style model small enough for a CPU "
-        "(0.7 million parameters, its own little Gemma), trained on emoji on coloured backgrounds, its f8 latent's 64 "
-        "tokens an image brought down to 16. Prompts read `{subject} on a {color} background`. SANA is not distilled: "
-        "it takes two passes a step, guided by `cfg`. Set the adapter's strength to 0 to see alignment alone.",
+        "## DC-Gen on a toy SANA\n\nAll weights ship with the pack: a SANA-style model small enough for a CPU (0.7 "
+        "million parameters, with a tiny Gemma), trained on emoji on coloured backgrounds; DC-Gen reduces the 64 "
+        "tokens per image of its f8 latent to 16. Prompts have the form `{subject} on a {color} background`. SANA is "
+        "not distilled: it needs two passes per step, with `cfg`. Set the adapter's strength to 0 to see alignment "
+        "only.",
     )
     load = w.node("DCGenReleaseLoader", release="toy/sana-base")
     adapter = "toy-sana-dcgen.safetensors"
@@ -392,12 +393,12 @@ JOBS: dict[str, Callable[[], Workflow]] = {
     "dcgen_sana_4k": deep_sana,
 }
 
-# Blueprints: a part of a graph as one node ---------------------------------------------------------------------------
+# Blueprints: parts of a graph as one node ---------------------------------------------------------------------------
 
 
 def adapter_blueprint() -> Blueprint:
     w = Blueprint(
-        "FLUX to 4K (adapter)", "A DC-Gen adapter on any FLUX: a picture of up to 4096 x 4096 from its MODEL and CLIP."
+        "FLUX to 4K (adapter)", "A DC-Gen adapter on any FLUX: an image of up to 4096 x 4096 from its MODEL and CLIP."
     )
     apply = w.node(
         "DCGenApply", model=Outer("model"), adapter_name=Outer("adapter_name", "flux1-krea-dcgen-f64c128.safetensors")
@@ -412,21 +413,24 @@ def adapter_blueprint() -> Blueprint:
 
 
 def round_trip_blueprint() -> Blueprint:
-    w = Blueprint("DC-AE round trip", "A picture through a DC-AE and back, the difference (brightened) and the PSNR.")
+    w = Blueprint(
+        "DC-AE round trip",
+        "Encodes and decodes an image with a DC-AE; also gives the difference (brightened) and the PSNR.",
+    )
     vae = w.node("DCAELoader", vae_name=Outer("vae_name", TOY_VAE))
     latent = w.node("DCAEEncode", image=Outer("image"), vae=vae())
-    again = w.node("DCAEDecode", samples=latent(), vae=vae())
-    lost = w.node("DCAEDifference", image_a=Outer("image"), image_b=again(), gain=Outer("gain"))
-    w.result("IMAGE", again())
-    w.result("difference", lost(0))
-    w.result("PSNR", lost(1))
+    decoded = w.node("DCAEDecode", samples=latent(), vae=vae())
+    difference = w.node("DCAEDifference", image_a=Outer("image"), image_b=decoded(), gain=Outer("gain"))
+    w.result("IMAGE", decoded())
+    w.result("difference", difference(0))
+    w.result("PSNR", difference(1))
     return w
 
 
 def refine_blueprint() -> Blueprint:
     w = Blueprint(
         "Refine 1K to 4K",
-        "Redraws a picture in the size of a 4K DC-Gen model, from the model's own MODEL, CLIP and VAE.",
+        "Refines an image at the size of a 4K DC-Gen model, with that model's MODEL, CLIP and VAE.",
     )
     text = w.node("CLIPTextEncode", box=(300, 160), clip=Outer("clip"), text=Outer("text", PROMPT_4K))
     values = {

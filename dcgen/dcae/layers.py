@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .stream import Chunks, Window, in_rows
+from .stream import Chunks, Handover, Window, in_rows
 
 FP16_MAX = 65504.0
 FOLD_MOST = 512 * 512
@@ -31,7 +31,7 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def finite(x: Tensor) -> Tensor:
-    """Saturate float16 instead of overflowing to inf (inf - inf is the NaN behind a black picture)."""
+    """Saturate float16 instead of overflowing to inf (inf - inf is the NaN behind a black image)."""
     if x.dtype != torch.float16:
         return x
     return x.clamp(-FP16_MAX, FP16_MAX) if x.requires_grad else x.clamp_(-FP16_MAX, FP16_MAX)
@@ -105,7 +105,7 @@ class Layer:
     """One step of the stream. `stream` maps chunks of an input of `height` rows to chunks of the output.
 
     For planning: `live` elements are alive per input pixel of a chunk while the layer works on it, `held` per input
-    pixel of the whole picture; `scale` is output size / input size; `work` multiply-adds per input pixel.
+    pixel of the whole image; `scale` is output size / input size; `work` multiply-adds per input pixel.
     """
 
     channels: int  # of the input
@@ -121,16 +121,10 @@ class Layer:
     def stream(self, chunks: Chunks, height: int, limit: int) -> Chunks:
         """`limit`: elements this layer may keep alive."""
         step = self.stepper()
-        for chunk, last in in_rows(chunks, height):
-            done = step(chunk, last)
-            del chunk
-            if done is not None:
-                box = [done]
-                del done
-                yield box.pop()
+        return Handover(lambda rows: step(*rows), in_rows(chunks, height))
 
     def size(self, pixels: int) -> int:
-        """Output rows (or columns) of a picture with this many input rows (or columns)."""
+        """Output rows (or columns) of an image with this many input rows (or columns)."""
         return int(pixels * self.scale)
 
     def halo(self, pixels: int) -> int:
@@ -190,9 +184,9 @@ class ResBlock(nn.Module, Layer):
     def __init__(self, channels: int, norm: str, act: str, operations: Any, dtype: Any, device: Any) -> None:
         super().__init__()
         self.act = act
-        kwargs = {"dtype": dtype, "device": device}
-        self.conv1 = conv3x3(operations, channels, channels, **kwargs)
-        self.conv2 = conv3x3(operations, channels, channels, bias=False, **kwargs)
+        factory_kwargs = {"dtype": dtype, "device": device}
+        self.conv1 = conv3x3(operations, channels, channels, **factory_kwargs)
+        self.conv2 = conv3x3(operations, channels, channels, bias=False, **factory_kwargs)
         self.norm = make_norm(norm, channels, dtype, device)
         self.channels = channels
         self.live, self.work, self.reach = 6 * channels, 2 * self.conv1.weight.numel(), 2
@@ -206,7 +200,7 @@ class ResBlock(nn.Module, Layer):
             rows = first(x, last)
             if rows is None:
                 return None
-            top = done["middle"] - 1  # picture row of rows[0]
+            top = done["middle"] - 1  # image row of rows[0]
             middle = activate(self.act, finite(self.conv1(rows)))
             done["middle"] += middle.shape[2]
             around = second(middle, last)
@@ -299,9 +293,9 @@ class Up(nn.Module, Layer):
 
 
 def fold_nearest(weight: Tensor) -> list[list[Tensor]]:
-    """3x3 after nearest x2 is a 2x2 convolution of the small picture for each of the four output positions.
+    """3x3 after nearest x2 is a 2x2 convolution of the small image for each of the four output positions.
 
-    Rows 2i-1, 2i, 2i+1 of the large picture are rows i-1, i, i of the small one; 2i, 2i+1, 2i+2 are i, i, i+1.
+    Rows 2i-1, 2i, 2i+1 of the large image are rows i-1, i, i of the small one; 2i, 2i+1, 2i+2 are i, i, i+1.
     Returns kernels [row parity][column parity]: 4/9 of the multiplications.
     """
     first = torch.stack([weight[:, :, 0], weight[:, :, 1] + weight[:, :, 2]], 2)

@@ -1,4 +1,4 @@
-// What changes in the graph that the page shows, told to the features beside it.
+// Notifies the other scripts of changes of the graph on the page.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 
@@ -15,7 +15,7 @@ export function unlisten(update) {
   listeners.delete(update);
 }
 
-/** Tell the listeners, once what is being done to the graph is done. */
+/** Call the listeners, once, after the current change of the graph. */
 export function refresh() {
   if (due) return;
   due = true;
@@ -25,16 +25,16 @@ export function refresh() {
   }, 0);
 }
 
-/** Report the changes of a node's widgets and links. */
+/** Call `refresh` when a widget of a node changes, or one of its links is added or removed. */
 export function watch(node) {
   if (watched.has(node)) return;
   watched.add(node);
   for (const widget of node.widgets ?? []) {
     const callback = widget.callback;
     widget.callback = function (...args) {
-      const answer = callback?.apply(this, args);
+      const result = callback?.apply(this, args);
       refresh();
-      return answer;
+      return result;
     };
   }
   const connected = node.onConnectionsChange;
@@ -44,7 +44,7 @@ export function watch(node) {
   };
 }
 
-/** Call `update` while the node is in a graph, at each change. */
+/** Call `update` after each change, as long as the node is in a graph. */
 export function whileInGraph(node, update) {
   const { onAdded, onRemoved } = node;
   node.onAdded = function (...args) {
@@ -61,9 +61,9 @@ export function whileInGraph(node, update) {
 app.registerExtension({
   name: "DCGen.Changes",
   setup() {
-    // What is changed on other packs' nodes between a feature's node and its model: both node renderers report it here.
+    // For changes on other packs' nodes between our node and its model; sent by both node renderers.
     api.addEventListener("graphChanged", refresh);
   },
-  nodeCreated: refresh, // one more use of a subgraph changes what is shown inside it
+  nodeCreated: refresh, // a second instance of a subgraph changes what is shown inside it
   afterConfigureGraph: refresh,
 });

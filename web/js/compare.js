@@ -1,4 +1,4 @@
-// The wipe of DCGenCompare: two pictures on top of each other, the upper one cut where the pointer is.
+// The wipe of DCGenCompare: two images on top of each other, the upper one clipped at the pointer.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { nodeAt } from "./graph.js";
@@ -20,11 +20,11 @@ function address(image) {
   return api.apiURL(`/view?${query}`);
 }
 
-/** [a, b] for every place of the longer batch; the shorter one's last image is repeated. */
+/** [a, b] for each image of the longer batch; the last image of the shorter one is repeated. */
 function paired(first, second) {
   if (!first?.length || !second?.length) return [];
-  const at = (images, i) => images[Math.min(i, images.length - 1)];
-  return Array.from({ length: Math.max(first.length, second.length) }, (_, i) => [at(first, i), at(second, i)]);
+  const pick = (images, i) => images[Math.min(i, images.length - 1)];
+  return Array.from({ length: Math.max(first.length, second.length) }, (_, i) => [pick(first, i), pick(second, i)]);
 }
 
 function wipe() {
@@ -43,7 +43,7 @@ function wipe() {
 
   let pairs = [];
   let shown = 0;
-  const at = (share) => {
+  const moveTo = (share) => {
     const percent = Math.min(100, Math.max(0, share * 100));
     a.style.clipPath = `inset(0 ${100 - percent}% 0 0)`;
     line.style.left = `calc(${percent}% - 1px)`;
@@ -51,42 +51,42 @@ function wipe() {
   };
   const show = (index) => {
     shown = index;
-    for (const [picture, image] of [[a, pairs[index]?.[0]], [b, pairs[index]?.[1]]]) {
-      if (image) picture.src = address(image);
-      else picture.removeAttribute("src");
+    for (const [element, image] of [[a, pairs[index]?.[0]], [b, pairs[index]?.[1]]]) {
+      if (image) element.src = address(image);
+      else element.removeAttribute("src");
     }
     next.textContent = `${index + 1} / ${pairs.length}`;
   };
   box.addEventListener("pointermove", (event) => {
     const area = box.getBoundingClientRect();
-    at((event.clientX - area.left) / area.width);
+    moveTo((event.clientX - area.left) / area.width);
   });
   box.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: -5, ArrowRight: 5 }[event.key];
     if (!step) return;
-    at((Number(box.getAttribute("aria-valuenow")) + step) / 100);
+    moveTo((Number(box.getAttribute("aria-valuenow")) + step) / 100);
     event.stopPropagation();
   });
   next.addEventListener("click", () => show((shown + 1) % pairs.length));
-  at(0.5);
-  let told = "[]";
+  moveTo(0.5);
+  let current = "[]";
   return {
     box,
     set(output) {
-      const now = paired(output?.a_images, output?.b_images);
-      if (JSON.stringify(now) === told) return;
-      told = JSON.stringify(now);
-      pairs = now;
+      const received = paired(output?.a_images, output?.b_images);
+      if (JSON.stringify(received) === current) return;
+      current = JSON.stringify(received);
+      pairs = received;
       next.hidden = pairs.length < 2;
       show(0);
     },
   };
 }
 
-/** Show what the page has kept for each node: it outlives undo, other tabs, and comes with a job out of the history. */
-function showKept(outputs = app.nodeOutputs) {
-  const kept = new Map(Object.entries(outputs ?? {}).map(([key, output]) => [nodeAt(key), output]));
-  views.forEach((view, node) => view.set(kept.get(node)));
+/** Show the outputs that the page stores per node: they survive undo and tab switches, and come with history jobs. */
+function showStored(outputs = app.nodeOutputs) {
+  const stored = new Map(Object.entries(outputs ?? {}).map(([key, output]) => [nodeAt(key), output]));
+  views.forEach((view, node) => view.set(stored.get(node)));
 }
 
 function addWipe(node) {
@@ -98,7 +98,7 @@ function addWipe(node) {
   node.onAdded = function (...args) {
     onAdded?.apply(this, args);
     views.set(this, view);
-    setTimeout(showKept, 0); // a node that undo or paste puts back has its number only now
+    setTimeout(showStored, 0); // a node restored by undo or paste gets its id only after this call
   };
   node.onRemoved = function (...args) {
     onRemoved?.apply(this, args);
@@ -118,6 +118,6 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass === "DCGenCompare") addWipe(node);
   },
-  afterConfigureGraph: () => showKept(),
-  onNodeOutputsUpdated: (outputs) => showKept(outputs),
+  afterConfigureGraph: () => showStored(),
+  onNodeOutputsUpdated: (outputs) => showStored(outputs),
 });

@@ -1,7 +1,7 @@
-// The graph that the page shows. Shared by the features beside it.
+// Access to the graph on the page, shared by the other scripts.
 import { app } from "../../../scripts/app.js";
 
-/** The node that the page or the server names so: "5", "SUBGRAPH:5", or the way to it from the root, "12:5". */
+/** The node of an id as the page or the server writes it: "5", "SUBGRAPH:5", or its path from the root, "12:5". */
 export function nodeAt(key) {
   let graph = app.rootGraph ?? app.graph;
   let node = null;

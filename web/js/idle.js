@@ -1,13 +1,13 @@
-// Widgets that have no effect as the graph stands are greyed out, and their tooltip says why.
+// Disables widgets that have no effect in the current graph; their tooltip says why.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { watch, whileInGraph } from "./changes.js";
 import { connected, latentOf, widgetValue } from "./model.js";
 
-const CUSTOM = "width x height"; // of `size`: the numbers count
+const CUSTOM = "width x height"; // the choice of `size` for which width and height apply
 const tooltips = new WeakMap();
 
-/** Why width and height have no effect, where they have none. */
+/** Why width and height have no effect; "" if they have. */
 function sizes(node) {
   const size = widgetValue(node, "size");
   const reason = size !== undefined && size !== CUSTOM ? "`size` names the size" : "";
@@ -15,7 +15,7 @@ function sizes(node) {
 }
 
 function ofSampler(node, changed) {
-  const latent = connected(node, "latent") ? "the connected latent has its size" : "";
+  const latent = connected(node, "latent") ? "the connected latent sets the size" : "";
   const model = latentOf(api, node, changed);
   return {
     ...(latent ? { size: latent, width: latent, height: latent, batch_size: latent } : { size: "", batch_size: "" }),
@@ -25,10 +25,10 @@ function ofSampler(node, changed) {
   };
 }
 
-// Node -> (node, changed) => {widget: reason, "" where it has an effect}. `changed` runs when more is known later.
+// Node -> (node, changed) => {widget: reason, "" if it has an effect}. `changed` is called when more is known later.
 const RULES = { DCGenEmptyLatent: sizes, DCGen4KSampler: ofSampler };
 
-function grey(widget, reason) {
+function disable(widget, reason) {
   if (!tooltips.has(widget)) tooltips.set(widget, widget.tooltip);
   const tooltip = tooltips.get(widget);
   if (Boolean(widget.disabled) !== Boolean(reason)) widget.disabled = Boolean(reason);
@@ -43,8 +43,8 @@ app.registerExtension({
     watch(node);
     whileInGraph(node, function update() {
       for (const [name, reason] of Object.entries(rule(node, update))) {
-        const widget = node.widgets?.find((one) => one.name === name);
-        if (widget) grey(widget, reason);
+        const widget = node.widgets?.find((candidate) => candidate.name === name);
+        if (widget) disable(widget, reason);
       }
       node.setDirtyCanvas?.(true, true);
     });

@@ -1,13 +1,13 @@
-// What an input of a node is fed by, and the latent of the model behind it. Shared by the features beside it.
+// The source of a node's input, and the latent of the model connected to it; shared by the other scripts.
 //
-// Everywhere here null means "nothing is connected" and undefined "that cannot be told".
+// In this file null means "not connected" and undefined "unknown".
 
 const MUTED = 2;
 const BYPASSED = 4;
-const MOST_HOPS = 64; // a graph with a loop must not hang the page
+const MAX_HOPS = 64; // a graph with a loop must not hang the page
 
-// Loaders whose latent is known by the name of what they load. `autoencoder`: widget with the latent of a file that does
-// not say its own, or that latent itself.
+// Loaders whose latent is looked up by the name of the loaded file. `autoencoder`: the latent of a file that does not
+// name its own, as a widget or a fixed name.
 const NAMED_BY = {
   DCGenReleaseLoader: { kind: "release", widget: "release" },
   DCGenModelLoader: { kind: "model", widget: "model_name", autoencoder: { widget: "autoencoder" } },
@@ -19,31 +19,31 @@ const FIXED = { NunchakuFluxDiTLoader: { factor: 8, patch: 2 } };
 const known = new Map();
 const waiting = new Map();
 
-/** {node, slot}: the output that feeds an input, seen through subgraphs, reroutes and bypassed nodes. */
+/** {node, slot}: the output connected to an input, through subgraphs, reroutes and bypassed nodes. */
 export function source(node, name) {
   return sourceOf(node, slotOf(node, name), 0);
 }
 
-/** The value of a widget; undefined where a link replaces it, because what comes through a link is known at run time. */
+/** The value of a widget; undefined if a link replaces it, because linked values are only known at run time. */
 export function widgetValue(node, name) {
   const slot = slotOf(node, name);
   if (slot >= 0 && linkInto(node, slot)) return undefined;
   return node?.widgets?.find((widget) => widget.name === name)?.value;
 }
 
-/** Whether anything is linked to an input. */
+/** Whether an input is linked. */
 export function connected(node, name) {
   const slot = slotOf(node, name);
   return slot >= 0 && Boolean(linkInto(node, slot));
 }
 
-/** {factor, patch, guidance} of the model behind an input, or {missing: true} while its file is not there. `changed`
- * runs when an answer arrives later. */
+/** {factor, patch, guidance} of the model connected to an input, or {missing: true} if its file is missing. `changed` is
+ * called when an answer arrives later. */
 export function latentOf(api, node, changed, name = "model") {
   return latentAt(api, source(node, name), changed, 0);
 }
 
-/** Forget what files said, so that they are read anew. */
+/** Clear the cache, so that files are read again. */
 export function forget() {
   known.clear();
 }
@@ -52,7 +52,7 @@ function slotOf(node, name) {
   return node?.inputs?.findIndex((input) => input.name === name) ?? -1;
 }
 
-/** Subgraph nodes give a link of their inside by the same name of method, hence the class's own. */
+/** The base class's method: subgraph nodes override it to return a link inside the subgraph. */
 function linkInto(node, slot) {
   return node.graph ? LiteGraph.LGraphNode.prototype.getInputLink.call(node, slot) : null;
 }
@@ -60,11 +60,11 @@ function linkInto(node, slot) {
 function sourceOf(node, slot, hops) {
   const link = slot < 0 ? null : linkInto(node, slot);
   if (!link) return null;
-  if (hops > MOST_HOPS) return undefined;
+  if (hops > MAX_HOPS) return undefined;
   return link.originIsIoNode ? outside(node.graph, link.origin_slot, hops + 1) : output(node.graph, link, hops + 1);
 }
 
-/** What feeds an input of a subgraph, seen from within. A subgraph that is used twice has two answers, hence none. */
+/** The source of a subgraph's input, from inside; unknown for a subgraph that is used more than once. */
 function outside(subgraph, slot, hops) {
   const root = subgraph.rootGraph;
   const graphs = [root, ...root.subgraphs.values()];
@@ -78,7 +78,7 @@ function output(graph, link, hops) {
   if (node.mode === BYPASSED) return through(node, node.outputs[link.origin_slot]?.type, hops);
   if (node.subgraph) return inside(node.subgraph, link.origin_slot, hops);
   if (!node.isVirtualNode) return { node, slot: link.origin_slot };
-  // A reroute has one input and one output. Other nodes of the page alone (Get of a Set) have rules of their own.
+  // A reroute has one input and one output. Other virtual nodes (Get/Set) work differently.
   return node.inputs?.length === 1 && node.outputs?.length === 1 ? sourceOf(node, 0, hops) : undefined;
 }
 
@@ -88,18 +88,18 @@ function inside(subgraph, slot, hops) {
   return link.originIsIoNode ? outside(subgraph, link.origin_slot, hops) : output(subgraph, link, hops);
 }
 
-/** A bypassed node hands on an input of its output's type; which one of several is the frontend's business. */
+/** A bypassed node passes on an input of its output's type; if there are several, the frontend's choice is unknown. */
 function through(node, type, hops) {
   const slots = (node.inputs ?? []).flatMap((input, slot) => (input.type === type ? [slot] : []));
   return slots.length === 1 ? sourceOf(node, slots[0], hops) : undefined;
 }
 
-function latentAt(api, found, changed, hops) {
-  if (!found || hops > MOST_HOPS) return hops > MOST_HOPS ? undefined : found;
-  const { node } = found;
+function latentAt(api, origin, changed, hops) {
+  if (!origin || hops > MAX_HOPS) return hops > MAX_HOPS ? undefined : origin;
+  const { node } = origin;
   if (FIXED[node.comfyClass]) return FIXED[node.comfyClass];
   if (NAMED_BY[node.comfyClass]) return named(api, node, NAMED_BY[node.comfyClass], changed);
-  // A node that changes a model (LoRA, shift, merge) leaves its latent as it is.
+  // Nodes that change a model (LoRA, shift, merge) keep its latent.
   const answers = (node.inputs ?? [])
     .filter((input) => input.type === "MODEL")
     .map((input) => latentAt(api, source(node, input.name), changed, hops + 1))
@@ -122,8 +122,8 @@ function ask(api, query, changed) {
     waiting.set(query, new Set());
     api
       .fetchApi(`/dcgen/latent?${query}`)
-      .then((answer) => (answer.ok ? answer.json() : answer.status === 404 ? { missing: true } : undefined))
-      .then((found) => known.set(query, found))
+      .then((response) => (response.ok ? response.json() : response.status === 404 ? { missing: true } : undefined))
+      .then((latent) => known.set(query, latent))
       .catch(() => known.set(query, undefined))
       .finally(() => {
         const listeners = waiting.get(query);

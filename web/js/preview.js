@@ -1,14 +1,14 @@
-// The picture that DC-AE Decode shows while it decodes is taken away when it is done: in classic nodes it would stay,
-// and keep the node so tall that it lies on what is below.
+// Removes the preview image of DC-AE Decode when it has finished: in classic nodes it would stay, and the node would
+// remain tall enough to cover the nodes below it.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { nodeAt } from "./graph.js";
 
-const WIDGET = "$$canvas-image-preview"; // the frontend's own name for it
-const WAIT = 500; // for a picture that is still on its way
-const running = new Map(); // node -> its size before the picture
+const WIDGET = "$$canvas-image-preview"; // the frontend's name of the widget
+const WAIT = 500; // for an image that still arrives
+const running = new Map(); // node -> its size before the preview
 
-/** `id`: the node that runs now, null when none does. */
+/** `id`: the node that runs now, or null. */
 function follow(id) {
   const now = id == null ? null : nodeAt(id);
   for (const [node, size] of running) {
@@ -20,7 +20,7 @@ function follow(id) {
 }
 
 function clear(node, size) {
-  if (running.has(node)) return; // it runs again
+  if (running.has(node)) return; // runs again
   node.imgs = undefined;
   const slot = node.widgets?.findIndex((widget) => widget.name === WIDGET) ?? -1;
   if (slot < 0) return;

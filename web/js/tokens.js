@@ -1,4 +1,4 @@
-// A line on the empty-latent and sampler nodes: how many tokens the image costs, and how many fewer than at f8.
+// A line on the empty-latent and sampler nodes: the number of tokens of the image, and the saving over f8.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { refresh, watch, whileInGraph } from "./changes.js";
@@ -6,10 +6,10 @@ import { connected, forget, latentOf, source, widgetValue } from "./model.js";
 
 const NODES = ["DCGenEmptyLatent", "DCGen4KSampler"];
 const LOADERS = ["DCGenReleaseLoader", "DCGenModelLoader", "DCGenApply"];
-const F8_SIDE = 16; // f8 with patches of 2: what FLUX costs without DC-Gen
+const F8_SIDE = 16; // f8 with patch size 2, as in FLUX without DC-Gen
 const UNKNOWN = "tokens: depends on what is linked";
 
-/** [width, height] in pixels of a node with a `size` choice and numbers; NaN where a link decides. */
+/** [width, height] in pixels from a node's `size`, `width` and `height`; NaN if one is linked. */
 function pixels(node) {
   const size = widgetValue(node, "size");
   if (size === undefined) return [NaN, NaN];
@@ -18,7 +18,7 @@ function pixels(node) {
   return numbers.map(Number);
 }
 
-/** The node whose numbers are the image's size: the sampler makes an empty latent itself when it is given none. */
+/** The node that sets the image size: the sampler makes its own empty latent when none is connected. */
 function sized(node) {
   const latent = source(node, "latent");
   return latent === null ? node : latent?.node;
@@ -42,8 +42,8 @@ function count(latent, width, height) {
   if (width % side || height % side) return `${width} x ${height}: this model needs multiples of ${side}`;
   const tokens = (width / side) * (height / side);
   const fewer = ((width / F8_SIDE) * (height / F8_SIDE)) / tokens;
-  const told = `${width} x ${height} = ${tokens.toLocaleString("en")} tokens`;
-  return fewer > 1 ? `${told}, ${+fewer.toFixed(1)}x fewer than f8` : told;
+  const text = `${width} x ${height} = ${tokens.toLocaleString("en")} tokens`;
+  return fewer > 1 ? `${text}, ${+fewer.toFixed(1)}x fewer than f8` : text;
 }
 
 function addLine(node) {
@@ -60,7 +60,7 @@ function addLine(node) {
   const height = () => 16;
   const options = { serialize: false, getMinHeight: height, getMaxHeight: height };
   const widget = node.addDOMWidget("dcgen_tokens", "dcgen_tokens", box, options);
-  widget.serialize = false; // a line to read, no value of the graph
+  widget.serialize = false; // display only
   node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
   const update = () => {
     const text = line(node, update);
