@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import FP16_MAX, KEEP_SHARE, Layer, RMSNorm, activate, conv3x3, finite, make_norm, plain, pointwise
+from .layers import FP16_MAX, KEEP_SHARE, Device, Layer, RMSNorm, activate, conv3x3, finite, make_norm, plain, pointwise
 from .stream import Chunks, Collector, Handover, Window, drain, in_rows
 
 
@@ -27,11 +27,18 @@ class Attention(nn.Module, Layer):
     """
 
     def __init__(
-        self, channels: int, head_dim: int, scales: tuple[int, ...], norm: str, operations: Any, dtype: Any, device: Any
+        self,
+        channels: int,
+        head_dim: int,
+        scales: tuple[int, ...],
+        norm: str,
+        operations: Any,
+        dtype: torch.dtype | None,
+        device: Device,
     ) -> None:
         super().__init__()
         self.head_dim, self.eps = head_dim, 1e-15
-        factory_kwargs = {"dtype": dtype, "device": device}
+        factory_kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         inner = channels // head_dim * head_dim
         self.to_q = operations.Linear(channels, inner, bias=False, **factory_kwargs)
         self.to_k = operations.Linear(channels, inner, bias=False, **factory_kwargs)
@@ -134,16 +141,19 @@ class Attention(nn.Module, Layer):
         tokens = torch.stack(mixed, 2).flatten(2)
         del mixed
         y = finite(self.to_out(tokens)).unflatten(1, (x.shape[2], x.shape[3])).movedim(-1, 1)
-        return self.norm_out(y, residual=x)
+        result: Tensor = self.norm_out(y, residual=x)
+        return result
 
 
 class AttentionScale(nn.Module):
     """Depthwise k x k, then 1x1 per third of a head (arXiv:2205.14756, multi-scale tokens)."""
 
-    def __init__(self, inner: int, head_dim: int, size: int, operations: Any, dtype: Any, device: Any) -> None:
+    def __init__(
+        self, inner: int, head_dim: int, size: int, operations: Any, dtype: torch.dtype | None, device: Device
+    ) -> None:
         super().__init__()
         self.size, self.head_dim = size, head_dim
-        factory_kwargs = {"dtype": dtype, "device": device}
+        factory_kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         channels = 3 * inner
         self.proj_in = operations.Conv2d(
             channels, channels, size, padding=(0, size // 2), groups=channels, bias=False, **factory_kwargs
@@ -156,7 +166,8 @@ class AttentionScale(nn.Module):
         """(B, 3 * inner, H + size - 1, W) -> (B, 3 * heads, H * W, head_dim)."""
         x = finite(self.proj_in(x))
         if not plain(self.proj_out):
-            return finite(self.proj_out(x)).flatten(2).unflatten(1, (-1, self.head_dim)).transpose(2, 3)
+            heads: Tensor = finite(self.proj_out(x)).flatten(2).unflatten(1, (-1, self.head_dim))
+            return heads.transpose(2, 3)
         weight = self.proj_out.weight.view(-1, self.head_dim, self.head_dim)
         groups = x.movedim(1, -1).flatten(1, 2).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
         return finite(groups @ weight.transpose(1, 2))
@@ -165,9 +176,9 @@ class AttentionScale(nn.Module):
 class GLUMBConv(nn.Module, Layer):
     """x + norm(point(u * silu(g))), [u, g] = depth3x3(silu(expand(x))); the hidden width is 2 * 4C."""
 
-    def __init__(self, channels: int, operations: Any, dtype: Any, device: Any) -> None:
+    def __init__(self, channels: int, operations: Any, dtype: torch.dtype | None, device: Device) -> None:
         super().__init__()
-        factory_kwargs = {"dtype": dtype, "device": device}
+        factory_kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         hidden = 4 * channels
         self.conv_inverted = operations.Conv2d(channels, 2 * hidden, 1, **factory_kwargs)
         self.conv_depth = conv3x3(operations, 2 * hidden, 2 * hidden, groups=2 * hidden, **factory_kwargs)
@@ -194,20 +205,29 @@ class GLUMBConv(nn.Module, Layer):
     def project(self, value: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
         if value.dtype != torch.float16:
             hidden = value * F.silu(gate) if value.requires_grad else F.silu(gate).mul_(value)
-            return self.norm(pointwise(self.conv_point, hidden), residual=residual)
+            result: Tensor = self.norm(pointwise(self.conv_point, hidden), residual=residual)
+            return result
         # The product of two float16 numbers overflows. The norm forgets the scale of a pixel (up to its eps), so
         # shrink each pixel into range before the projection and let eps know.
         product = value.float() * F.silu(gate.float())
         shrink = (FP16_MAX / 64 / product.abs().amax(1, keepdim=True).clamp(min=1e-6)).clamp(max=1.0)
         y = pointwise(self.conv_point, (product * shrink).to(value.dtype))
-        return self.norm(y, residual=residual, eps=self.norm.eps * shrink.square())
+        result = self.norm(y, residual=residual, eps=self.norm.eps * shrink.square())
+        return result
 
 
 class EfficientViTBlock(nn.Module):
     """Attention, then the gated convolution; each with its own residual."""
 
     def __init__(
-        self, channels: int, head_dim: int, scales: tuple[int, ...], norm: str, operations: Any, dtype: Any, device: Any
+        self,
+        channels: int,
+        head_dim: int,
+        scales: tuple[int, ...],
+        norm: str,
+        operations: Any,
+        dtype: torch.dtype | None,
+        device: Device,
     ) -> None:
         super().__init__()
         self.attn = Attention(channels, head_dim, scales, norm, operations, dtype, device)

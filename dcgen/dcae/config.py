@@ -192,7 +192,8 @@ CONFIG_FIELDS: dict[str, Check] = {
 
 def _factor(layers: Sequence[int]) -> int:
     # an empty stage 0 still halves (in the first conv); an empty later stage has no resampling block at all
-    return 2 ** ((layers[0] == 0) + sum(count > 0 for count in layers[:-1]))
+    halvings = (layers[0] == 0) + sum(count > 0 for count in layers[:-1])
+    return 1 << halvings
 
 
 def _used(words: Sequence[str], layers: Sequence[int]) -> tuple[str, ...]:

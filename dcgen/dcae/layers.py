@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from .stream import Chunks, Handover, Window, in_rows
 
+Device = torch.device | str | None
+
 FP16_MAX = 65504.0
 FOLD_MOST = 512 * 512
 KEEP_SHARE = 2
@@ -47,7 +49,9 @@ def activate(name: str, x: Tensor) -> Tensor:
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean_C(x^2) + eps) * weight + bias over channels; mean and root in float32. Overwrites x."""
 
-    def __init__(self, channels: int, dtype: Any = None, device: Any = None, eps: float = 1e-5) -> None:
+    def __init__(
+        self, channels: int, dtype: torch.dtype | None = None, device: Device = None, eps: float = 1e-5
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels, dtype=dtype, device=device))
@@ -69,12 +73,12 @@ class RMSNorm(nn.Module):
 class ChannelNorm(nn.BatchNorm2d):
     """BatchNorm with the call of RMSNorm (only decoder stages 0-2 of the in / mix families use it)."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = super().forward(x)
         return finite(y if residual is None else y + residual)
 
 
-def make_norm(kind: str, channels: int, dtype: Any, device: Any) -> RMSNorm | ChannelNorm:
+def make_norm(kind: str, channels: int, dtype: torch.dtype | None, device: Device) -> RMSNorm | ChannelNorm:
     if kind == "rms_norm":
         return RMSNorm(channels, dtype=dtype, device=device)
     return ChannelNorm(channels, dtype=dtype, device=device)
@@ -164,7 +168,8 @@ class Conv(Layer):
 def channel_shortcut(x: Tensor, channels: int) -> Tensor:
     """Match channel counts: mean over consecutive groups, or each channel repeated."""
     if channels <= x.shape[1]:
-        return x.unflatten(1, (channels, -1)).mean(2)
+        groups: Tensor = x.unflatten(1, (channels, -1))
+        return groups.mean(2)
     return x.repeat_interleave(channels // x.shape[1], dim=1)
 
 
@@ -174,17 +179,20 @@ def unshuffle_shortcut(x: Tensor, channels: int) -> Tensor:
     if group % 4 == 0:
         return channel_shortcut(F.avg_pool2d(x, 2), channels)
     if group == 2:  # a group is the two neighbours in a row
-        return F.avg_pool2d(x, (1, 2)).unflatten(2, (-1, 2)).movedim(3, 2).flatten(1, 2)
+        pairs: Tensor = F.avg_pool2d(x, (1, 2)).unflatten(2, (-1, 2))
+        return pairs.movedim(3, 2).flatten(1, 2)
     return channel_shortcut(F.pixel_unshuffle(x, 2), channels)
 
 
 class ResBlock(nn.Module, Layer):
     """x + norm(conv(act(conv(x)))), local: two rows on either side."""
 
-    def __init__(self, channels: int, norm: str, act: str, operations: Any, dtype: Any, device: Any) -> None:
+    def __init__(
+        self, channels: int, norm: str, act: str, operations: Any, dtype: torch.dtype | None, device: Device
+    ) -> None:
         super().__init__()
         self.act = act
-        factory_kwargs = {"dtype": dtype, "device": device}
+        factory_kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         self.conv1 = conv3x3(operations, channels, channels, **factory_kwargs)
         self.conv2 = conv3x3(operations, channels, channels, bias=False, **factory_kwargs)
         self.norm = make_norm(norm, channels, dtype, device)
@@ -211,7 +219,8 @@ class ResBlock(nn.Module, Layer):
             del around
             start = done["out"] - top
             done["out"] += y.shape[2]
-            return self.norm(y, residual=rows[:, :, start : start + y.shape[2]])
+            normed: Tensor = self.norm(y, residual=rows[:, :, start : start + y.shape[2]])
+            return normed
 
         return step
 
@@ -220,7 +229,14 @@ class Down(nn.Module, Layer):
     """Halve the size: 3x3 conv to C_out/4 then pixel-unshuffle, or a strided 3x3 conv; shortcut averages channels."""
 
     def __init__(
-        self, c_in: int, c_out: int, unshuffle: bool, shortcut: bool, operations: Any, dtype: Any, device: Any
+        self,
+        c_in: int,
+        c_out: int,
+        unshuffle: bool,
+        shortcut: bool,
+        operations: Any,
+        dtype: torch.dtype | None,
+        device: Device,
     ) -> None:
         super().__init__()
         self.unshuffle, self.shortcut, self.c_out = unshuffle, shortcut, c_out
@@ -250,7 +266,14 @@ class Up(nn.Module, Layer):
     """Double the size: 3x3 conv to 4*C_out then pixel-shuffle, or nearest x2 then 3x3; shortcut repeats channels."""
 
     def __init__(
-        self, c_in: int, c_out: int, interpolate: bool, shortcut: bool, operations: Any, dtype: Any, device: Any
+        self,
+        c_in: int,
+        c_out: int,
+        interpolate: bool,
+        shortcut: bool,
+        operations: Any,
+        dtype: torch.dtype | None,
+        device: Device,
     ) -> None:
         super().__init__()
         self.interpolate, self.shortcut, self.c_out = interpolate, shortcut, c_out

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from ..latent import LatentSpace
 from .attention import EfficientViTBlock
 from .config import DCAEConfig, DCAEError
-from .layers import Conv, Down, Head, Layer, ResBlock, RMSNorm, Up, conv3x3
+from .layers import Conv, Device, Down, Head, Layer, ResBlock, RMSNorm, Up, conv3x3
 from .plan import CPU_WORKING_BYTES, Chain, budget, free_memory, whole_budget
 from .run import Meter, Progress, run, run_panels
 from .stream import batched
 
 
-def make_block(config: DCAEConfig, side: str, stage: int, operations: Any, dtype: Any, device: Any) -> nn.Module:
+def make_block(
+    config: DCAEConfig, side: str, stage: int, operations: Any, dtype: torch.dtype | None, device: Device
+) -> nn.Module:
     channels = getattr(config, f"{side}_block_out_channels")[stage]
     norm = config.decoder_norm_types[stage] if side == "decoder" else "rms_norm"
     if getattr(config, f"{side}_block_types")[stage] == "ResBlock":
@@ -35,7 +37,7 @@ def make_block(config: DCAEConfig, side: str, stage: int, operations: Any, dtype
 class Encoder(nn.Module):
     """Image (B,3,H,W) -> raw latent (B,C,H/f,W/f). Attribute names are diffusers' key names."""
 
-    def __init__(self, config: DCAEConfig, operations: Any, dtype: Any, device: Any) -> None:
+    def __init__(self, config: DCAEConfig, operations: Any, dtype: torch.dtype | None, device: Device) -> None:
         super().__init__()
         factory_kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         widths, layers = config.encoder_block_out_channels, config.encoder_layers_per_block
@@ -61,7 +63,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Raw latent (B,C,h,w) -> image (B,3,h*f,w*f). Attribute names are diffusers' key names."""
 
-    def __init__(self, config: DCAEConfig, operations: Any, dtype: Any, device: Any) -> None:
+    def __init__(self, config: DCAEConfig, operations: Any, dtype: torch.dtype | None, device: Device) -> None:
         super().__init__()
         factory_kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         widths, layers = config.decoder_block_out_channels, config.decoder_layers_per_block
@@ -104,7 +106,9 @@ class DCAE(nn.Module):
     `operations` supplies Conv2d and Linear (torch.nn, or comfy.ops classes), `dtype` / `device` go to every parameter.
     """
 
-    def __init__(self, config: DCAEConfig, operations: Any = nn, dtype: Any = None, device: Any = None) -> None:
+    def __init__(
+        self, config: DCAEConfig, operations: Any = nn, dtype: torch.dtype | None = None, device: Device = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.rgb_factors: tuple[tuple[float, float, float], ...] | None = None  # live preview of a scaled latent
@@ -114,7 +118,8 @@ class DCAE(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.decoder.conv_in.weight.dtype
+        weight: Tensor = self.decoder.conv_in.weight
+        return weight.dtype
 
     @property
     def latent_space(self) -> LatentSpace:
