@@ -21,7 +21,7 @@ from .stream import Chunks, Handover, Window, in_rows
 Device = torch.device | str | None
 
 FP16_MAX = 65504.0
-FOLD_MOST = 512 * 512
+FOLD_MAX = 512 * 512  # input times output channels
 KEEP_SHARE = 2
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "silu": F.silu,
@@ -282,7 +282,7 @@ class Up(nn.Module, Layer):
         self.scale, self.live, self.carried = 2.0, 4 * c_in + 16 * c_out, 2 * c_in
         self.work = self.conv.weight.numel() * (4 if interpolate else 1)
         # folded kernels are 16/9 of the weights: not worth it for the wide layers, which see few pixels
-        self.fold = interpolate and c_in * c_out <= FOLD_MOST
+        self.fold = interpolate and c_in * c_out <= FOLD_MAX
         self.fixed = 24 * c_in * c_out if self.fold else 0
 
     def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
