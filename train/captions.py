@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -16,7 +15,7 @@ SUFFIXES = (".txt", ".caption")  # of a text file beside an image, in this order
 FIELDS = ("caption", "text")  # of a JSON object, in this order
 MAX_CHARACTERS = 1 << 16  # of a caption
 MAX_BYTES = 1 << 24  # of a text or JSON file with one caption, and of a line of JSON
-MAX_LINES_BYTES = 1 << 30  # of a file of prompts
+MAX_LINES_BYTES = 1 << 30  # of a file of lines that is read whole
 BOMS = (  # the longer first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -51,7 +50,7 @@ def read_bounded(file: BinaryIO, limit: int = MAX_BYTES) -> bytes:
     """What is left of a file; ValueError where that is more than `limit` bytes, of which no more is read."""
     data = file.read(limit + 1)
     if len(data) > limit:
-        raise ValueError(f"more than {limit} bytes, too much for a caption")
+        raise ValueError(f"more than {limit} bytes of text; so much is not read")
     return data
 
 
@@ -85,20 +84,24 @@ def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Lines end at a line feed only. A SampleError names file and line.
     """
     with open(path, "rb") as file:
-        encoding = encoding_of(file.read(4))
-        file.seek(0)
-        lines = io.TextIOWrapper(file, encoding=encoding, newline="\n")
-        number = 0
-        while True:
-            number += 1
+        for number, line in enumerate(_byte_lines(file, path), start=1):
             where = f"{printable(str(path))}, line {number}"
             with sample(where):
-                line = lines.readline(MAX_BYTES + 1)
-                row = parse_object(line, where, MAX_BYTES) if line.strip() else None
-            if not line:
-                return
+                row = parse_object(text_of(line), where, MAX_BYTES) if line.strip() else None
             if row is not None:
                 yield number, row
+
+
+def _byte_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """The lines of a file in UTF-8, one at a time; a file in UTF-16 or 32 is read whole for it."""
+    mark = encoding_of(file.read(4))
+    file.seek(len(codecs.BOM_UTF8) if mark == "utf-8-sig" else 0)
+    if mark in ("utf-8", "utf-8-sig"):
+        yield from iter(lambda: file.readline(MAX_BYTES + 1), b"")
+    else:
+        with sample(printable(str(path))):
+            text = text_of(read_bounded(file, MAX_LINES_BYTES))
+        yield from text.encode("utf-8").split(b"\n")
 
 
 def read_lines(path: Path) -> list[str]:

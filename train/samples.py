@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Collection, Iterator
@@ -114,12 +115,14 @@ def files_under(root: Path, skipped: Skipped) -> list[File]:
     while waiting:
         folder, above = waiting.pop()
         with os.scandir(folder) as listing:
-            entries = [entry for entry in listing if not _hidden(entry.name)]
-        for path in (Path(entry.path) for entry in entries):
+            paths = sorted(Path(entry.path) for entry in listing if not _hidden(entry.name))
+        for path in paths:
             name = _name(path, root)
             try:
                 status = path.stat()
-            except FileNotFoundError:
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise
                 skipped.add("links to nothing", name)
                 continue
             if stat.S_ISREG(status.st_mode):
