@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -36,6 +37,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
+WHITE_IS_ZERO = 0  # in a TIFF
 KEY_SCALE = {"L;2": 85, "L;4": 17}  # a PNG's colour key is counted in its own grey levels, pixels in 0..255
 
 
@@ -45,8 +47,10 @@ def image_size(file: BinaryIO, limit: int = MAX_PIXELS) -> tuple[int, int]:
     `file` is seekable and open for reading. Errors are those of `decode`, as far as the header shows them.
     """
     with _opened(file, limit) as image:
-        turned = _orientation(image, file) >= 5
-        return (image.width, image.height) if turned else (image.height, image.width)
+        width, height = image.size
+        if isinstance(image, TiffImageFile):  # newer Pillow has turned its size already, older has not
+            width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
+        return (width, height) if _orientation(image, file) >= 5 else (height, width)
 
 
 def decode(file: BinaryIO, limit: int = MAX_PIXELS) -> Image.Image:
@@ -59,12 +63,14 @@ def decode(file: BinaryIO, limit: int = MAX_PIXELS) -> Image.Image:
     more than MAX_BYTES, and pixels whose range is not known (32-bit integers, floating values outside of 0..1).
     """
     with _opened(file, limit) as image:
-        orientation = _orientation(image, file)
+        turn = UPRIGHT.get(_orientation(image, file))
+        if isinstance(image, TiffImageFile):
+            turn = None  # load() turns it
         raw = _raw_mode(image)
-        inverted = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(262) == 0  # WhiteIsZero
+        inverted = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
         image.load()
         rgb = to_rgb(image, raw, inverted)
-    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def to_rgb(image: Image.Image, raw: str = "", inverted: bool = False) -> Image.Image:
@@ -118,15 +124,16 @@ def _opened(file: BinaryIO, limit: int) -> Iterator[Image.Image]:
 
 def _orientation(image: Image.Image, file: BinaryIO) -> int:
     """How a viewer turns the image, 1 to 8; 1 = not at all, also where EXIF cannot be read."""
-    if image.format == "TIFF":
-        return 1  # Pillow turns these itself
     try:
-        # not image.getexif(): for a PNG without EXIF in front it decodes everything
-        exif = Image.Image.getexif(image)
-        if ORIENTATION not in exif and image.format == "PNG" and (block := _exif_of_png(file)):
-            exif = Image.Exif()
-            exif.load(block)
-        value = exif.get(ORIENTATION, 1)
+        if isinstance(image, TiffImageFile):
+            value = image.tag_v2.get(ORIENTATION, 1)
+        else:
+            # not image.getexif(): for a PNG without EXIF in front it decodes everything
+            exif = Image.Image.getexif(image)
+            if ORIENTATION not in exif and image.format == "PNG" and (block := _exif_of_png(file)):
+                exif = Image.Exif()
+                exif.load(block)
+            value = exif.get(ORIENTATION, 1)
     except Exception:
         return 1
     return value if isinstance(value, int) and value in UPRIGHT else 1

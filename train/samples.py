@@ -84,7 +84,10 @@ def first_names(names: Collection[str], count: int, separator: str = ", ") -> st
     return separator.join(names) + (f"{separator}and {more} more" if more else "")
 
 
-@dataclass(frozen=True)
+Stamp = tuple[str, int, int]  # name, bytes, and time of change in ns: changes with the content of a file
+
+
+@dataclass(frozen=True, slots=True)
 class File:
     """A regular file under a data folder: its path, its name from that folder on, bytes, and time of change in ns."""
 
@@ -98,6 +101,10 @@ class File:
         """In lower case."""
         return self.path.suffix.lower()
 
+    @property
+    def stamp(self) -> Stamp:
+        return self.name, self.size, self.changed
+
 
 def files_under(root: Path, skipped: Skipped) -> list[File]:
     """Every regular file under a folder, or `root` itself where it is a file; sorted by the parts of their paths.
@@ -107,6 +114,8 @@ def files_under(root: Path, skipped: Skipped) -> list[File]:
     links to nothing, pipes and devices are counted. A folder that cannot be listed is the OSError that names it.
     """
     if not root.is_dir():
+        if not root.is_file():  # a pipe would be waited for
+            raise ValueError(f"{printable(str(root))} is neither a folder nor a file")
         return [_file(root, root.name, root.stat())]
     found: list[File] = []
     top = _folder_key(root)

@@ -151,6 +151,13 @@ def test_a_file_for_a_folder(tmp_path):
         folder(tmp_path / "a.png")
 
 
+def test_a_pipe_for_the_data_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x")
+    for opener in (folder, webset, table):
+        with pytest.raises((ValueError, OSError), match=r"x is (neither a folder nor a file|a file)"):
+            opener(tmp_path / "x")
+
+
 def test_all_damaged_samples_are_named_at_once_or_left_out(tmp_path, capsys):
     for name in "abcdefgh":
         put(tmp_path, name)

@@ -18,7 +18,7 @@ from torch import Tensor
 from train import captions, images
 from train.config import Strict
 from train.files import digest_json
-from train.samples import SHOWN, SampleError, Skipped, first_names, sample
+from train.samples import SHOWN, SampleError, Stamp, Skipped, first_names, sample
 
 Ratio = Annotated[float, Field(ge=1 / 32, le=32)]
 PREPROCESSING = 2  # what images.decode and images.fit make of the same bytes; part of identity()
@@ -74,13 +74,13 @@ class Files(Strict):
         return {name: value for name, value in serialize(self).items() if new.get(name, ...) != value}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Found:
     """A sample as scan() finds it; the callables are used before the next one is asked for.
 
     name: as in messages; where: its file, and member or row; captions: its alternatives, [] where there is none;
-    open: the image's bytes, None where there are none; place: what FileSource.open takes; stamp: JSON, cheap, which
-    changes with the image's bytes.
+    open: the image's bytes, None where there are none; place: what FileSource.open takes; stamp: of the file that the
+    image is in, shared by all samples in it.
     """
 
     name: str
@@ -88,10 +88,10 @@ class Found:
     captions: Callable[[], list[str]]
     open: Callable[[], AbstractContextManager[BinaryIO]] | None
     place: Any
-    stamp: Any
+    stamp: Stamp
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A sample of a FileSource; size is (H, W) of its upright image."""
 
@@ -100,7 +100,7 @@ class Entry:
     caption: str
     size: tuple[int, int]
     place: Any
-    stamp: Any
+    stamp: Stamp
 
 
 class FileSource(Source):

@@ -44,8 +44,9 @@ class FolderSource(FileSource):
                 continue
             texts = beside.get(str(file.path.with_suffix("")), {})
             read = partial(self._captions, texts, listed.pop(str(file.path), None))
-            stamp = [file.name, file.size, file.changed]
-            yield Found(file.name, printable(str(file.path)), read, partial(self.open, file.path), file.path, stamp)
+            yield Found(
+                file.name, printable(str(file.path)), read, partial(self.open, file.path), file.path, file.stamp
+            )
         for where, _ in listed.values():
             self.skipped.add(f"lines of {TABLE} whose image is not there", where)
 

@@ -63,7 +63,7 @@ class ParquetSource(FileSource):
                 return
             number += 1
             group, place, image, caption = row
-            where, stamp = f"{printable(str(file.path))}, row {number}", [file.name, file.size, file.changed, number]
+            where = f"{printable(str(file.path))}, row {number}"
             try:
                 with sample(where):
                     data = _bytes_of(image.as_py())
@@ -76,7 +76,7 @@ class ParquetSource(FileSource):
                 lambda value=caption: captions.captions_of(value.as_py()),  # type: ignore[misc]
                 opened,
                 Place(file.path, group, place),
-                stamp,
+                file.stamp,
             )
 
     def _rows(self, file: File) -> Iterator[tuple[int, int, Any, Any]]:

@@ -59,7 +59,6 @@ class TarSource(FileSource):
                 yield from self._scan_tar(file)
 
     def _scan_tar(self, file: File) -> Iterator[Found]:
-        stamp = [file.name, file.size, file.changed]
         with open(file.path, "rb") as handle:
             with sample(printable(str(file.path))):
                 groups = self._groups(handle, file)
@@ -74,7 +73,7 @@ class TarSource(FileSource):
                 where = f"{printable(str(file.path))}: {printable(image.name if image else key)}"
                 read = partial(self._captions, members, file.path)
                 opened = partial(_window, handle, image) if image else None
-                yield Found(name, where, read, opened, image and image.place, [*stamp, key])
+                yield Found(name, where, read, opened, image and image.place, file.stamp)
 
     def open(self, place: Any) -> AbstractContextManager[BinaryIO]:
         return _Owned(place)
