@@ -18,7 +18,7 @@ from torch import Tensor
 from train import captions, images
 from train.config import Strict
 from train.files import digest_json
-from train.samples import SHOWN, SampleError, Stamp, Skipped, first_names, sample
+from train.samples import SHOWN, SampleError, Skipped, Stamp, first_names, sample
 
 Ratio = Annotated[float, Field(ge=1 / 32, le=32)]
 PREPROCESSING = 2  # what images.decode and images.fit make of the same bytes; part of identity()
