@@ -14,7 +14,7 @@ from train import captions
 from train.samples import File, files_under, printable, sample
 from train.sources.base import Files, FileSource, Found
 
-STEP_BYTES = 1 << 28  # of a column that are unpacked at a time, as far as one row allows
+STEP_BYTES = 1 << 28  # that are unpacked at a time, as far as one row allows
 KEPT_BYTES = 1 << 30  # of images that stay unpacked between calls
 # What a file may unfold to: a dictionary of one value of a megabyte, used a million times, is a file of a megabyte.
 UNFOLD_BYTES, UNFOLD_TIMES = 1 << 30, 256
@@ -125,13 +125,12 @@ class ParquetSource(FileSource):
         return name
 
     def _batches(self, table: Any, group: int, columns: list[str]) -> Iterator[Any]:
-        """The rows of a group, so many at a time that a column takes at most STEP_BYTES, or one row what it takes."""
-        chunk = table.metadata.row_group(group)
-        chunks = [chunk.column(index) for index in range(chunk.num_columns)]
-        largest = max(
-            (c.total_uncompressed_size for c in chunks if c.path_in_schema.startswith(tuple(columns))), default=1
-        )
-        step = max(1, min(64, STEP_BYTES // max(largest, 1)))
+        """The rows of a group, so many at a time that they take at most STEP_BYTES, or one row what it takes.
+
+        How much a group takes, a dictionary's values once, is asked of the group: pyarrow ends the process, and no
+        exception can be caught, where the record of a single column is damaged and asked for.
+        """
+        step = max(1, min(64, STEP_BYTES // max(table.metadata.row_group(group).total_byte_size, 1)))
         return table.iter_batches(batch_size=step, row_groups=[group], columns=columns, use_threads=False)
 
     def _column(self, place: Place) -> Any:
