@@ -16,6 +16,7 @@ from train.autoencoders import Autoencoder, load_autoencoder
 from train.conditioning import Cond, of_samples, trim
 from train.models import load_network, moved_network, read_base
 from train.sample import euler, seeded_noise
+from train.text import load_text
 
 
 class Pipeline:
@@ -53,7 +54,7 @@ class Pipeline:
             load_network(base, dtype, device) if adapter is None else self._moved(base, Path(adapter), strength)
         )
         self.model.to(device).eval()
-        self.encode = self.family.text_encoder(base, device, dtype, text_tokens)
+        self.encode = load_text(base, device, dtype, text_tokens)
         self.device = device
 
     def _check_own_latent(self, base: Path) -> None:

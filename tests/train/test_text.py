@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from train.families import FAMILIES
-from train.text import check_text, text_identity
+from train.text_parts import check_text, text_identity
 
 FLUX = FAMILIES["flux"]
 

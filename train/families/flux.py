@@ -15,7 +15,7 @@ from dcgen.backbones import BACKBONES, Config
 from dcgen.backbones.base import patch_size
 from train.conditioning import Cond, CondField, Role
 from train.family import Architecture, Family, TextEncoder, TinyRelease, child, model_config
-from train.text import ANY_TOKENIZER, load_part
+from train.text_parts import ANY_TOKENIZER, load_part
 from train.tiny import END, tiny_kl, tiny_text
 from train.toy.releases import CLIP, T5, ToyText
 

@@ -23,7 +23,7 @@ from train.files import digest_json
 from train.models import network_of
 from train.plan import plan_cache
 from train.stages.base import Context, Stage, complaints
-from train.text import text_identity
+from train.text_parts import text_identity
 
 
 class CacheStage(Stage):

@@ -27,7 +27,7 @@ from train.objective import objective_terms
 from train.plan import plan_moved
 from train.stages.base import complaints
 from train.stages.denoising import DenoisingConfig, DenoisingStage
-from train.text import check_text
+from train.text_parts import check_text
 
 FIT_BATCHES = 32  # that a closed-form head is fitted to
 KEEP = "base"  # value of `start`: the base already works on this latent

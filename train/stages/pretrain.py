@@ -18,7 +18,7 @@ from train.models import load_network, read_base
 from train.objective import Objective
 from train.stages.base import complaints
 from train.stages.denoising import DenoisingConfig, DenoisingStage
-from train.text import check_text
+from train.text_parts import check_text
 
 
 class BaseConfig(DenoisingConfig):
