@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -19,6 +19,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 
 from dcgen.fields import shown
 from dcgen.schedule import Schedule
@@ -141,10 +142,13 @@ class Recipe(Strict):
         return Path(self.output or f"runs/{self.name}").expanduser()
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    source: str | Path, overrides: Sequence[str] = (), note: Callable[[str], object] = lambda line: None
+) -> Recipe:
     """Read a recipe by name (train/recipes/NAME.yaml) or by path, apply `key=value` overrides, validate all of it.
 
-    Raises RecipeError naming the field, the value and the nearest valid name.
+    `note` is called with a line for each stage that keeps its own value of a default that an override sets. Raises
+    RecipeError naming the field, the value and the nearest valid name.
     """
     path = find_recipe(source)
     raw = _yaml(_text(path), str(path))
@@ -152,9 +156,13 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: a recipe is a mapping with `name` and `stages`, found {type(raw).__name__}")
     if not isinstance(raw.get("stages") or {}, dict):
         raise RecipeError(f"{path}: `stages` is a mapping of names to settings, found {type(raw['stages']).__name__}")
-    for item in overrides:
-        _override(raw, item)
-    return parse_recipe(raw, str(path))
+    given = [_override(raw, item) for item in overrides]
+    for place in given:
+        _switch_variant(raw, place, given)
+    recipe = parse_recipe(raw, str(path))
+    for line in _kept(raw, given):
+        note(line)
+    return recipe
 
 
 def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -172,10 +180,13 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
         kind = fields.setdefault("kind", name)
         if not isinstance(kind, str):
             raise RecipeError(f"{where}: stages.{name}.kind is {shown(kind)}, expected the name of a kind")
-        config = stage_class(kind, f"{where}: stages.{name}").Config
+        stage = stage_class(kind, f"{where}: stages.{name}")
+        config = stage.Config
         known |= set(config.model_fields)
         shared = {key: value for key, value in recipe.defaults.items() if key in config.model_fields}
         used |= set(shared)
+        if not stage.has_loss():
+            shared.pop("steps", None)  # of stages that train
         stages[name] = _validate(config, {**shared, **fields}, f"{where}: stages.{name}")
     for key in recipe.defaults:
         if key not in used:
@@ -250,27 +261,121 @@ def _unshared(value: Any, where: str) -> Any:
     return copied(value, 0)
 
 
-def _override(raw: dict[str, Any], item: str) -> None:
-    """Apply `a.b.c=value` in place; the value is YAML. A first part that names a stage means that stage."""
+def _override(raw: dict[str, Any], item: str) -> tuple[str, ...]:
+    """Apply `a.b.c=value` in place and return the path that it set; the value is YAML.
+
+    A first part that names a stage means that stage; one that names a field of stages means `defaults`.
+    """
     key, equals, text = item.partition("=")
     if not equals or not key:
         raise RecipeError(f"override {item!r} is not key=value")
-    parts = key.split(".")
-    if parts[0] not in Recipe.model_fields and parts[0] in (raw.get("stages") or {}):
-        parts = ["stages", *parts]
-    if parts[0] not in Recipe.model_fields:
-        valid = [*Recipe.model_fields, *(raw.get("stages") or {})]
-        raise RecipeError(
-            f"override {item!r}: {parts[0]!r} is neither a recipe field nor a stage{nearest(parts[0], valid)}"
-        )
-    if parts[0] == "stages" and len(parts) > 1 and parts[1] not in (raw.get("stages") or {}):
-        raise RecipeError(f"override {item!r}: no stage {parts[1]!r}{nearest(parts[1], raw.get('stages') or {})}")
+    parts = _place(raw, key.split("."), item)
     node = raw
     for part in parts[:-1]:
         if not isinstance(node.get(part), dict):
             node[part] = {}
         node = node[part]
     node[parts[-1]] = _yaml(text, f"override {item!r}") if text else ""
+    return tuple(parts)
+
+
+def _place(raw: dict[str, Any], parts: list[str], item: str) -> list[str]:
+    """The path in the recipe that an override's key means."""
+    stages, first = raw.get("stages") or {}, parts[0]
+    if first == "stages" and len(parts) > 1 and parts[1] not in stages:
+        raise RecipeError(f"override {item!r}: no stage {parts[1]!r}{nearest(parts[1], stages)}")
+    if first in Recipe.model_fields:
+        return parts
+    if first in stages:
+        return ["stages", *parts]
+    shared = {field for config in _configs(raw).values() for field in config.model_fields} | set(
+        _mapping(raw, "defaults")
+    )
+    if first in shared - {"kind"}:
+        return ["defaults", *parts]
+    valid = {*Recipe.model_fields, *stages, *shared} - {"kind"}
+    raise RecipeError(
+        f"override {item!r}: {first!r} is neither a recipe field nor a stage nor a field of stages"
+        f"{nearest(first, valid)}"
+    )
+
+
+def _configs(raw: Mapping[str, Any]) -> dict[str, type[StageConfig]]:
+    """Config class of each stage of a recipe not yet validated; a stage without a known kind is left out."""
+    kinds = {name: _mapping(raw["stages"], name).get("kind", name) for name in _mapping(raw, "stages")}
+    return {name: stage_class(kind).Config for name, kind in kinds.items() if isinstance(kind, str) and kind in STAGES}
+
+
+def _mapping(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = raw.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _switch_variant(raw: dict[str, Any], place: tuple[str, ...], given: Sequence[tuple[str, ...]]) -> None:
+    """Where an override chose another variant of a section (such as data.type), drop what only the old one has.
+
+    Fields that overrides set themselves stay: one that does not fit is an error like any other.
+    """
+    *path, name = place
+    section, discriminator, variants = _section(raw, path)
+    chosen = section.get(name)
+    if name != discriminator or not isinstance(chosen, str) or chosen not in variants:
+        return  # an unknown variant is refused when the recipe is validated
+    own = {other[len(path)] for other in given if list(other[: len(path)]) == path and len(other) > len(path)}
+    for field in set(section) - set(variants[chosen].model_fields) - own:
+        del section[field]
+
+
+def _section(raw: dict[str, Any], path: list[str]) -> tuple[dict[str, Any], str, dict[str, type[BaseModel]]]:
+    """The mapping at a path inside a stage or `defaults`, with the discriminator and variants that it may be."""
+    configs, depth = _configs(raw), 2 if path[:1] == ["stages"] else 1
+    models: Sequence[type[BaseModel]] = [configs[path[1]]] if depth == 2 and path[1:] and path[1] in configs else []
+    if path[:1] == ["defaults"]:
+        models = [config for config in configs.values() if path[1:] and path[1] in config.model_fields][:1]
+    node: Any = raw
+    for part in path[:depth]:
+        node = _mapping(node, part)
+    discriminator, variants = "", dict[str, type[BaseModel]]()
+    for part in path[depth:]:
+        if not models or part not in models[0].model_fields:
+            return {}, "", {}
+        discriminator, variants = _variants(models[0].model_fields[part])
+        node = _mapping(node, part)
+        models = [variants[tag] for tag in (str(node.get(discriminator, "")), *variants) if tag in variants]
+    return node, discriminator, variants
+
+
+def _variants(field: FieldInfo) -> tuple[str, dict[str, type[BaseModel]]]:
+    """The field that tells the variants of a section apart ("" = there is one only), and each variant by its value."""
+    annotations, discriminator = [field.annotation], field.discriminator
+    models: list[type[BaseModel]] = []
+    while annotations:
+        annotation = annotations.pop(0)
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            models.append(annotation)
+        elif isinstance(annotation, FieldInfo):
+            discriminator = annotation.discriminator or discriminator
+        else:
+            annotations += get_args(annotation)
+    if not isinstance(discriminator, str):
+        return "", dict(zip([""], models, strict=False))
+    return discriminator, {
+        tag: model for model in models for tag in get_args(model.model_fields[discriminator].annotation)
+    }
+
+
+def _kept(raw: dict[str, Any], given: Sequence[tuple[str, ...]]) -> list[str]:
+    """A line for each stage that has its own value of a default which an override sets."""
+    lines = []
+    for field in dict.fromkeys(path[1] for path in given if path[0] == "defaults" and len(path) > 1):
+        for name, config in _configs(raw).items():
+            stage = _mapping(raw["stages"], name)
+            if field in config.model_fields and field in stage and ("stages", name, field) not in given:
+                value = shown(stage[field])
+                lines.append(
+                    f"{field}: stage {name} keeps its own value {value} (override {name}.{field} to change it)"
+                )
+    return lines
 
 
 def _yaml(text: str, where: str) -> Any:
@@ -290,10 +395,10 @@ def _validate(model: type[Strict], fields: dict[str, Any], where: str) -> Any:
 
 
 def _explain(model: type[BaseModel], item: Any, where: str) -> str:
-    location = ".".join(str(part) for part in item["loc"])
+    parts, fields = _walk(model, item["loc"])
+    location = ".".join(parts)
     if item["type"] == "extra_forbidden":
-        hint = nearest(str(item["loc"][-1]), _fields_at(model, item["loc"][:-1]))
-        return f"{where}: unknown field {location!r} (value {item['input']!r}){hint}"
+        return f"{where}: unknown field {location!r} (value {item['input']!r}){nearest(parts[-1], fields)}"
     if item["type"] == "missing":
         return f"{where}: field {location!r} is missing"
     if item["type"] == "string_pattern_mismatch" and item["ctx"]["pattern"] == NAME:
@@ -301,12 +406,17 @@ def _explain(model: type[BaseModel], item: Any, where: str) -> str:
     return f"{where}: field {location!r} = {shown(item['input'])}: {item['msg']}"
 
 
-def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    for part in location:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
-        if not models:
-            break
-        model = models[0]
-    return list(model.model_fields)
+def _walk(model: type[BaseModel], location: Sequence[str | int]) -> tuple[list[str], list[str]]:
+    """An error's place as a recipe writes it (pydantic also names the variant of a section), and the fields there."""
+    parts: list[str] = []
+    variants: dict[str, type[BaseModel]] = {}
+    for number, part in enumerate(location):
+        if part in variants and "" not in variants:
+            model, variants = variants[str(part)], {}
+            continue
+        parts.append(str(part))
+        if number + 1 < len(location):
+            field = model.model_fields.get(str(part))
+            variants = _variants(field)[1] if field else {}
+            model = variants.get("", model)
+    return parts, list(model.model_fields)

@@ -69,6 +69,9 @@ class Family(ABC):
     architectures: ClassVar[Mapping[str, Architecture]] = {}
     text_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Folders of a release that make the conditioning -> the transformers classes that it may name for each."""
+    token_layers: ClassVar[Mapping[str, str]] = {}
+    """What passes through a layer, if not the image's tokens alone: "text", "joint" (image and text) or "sample" (one
+    vector an image) -> regular expression on whole module paths. For the cost that --dry-run prints."""
     toy_text: ClassVar[ToyText | None] = None
     """How the toy makes a base of this family from text, and one from class labels; None = it does not."""
     toy_labels: ClassVar[ToyLabels | None] = None
@@ -126,6 +129,18 @@ class Family(ABC):
     def is_lora_target(self, path: str) -> bool:
         """Whether the module at this path (no prefix) gets a LoRA: lora_targets match whole paths."""
         return any(re.fullmatch(target, path) for target in self.lora_targets)
+
+    def tokens_of(self, path: str) -> str:
+        """What passes through the layer at this path: a key of token_layers, or "image"."""
+        return next((kind for kind, pattern in self.token_layers.items() if re.fullmatch(pattern, path)), "image")
+
+    def attention_flops(self, config: Mapping[str, Any], image: int, text: int) -> float:
+        """FLOPs of one image's attention products (not the projections) in a forward pass, from its tokens.
+
+        Here every image token looks at every other in each block.
+        """
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return 4.0 * config["num_layers"] * width * image**2
 
     def sample_conditioning(self, images: Tensor, autoencoder: Autoencoder) -> Cond:
         """The fields that belong to samples, (B,...), of images (B,3,H,W) in -1..1; none unless `fields` has some.

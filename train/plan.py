@@ -16,6 +16,7 @@ from dcgen.folder import TRANSFORMER, VAE, autoencoder_space
 from dcgen.latent import LatentSpace
 from dcgen.spaces import SPACES
 from train.config import nearest
+from train.cost import forward_work, hours_line, sample_flops
 from train.families import ARCHITECTURES, FAMILIES
 from train.family import Family
 from train.models import read_base
@@ -230,8 +231,26 @@ def plan_moved(context: Context, config: Any, rank: int, full: bool = False) -> 
     images = images_of(context, cache.data)
     if images is not None:
         lines.append(f"{-(-images // config.batch)} steps an epoch, {config.steps * config.batch / images:.1f} epochs")
+    lines.append(hours_line(stage_flops(geo, config, rank, full, (new, text)), load.total()))
     problem = remedy(load, recipe.memory_gb, changes) if recipe.memory_gb else None
     return lines, [problem] if problem else []
+
+
+def stage_flops(geo: Geometry, config: Any, rank: int, full: bool, tokens: tuple[int, int]) -> float:
+    """FLOPs of all steps of a head or finetune stage at (image, text) tokens, without autoencoder and text encoders."""
+    work = forward_work(geo.family, network(geo.family, geo.moved), geo.moved, tokens, rank)
+    guided = config.objective.loss == "guided" and geo.config.get("guidance_embeds", False)
+    return (
+        config.steps
+        * config.batch
+        * sample_flops(
+            work,
+            full=full,
+            checkpointing=config.gradient_checkpointing,
+            uncond=1 - config.objective.caption_dropout if guided else 0.0,
+            uncond_grad=config.objective.uncond_grad,
+        )
+    )
 
 
 def _loads(config: Any, ranks: int, counts: Counts, trained: int, tokens: int) -> tuple[Load, list[tuple[str, Load]]]:

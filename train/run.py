@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import json
+import os
 import signal
 import sys
 import time
@@ -48,9 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    recipe = load_recipe(options.recipe, options.overrides)
+    first = os.environ.get("RANK", "0") == "0"
+    recipe = load_recipe(options.recipe, options.overrides, note=print if first else lambda line: None)
     if options.dry_run:
-        return dry_run(recipe)
+        return dry_run(recipe, only=options.stage)
     run_recipe(recipe, only=options.stage, redo=options.redo)
     return 0
 
@@ -77,14 +79,20 @@ def exit_code(work: Callable[[], int]) -> int:
 
 def run_recipe(recipe: Recipe, only: str | None = None, redo: bool = False) -> dict[str, Any]:
     """Run the stages that are not done yet (or just `only`); returns each stage's numbers."""
-    if only is not None and only not in recipe.stages:
-        raise RecipeError(f"recipe {recipe.name} has no stage {only!r}{nearest(only, recipe.stages)}")
+    names = chosen(recipe, only)
     ranks = distributed.start(recipe.device)
     with locked(recipe.folder) if ranks.first else contextlib.nullcontext():
         if ranks.first:
             write_json(recipe.folder / "recipe.json", _plain(recipe))
             sweep(recipe.folder / name for name in recipe.stages)
-        return _run_stages(recipe, [only] if only else list(recipe.stages), redo, ranks)
+        return _run_stages(recipe, names, redo, ranks)
+
+
+def chosen(recipe: Recipe, only: str | None) -> list[str]:
+    """Names of the stages to run or plan: all, or just `only`; RecipeError with the nearest name for an unknown one."""
+    if only is not None and only not in recipe.stages:
+        raise RecipeError(f"recipe {recipe.name} has no stage {only!r}{nearest(only, recipe.stages)}")
+    return list(recipe.stages) if only is None else [only]
 
 
 def _run_stages(recipe: Recipe, names: list[str], redo: bool, ranks: Ranks) -> dict[str, Any]:
@@ -136,16 +144,18 @@ def run_stage(recipe: Recipe, stage: Stage, ranks: Ranks) -> dict[str, Any]:
     return done
 
 
-def dry_run(recipe: Recipe) -> int:
-    """Print the plan without loading weights; exit code 1 when a setting cannot work.
+def dry_run(recipe: Recipe, only: str | None = None) -> int:
+    """Print the plan (of just the stage `only`) without loading weights; exit code 1 when a setting cannot work.
 
     Folders which are not there yet are listed, not refused: a plan is made before the download.
     """
+    names = chosen(recipe, only)
     print(
         f"{recipe.name}: {recipe.about}\n  output {recipe.folder}, seed {recipe.seed}, planned for {recipe.ranks} ranks"
     )
     failed = False
-    for name, config in recipe.stages.items():
+    for name in names:
+        config = recipe.stages[name]
         stage = make_stage(recipe, name, Ranks(0, 1, torch.device("cpu")))
         state = "done" if (stage.folder / "done.json").exists() else "to do"
         steps = f": {config.steps} steps of {config.batch}, AdamW lr {config.optimizer.lr:g}" if stage.trains else ""

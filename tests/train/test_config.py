@@ -14,6 +14,7 @@ import torch
 from dcgen.adapter import load_adapter
 from dcgen.schedule import Schedule
 from train.config import RecipeError, list_recipes, load_recipe, parse_recipe
+from train.data import FolderData, ParquetData
 from train.distributed import Ranks
 from train.files import MARKER, mark, remove_marked
 from train.run import config_hash, inputs, main, make_stage, run_recipe
@@ -33,7 +34,14 @@ def test_every_recipe_parses_and_says_what_it_is(name):
         ("finetune.rank=none", r"field 'rank' = 'none'"),
         ("finetune.optimizer.lrr=1", r"unknown field 'optimizer\.lrr' .*did you mean 'lr'"),
         ("finetune.objective.timesteps.shft=1", r"did you mean 'shift'"),
-        ("fintune.rank=8", r"'fintune' is neither a recipe field nor a stage; did you mean 'finetune'"),
+        (
+            "fintune.rank=8",
+            r"'fintune' is neither a recipe field nor a stage nor a field of stages; did you mean 'finetune'",
+        ),
+        ("bse=x", r"'bse' is neither .* did you mean 'base'"),
+        ("sed=1", r"'sed' is neither .* did you mean 'seed'"),
+        ("kind=align", r"'kind' is neither"),
+        ("cache.data.pixls=1", r"unknown field 'data\.pixls' .*did you mean 'pixels'.*multiple"),
         ("stages.heads.steps=8", r"no stage 'heads'; did you mean 'head'"),
         ("seed=-1", r"field 'seed' = -1"),
         ("align.kind=algn", r"unknown kind 'algn'; did you mean 'align'"),
@@ -63,6 +71,67 @@ def test_overrides_are_yaml_and_reach_deep():
 def test_an_override_changes_one_place_although_yaml_aliases_share():
     recipe = load_recipe("toy-flux", ["finetune.objective.loss=flow"])
     assert (recipe.stages["head"].objective.loss, recipe.stages["finetune"].objective.loss) == ("guided", "flow")
+
+
+FOLDER = ["cache.data.type=folder", "cache.data.path=mine"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_type_switched_by_override_drops_what_only_the_old_one_has(order):
+    data = load_recipe("toy-flux", [*FOLDER, "cache.data.pixels=64"][::order]).stages["cache"].data
+    assert (type(data), data.path, data.pixels) == (FolderData, "mine", 64)
+    parquet = load_recipe("flux-512", ["cache.data.type=parquet", "cache.data.caption_column=c"]).stages["cache"].data
+    assert (type(parquet), parquet.caption_column, parquet.planned) == (ParquetData, "c", 1_000_000)
+
+
+@pytest.mark.parametrize("type_", ["folder", "toy"])
+def test_an_own_override_that_does_not_fit_the_type_is_an_error(type_):
+    wrong = {"folder": "split=train", "toy": "pixels=64"}[type_]
+    with pytest.raises(RecipeError, match=rf"unknown field 'data\.{wrong.partition('=')[0]}'"):
+        load_recipe("toy-flux", [f"cache.data.type={type_}", f"cache.data.{wrong}"])
+
+
+def test_an_unknown_type_is_refused_by_name_and_keeps_the_rest():
+    with pytest.raises(RecipeError, match=r"field 'data' = .*split.*expected tags: 'toy'"):
+        load_recipe("toy-flux", ["cache.data.type=fodler"])
+    with pytest.raises(RecipeError, match="data"):
+        load_recipe("toy-flux", ["cache.data.type=[1]"])
+
+
+def test_a_type_inside_defaults_is_switched_too(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "name: mine\ndefaults: {data: {type: toy, split: all}, base: b, autoencoder: a}\nstages: {cache: {}}\n"
+    )
+    override = ["defaults.data.type=folder", "data.path=x"]
+    assert load_recipe(tmp_path / "mine.yaml", override).stages["cache"].data == FolderData(type="folder", path="x")
+
+
+def test_a_field_of_stages_is_an_override_of_its_default():
+    recipe = load_recipe("toy-flux", ["base=/x", "preview_steps=7", "batch=3"])
+    assert {recipe.stages[name].base for name in recipe.stages} == {"/x"}
+    assert recipe.stages["finetune"].preview_steps == 7
+    assert recipe.defaults["batch"] == 3
+
+
+def test_a_stage_keeps_its_own_value_of_an_overridden_default_and_that_is_said(capsys):
+    notes = []
+    recipe = load_recipe("toy-dit", ["base=/x", "steps=3", "head.base=/y"], note=notes.append)
+    assert (recipe.stages["align"].base, recipe.stages["head"].base) == ("pretrain/release", "/y")
+    assert "base: stage align keeps its own value 'pretrain/release' (override align.base to change it)" in notes
+    assert not any("stage head keeps its own value '/y'" in line for line in notes)
+    assert recipe.stages["cache"].steps == 0  # it trains nothing
+    assert recipe.stages["align"].steps == 3
+    assert main(["toy-flux", "--dry-run", "--stage", "export", "rank=3"]) == 0
+    assert "rank: stage finetune keeps its own value 48" in capsys.readouterr().out
+
+
+def test_a_dry_run_plans_the_stage_that_is_named_and_refuses_another(capsys):
+    assert main(["toy-flux", "--dry-run", "--stage", "head"]) == 0
+    out = capsys.readouterr().out
+    assert "\nhead (" in out
+    assert "finetune (" not in out
+    assert main(["toy-flux", "--dry-run", "--stage", "finetun"]) == 1
+    assert "no stage 'finetun'; did you mean 'finetune'?" in capsys.readouterr().err
 
 
 def test_defaults_reach_every_stage_that_has_the_field_and_yield_to_its_own():

@@ -43,6 +43,7 @@ class DiT(Family):
     backbone = BACKBONES["dit"]
     lora_targets = (r"transformer_blocks\.\d+\.(attn1\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))",)
     fields: ClassVar[dict[str, CondField]] = {"labels": CondField(Role.LABEL)}
+    token_layers: ClassVar[dict[str, str]] = {"sample": r"transformer_blocks\.\d+\.norm1\..+|proj_out_1"}
     architectures: ClassVar[dict[str, Architecture]] = {
         "dit-xl-2-256": Architecture(_CONFIG, "sd-f8c4", 2),
         "dit-xl-2-512": Architecture({**_CONFIG, "sample_size": 64}, "sd-f8c4", 2),

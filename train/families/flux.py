@@ -48,6 +48,11 @@ class Flux(Family):
         "prompt_embeds": CondField(Role.TEXT),  # padded, without a mask, as FluxPipeline has it
         "pooled": CondField(Role.POOLED),
     }
+    token_layers: ClassVar[dict[str, str]] = {
+        "text": r"context_embedder|transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\..+)",
+        "joint": r"single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)",
+        "sample": r"time_text_embed\..+|norm_out\.linear|(single_)?transformer_blocks\.\d+\.norm1?(_context)?\.linear",
+    }
     architectures: ClassVar[dict[str, Architecture]] = {
         "flux.1": Architecture(_CONFIG, "flux-f8c16", 2, _TEXT),
         "dc-gen-flux-f32": Architecture({**_CONFIG, "in_channels": 32}, "dc-ae-f32c32-in-1.0", 1, _TEXT),
@@ -104,6 +109,11 @@ class Flux(Family):
             return_dict=False,
         )[0]
         return unpack(tokens, rows, columns, p)
+
+    def attention_flops(self, config: Mapping[str, Any], image: int, text: int) -> float:
+        """Image and text look at each other in blocks of both kinds."""
+        blocks = config["num_layers"] + config["num_single_layers"]
+        return 4.0 * blocks * config["num_attention_heads"] * config["attention_head_dim"] * (image + text) ** 2
 
     def text_encoder(
         self, base: Path, device: torch.device | str, dtype: torch.dtype, tokens: int | None = None

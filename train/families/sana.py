@@ -58,6 +58,10 @@ class Sana(Family):
         "prompt_embeds": CondField(Role.TEXT),
         "mask": CondField(Role.MASK),
     }
+    token_layers: ClassVar[dict[str, str]] = {
+        "text": r"caption_projection\..+|transformer_blocks\.\d+\.attn2\.to_[kv]",
+        "sample": r"time_embed\..+",
+    }
     architectures: ClassVar[dict[str, Architecture]] = {
         "sana-1.5-1.6b": Architecture(_CONFIG, _LATENT, 1, _TEXT),
         "sana-1.5-4.8b": Architecture({**_CONFIG, "num_layers": 60}, _LATENT, 1, _TEXT),
@@ -104,6 +108,13 @@ class Sana(Family):
             guidance=guidance * config["guidance_embeds_scale"] if guided and guidance is not None else None,
             return_dict=False,
         )[0]
+
+    def attention_flops(self, config: Mapping[str, Any], image: int, text: int) -> float:
+        """Linear attention, which has a row of ones beside the values, and cross-attention to the text."""
+        head = config["attention_head_dim"]
+        own = config["num_attention_heads"] * head * (2 * head + 1)
+        cross = 2 * config["num_cross_attention_heads"] * config["cross_attention_head_dim"] * text
+        return 2.0 * config["num_layers"] * image * (own + cross)
 
     def text_encoder(
         self, base: Path, device: torch.device | str, dtype: torch.dtype, tokens: int | None = None

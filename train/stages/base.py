@@ -83,6 +83,11 @@ class Stage:
         """Lines for --dry-run: token counts, what trains and how much, disk and memory. Loads no weights."""
         return []
 
+    @classmethod
+    def has_loss(cls) -> bool:
+        """Whether the stage can train: `defaults.steps` is for those that can."""
+        return cls.loss is not Stage.loss
+
     @property
     def trains(self) -> bool:
         """Whether optimizer steps are taken."""
