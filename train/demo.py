@@ -28,6 +28,7 @@ from train.comfy_client import ComfyServer, find_comfyui
 from train.config import Recipe, load_recipe
 from train.files import read_json, write_atomically, write_json
 from train.generate import Pipeline
+from train.report import write_report
 from train.run import exit_code, run_recipe
 from train.toy.demos import DEMOS
 from train.toy.pictures import ToyPictures
@@ -75,6 +76,8 @@ def _demo(options: argparse.Namespace) -> int:
         report["comfyui"] = in_comfyui(recipe, output, prompts[0], comfyui)
     report["seconds"] = round(time.perf_counter() - begin, 1)
     save_grid(output / "grid.png", prompts, columns)
+    save_grid(recipe.folder / "grid.png", prompts, columns)
+    write_report(recipe.folder)
     write_json(output / "demo.json", report)
     print(made(recipe, output, report))
     return 0

@@ -10,14 +10,17 @@ import inspect
 import io
 import json
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from dcgen.fields import check_fields, mapping, real, shown
+from dcgen.fields import check_fields, items, mapping, real, shown, text
 from dcgen.files import naming
 from train.config import NAME, NAME_RULE, stage_class
+from train.cost import number
 from train.files import read_json, write_atomically
 
 LAST = ("loss", "grad_norm")  # columns of the log whose last row stands in the table
@@ -32,11 +35,21 @@ WORDS = {
     "both": "subject and colour right",
 }
 
+PREVIEWS = 8  # of a stage; more are left out evenly
+RESULT_KINDS = ("head", "finetune", "export")
+# Of a result: ending of its name, folder of ComfyUI that it goes to, node that loads it.
+USES = (
+    ("-merged.safetensors", "models/diffusion_models", "Load Model (DC-Gen)"),
+    (".safetensors", "models/model_patches", "Apply DC-Gen"),
+    ("/", "models/diffusers", "Load Release (DC-Gen)"),
+)
+
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse } td, th { padding: .25em .9em .25em 0; text-align: left; vertical-align: top }
 td.n { text-align: right; font-variant-numeric: tabular-nums } th { border-bottom: 1px solid #bbb }
-pre { background: #f4f4f4; padding: .7em; overflow-x: auto } img { max-width: 100% } h2 { margin-top: 1.6em }
+pre { background: #f4f4f4; padding: .7em; white-space: pre-wrap; overflow-wrap: anywhere }
+img { max-width: 100% } h2 { margin-top: 1.6em }
 """
 
 
@@ -51,7 +64,13 @@ def write_report(run: Path) -> Path:
         for name, config in recipe["stages"].items():
             check_fields({"stage": name, name: config}, {"stage": _stage_name, name: mapping})
             check_fields(config, {}, needed=("kind", "steps"))
-    parts = [f"<h1>{_text(recipe['name'])}</h1><p>{_text(recipe['about'])}</p>", _stage_table(run, recipe)]
+    parts = [
+        f"<h1>{_text(recipe['name'])}</h1><p>{_text(recipe['about'])}</p>",
+        _origin(run),
+        _stage_table(run, recipe),
+        _results(run, recipe),
+        _samples(run, recipe),
+    ]
     for name, config in recipe["stages"].items():
         parts.append(_stage_section(run / name, name, config))
     title = _text(recipe["name"])
@@ -92,6 +111,58 @@ def _stage_table(run: Path, recipe: dict[str, Any]) -> str:
     return f"<table>{table}</table><p>seed {_text(recipe['seed'])}</p>"
 
 
+def _origin(run: Path) -> str:
+    """The command of the last `train.run` in this folder and the versions that it ran with."""
+    path = run / "run.json"
+    if not path.is_file():
+        return ""
+    record = read_json(path)
+    with naming(path):
+        check_fields(record, {"command": items(text(10_000), 1, 1000), "versions": mapping}, needed=("command",))
+    versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
+    return f"<pre>{_text(shlex.join(record['command']))}</pre><p>{_text(versions)}</p>"
+
+
+def _results(run: Path, recipe: dict[str, Any]) -> str:
+    """Links to what the stages wrote for use: adapters, merged files and release folders."""
+    rows = []
+    for name, config in recipe["stages"].items():
+        if config["kind"] not in RESULT_KINDS:
+            continue
+        files = sorted((run / name).glob("*.safetensors"))
+        folders = [run / name / "release"] if (run / name / "release" / "model_index.json").is_file() else []
+        for path in [*files, *folders]:
+            place = path.relative_to(run).as_posix() + ("/" if path.is_dir() else "")
+            _, folder, node = next(use for use in USES if place.endswith(use[0]))
+            size = f"{number(path.stat().st_size / 1e6)} MB" if path.is_file() else "folder"
+            link = f'<a href="{_text(quote(place))}">{_text(place)}</a>'
+            rows.append(f"<tr><td>{link}<td class=n>{size}<td>{folder}<td><i>{_text(node)}</i>")
+    head = "<tr><th>file<th>size<th>goes to ComfyUI's folder<th>loaded by"
+    return f"<h2>Results</h2><table>{head}{''.join(rows)}</table>" if rows else ""
+
+
+def _samples(run: Path, recipe: dict[str, Any]) -> str:
+    """Images of the whole run, then the previews of each stage in the order of its steps, newest last."""
+    parts = [_image(path.read_bytes(), path.stem) for path in sorted(run.glob("*.png"))]
+    for name, config in recipe["stages"].items():
+        previews = sorted((run / name / "previews").glob("*.png"))
+        prompts = config.get("preview_prompts")
+        if previews:
+            words = " | ".join(map(str, prompts)) if isinstance(prompts, list) else ""
+            parts.append(f"<h3>{_text(name)}</h3><p>{_text(words)}</p>")
+        parts += [
+            f"<p>{_text(_caption(path.stem))}</p>{_image(path.read_bytes(), f'{name}, {path.stem}')}"
+            for path in _spread(previews, PREVIEWS)
+        ]
+    return f"<h2>Samples</h2>{''.join(parts)}" if parts else ""
+
+
+def _caption(stem: str) -> str:
+    """The name of a preview file in words: NAME-00000250 -> NAME, step 250."""
+    name, _, step = stem.rpartition("-")
+    return f"{name}, step {int(step)}" if re.fullmatch(r"[0-9]{1,18}", step) else stem
+
+
 def _stage_section(folder: Path, name: str, config: dict[str, Any]) -> str:
     parts = [f"<h2>{_text(name)}</h2><p>{_text(_purpose(config['kind']))}</p>"]
     log = _log(folder)
@@ -106,9 +177,6 @@ def _stage_section(folder: Path, name: str, config: dict[str, Any]) -> str:
     parts += [
         _image(path.read_bytes(), path.stem) for path in sorted(folder.glob("*.png")) if path.name != "curves.png"
     ]
-    previews = sorted((folder / "previews").glob("*.png"))
-    for path in _spread(previews, 4):
-        parts.append(f"<p>{_text(path.stem)}</p>{_image(path.read_bytes(), path.stem)}")
     settings = _text(json.dumps(config, indent=1, ensure_ascii=False))
     parts.append(f"<details><summary>settings</summary><pre>{settings}</pre></details>")
     return "".join(parts)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import importlib.metadata
+import importlib.util
 import json
 import os
+import platform
 import signal
 import sys
 import time
@@ -39,6 +42,7 @@ REFINISH = {"preview_prompts", "preview_guidance", "preview_steps", "preview_see
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code (see `exit_code`)."""
     options = _parser().parse_intermixed_args(arguments)
+    options.command = ["-m", "train.run", *(sys.argv[1:] if arguments is None else arguments)]
     if options.list:
         print(_listing())
         return 0
@@ -53,7 +57,7 @@ def _run(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides, note=print if first else lambda line: None)
     if options.dry_run:
         return dry_run(recipe, only=options.stage)
-    run_recipe(recipe, only=options.stage, redo=options.redo)
+    run_recipe(recipe, only=options.stage, redo=options.redo, command=options.command)
     return 0
 
 
@@ -77,13 +81,21 @@ def exit_code(work: Callable[[], int]) -> int:
         distributed.stop()
 
 
-def run_recipe(recipe: Recipe, only: str | None = None, redo: bool = False) -> dict[str, Any]:
-    """Run the stages that are not done yet (or just `only`); returns each stage's numbers."""
+def run_recipe(
+    recipe: Recipe, only: str | None = None, redo: bool = False, command: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Run the stages that are not done yet (or just `only`); returns each stage's numbers.
+
+    command: arguments of the interpreter that started this, for the report.
+    """
     names = chosen(recipe, only)
     ranks = distributed.start(recipe.device)
     with locked(recipe.folder) if ranks.first else contextlib.nullcontext():
         if ranks.first:
             write_json(recipe.folder / "recipe.json", _plain(recipe))
+            if command:
+                start = ["python"] if ranks.world == 1 else ["torchrun", "--nproc_per_node", str(ranks.world)]
+                write_json(recipe.folder / "run.json", {"command": [*start, *command], "versions": _versions()})
             sweep(recipe.folder / name for name in recipe.stages)
         return _run_stages(recipe, names, redo, ranks)
 
@@ -232,6 +244,13 @@ def _settings(recipe: Recipe, name: str) -> dict[str, Any]:
 def _plain(recipe: Recipe) -> dict[str, Any]:
     stages = {name: config.model_dump(mode="json") for name, config in recipe.stages.items()}
     return {**json.loads(recipe.model_dump_json(exclude={"stages"})), "stages": stages}
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the interpreter and of the packages that decide a result."""
+    packages = ("torch", "diffusers", "transformers", "peft", "safetensors")
+    found = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
+    return {"python": platform.python_version(), **found}
 
 
 def _listing() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from train.config import load_recipe
 from train.distributed import Ranks
 from train.report import main, write_report
+from train.run import main as train_main
 from train.run import make_stage
 from train.stages.gap import relative_gap
 
@@ -62,9 +64,52 @@ def test_the_report_holds_every_stage_its_numbers_and_pictures(debug_run, capsys
     assert len(re.findall("data:image/png;base64", page)) == 5  # head curves, finetune curves and 2 previews, gap
     least = json.loads((debug_run / "align" / "report.json").read_text())["least_loss"]
     assert f"{least:.5g}" in page
-    assert not re.search(r"(src|href)=\"(?!data:)", page)  # nothing from outside
+    assert not re.search(r"src=\"(?!data:)", page)  # nothing from outside
     assert main(["nowhere"]) == 1
     assert "recipe.json not found" in capsys.readouterr().err
+
+
+def test_the_report_links_what_a_run_is_for_and_says_what_made_it(debug_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(debug_run, run)
+    assert train_main(["debug", f"output={run}", "finetune.log_every=3", "--stage", "export"]) == 0
+    page = (run / "report.html").read_text()
+    assert f"<pre>python -m train.run debug output={run} finetune.log_every=3 --stage export</pre>" in page
+    assert f"torch {torch.__version__}" in page
+    links = re.findall(r'<a href="([^"]*)">', page)
+    assert links == [
+        "head/adapter.safetensors",
+        "finetune/adapter.safetensors",
+        "export/debug-merged.safetensors",
+        "export/debug.safetensors",
+        "export/release/",
+    ]
+    assert all((run / link).exists() for link in links)
+    merged = page[page.index("debug-merged.safetensors</a>") :].partition("<tr>")[0]
+    assert "models/diffusion_models" in merged
+    assert "Load Model (DC-Gen)" in merged
+
+
+def test_previews_of_every_stage_stand_together_newest_last(debug_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(debug_run, run)
+    image = next((run / "finetune" / "previews").glob("*.png")).read_bytes()
+    shutil.rmtree(run / "finetune" / "previews")
+    for stage, steps in (("head", (2, 10)), ("finetune", range(100, 1300, 100))):
+        (run / stage / "previews").mkdir(parents=True)
+        for step in steps:
+            (run / stage / "previews" / f"samples-{step:08d}.png").write_bytes(image)
+    (run / "grid.png").write_bytes(image)
+    write_report(run)
+    samples = (run / "report.html").read_text().partition("<h2>Samples</h2>")[2].partition("<h2>")[0]
+    shown = re.findall(r'alt="([^"]*)"', samples)
+    assert shown[0] == "grid"
+    assert [int(re.search(r"\d+", name)[0]) for name in shown[1:3]] == [2, 10]
+    steps = [int(re.search(r"\d+", name)[0]) for name in shown[3:]]
+    assert len(steps) == 8
+    assert steps == sorted(steps)
+    assert steps[-1] == 1200
+    assert "a red square on the left | a blue square on the right" in samples
 
 
 MARK = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
@@ -85,7 +130,13 @@ class Tags(HTMLParser):
 
 def test_nothing_in_a_run_folder_is_markup(tmp_path):
     (tmp_path / "cache" / "previews").mkdir(parents=True)
-    stages = {"cache": {"kind": "cache", "steps": MARK, MARK: MARK}}
+    (tmp_path / "out").mkdir()
+    stages = {"cache": {"kind": "cache", "steps": MARK, MARK: MARK, "preview_prompts": [MARK]}}
+    stages["out"] = {"kind": "export", "steps": 0}
+    for name in ("javascript:alert(1) <b onload=x>.safetensors", "\"onclick=x'.safetensors"):
+        (tmp_path / "out" / name).write_bytes(b"")
+    record = {"command": ["python", MARK, "a b"], "versions": {MARK: MARK}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
     recipe = {"name": MARK, "about": MARK, "seed": MARK, "stages": stages}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     numbers = {MARK: MARK, "a": [MARK], "b": {MARK: 1}}
@@ -96,7 +147,9 @@ def test_nothing_in_a_run_folder_is_markup(tmp_path):
     found = Tags(page)
     assert not found.tags & {"script", "b"}
     assert not found.events
-    assert page.count("&lt;script&gt;alert(1)") >= 8
+    assert page.count("&lt;script&gt;alert(1)") >= 12
+    for link in re.findall(r'href="([^"]*)"', page):
+        assert re.fullmatch(r"out/[A-Za-z0-9%._()-]+", link)
 
 
 @pytest.mark.parametrize(
