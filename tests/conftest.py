@@ -107,7 +107,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for outcome, reports in terminalreporter.stats.items():
         for report in reports:
             setting = dict(getattr(report, "user_properties", ())).get(SETTING)
-            if setting:
+            if setting and hasattr(report, "duration"):  # deselected tests stand there too
                 seconds[setting] += report.duration
                 counts.setdefault(setting, Counter())[outcome] += bool(outcome)  # "": setups, teardowns that went well
     if counts:
