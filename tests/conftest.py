@@ -109,7 +109,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             if not hasattr(report, "duration"):  # what was deselected is here too
                 continue
             setting = dict(getattr(report, "user_properties", ())).get(SETTING)
-            if setting:
+            if setting and hasattr(report, "duration"):  # deselected tests stand there too
                 seconds[setting] += report.duration
                 counts.setdefault(setting, Counter())[outcome] += bool(outcome)  # "": setups, teardowns that went well
     if counts:

@@ -193,8 +193,9 @@ class Browser:
         try:
             return tuple(self.until(f"{points}.find((point) => {FREE}({element}, point))", seconds))
         except TimeoutError:
-            over = self.js(f"document.elementFromPoint(...{points}[0])?.outerHTML.slice(0, 300)")
-            raise TimeoutError(f"the pointer does not reach {element}; over it lies {over}") from None
+            over = f"document.elementFromPoint(...{points}[0])"
+            said = self.js(f"[{over}?.outerHTML.slice(0, 200), {over}?.innerText.slice(0, 200)]")
+            raise TimeoutError(f"the pointer does not reach {element}; over it lies {said}") from None
 
     def mouse(self, kind: str, x: float, y: float, held: bool = False) -> None:
         """One mouse event ("mouseMoved", "mousePressed", "mouseReleased"); held: the left button is down."""

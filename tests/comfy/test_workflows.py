@@ -234,12 +234,16 @@ class Hand:
 
     SEARCH = "document.querySelector('.comfy-vue-side-bar-container input[placeholder^=Search]')"
     LEAVES = "[...document.querySelectorAll('.tree-leaf, [role=treeitem][draggable=true]')]"
+    DIALOG = "document.querySelector('.p-dialog-mask')"
     LIBRARY = "app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library')"
 
     def __init__(self, page):
         self.page = page
         empty = {"nodes": [], "links": [], "groups": [], "version": 0.4, "last_node_id": 0, "last_link_id": 0}
         page.js(f"app.loadGraphData({json.dumps(empty)}, true, true, 'hand')")
+        if page.js(f"!!{self.DIALOG}"):  # older pages tell in one what an earlier graph missed
+            page.keys("", "Escape")
+            page.until(f"!{self.DIALOG}", 30)
         page.js(self.LIBRARY)
         page.until(f"!!{self.SEARCH}", 60)
         page.still("[...app.canvas.ds.offset, app.canvas.ds.scale]")  # the page moves the view after loading a graph
