@@ -14,6 +14,7 @@ import pytest
 pytestmark = pytest.mark.once_per_core
 READY = "!!(window.app && window.app.extensionManager && window.LiteGraph.registered_node_types.DCGenApply)"
 EMPTY = {"nodes": [], "links": [], "groups": [], "version": 0.4, "last_node_id": 0, "last_link_id": 0}
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 FRONTENDS = [None, *filter(None, os.environ.get("COMFYUI_FRONTENDS", "").split(os.pathsep))]
 
 # Functions of the page. `made`: the nodes of the graph by their names in a test.
@@ -286,6 +287,35 @@ def test_widgets_without_effect_are_grey(page, case):
     values = page.js("made.sampler.widgets.filter((w) => w.disabled).map((w) => w.value).filter((v) => v == null)")
     assert values == [], "a grey widget keeps its value"
     assert page.browser.errors == []
+
+
+@pytest.mark.parametrize(
+    ("template", "lines"),
+    [
+        ("dcgen_toy", []),
+        (
+            "dcgen_flux_4k",
+            ["hf download dc-ai/DC-Gen-FLUX.1-Krea-Dev-Res4K --local-dir models/diffusers/DC-Gen-FLUX.1"],
+        ),
+        (
+            "dcgen_flux_4k_adapter",
+            ["models/model_patches", "hf download dc-ai/dc-ae-1.5-f64c128-diffusers --local-dir models/vae/dc-ae-1.5"],
+        ),
+        ("sana_1k", ["hf download Efficient-Large-Model/"]),
+    ],
+)
+def test_missing_models_are_said_when_a_template_is_opened(page, template, lines):
+    """With the command that downloads them: not only at Run, as a value that is not in a list."""
+    graph = json.loads((WORKFLOWS / f"{template}.json").read_text())
+    page.load(EMPTY)
+    page.run("document.querySelectorAll('.p-toast-close-button').forEach((button) => button.click())")
+    page.load(graph, template)
+    said = "[...document.querySelectorAll('.p-toast-detail')].map((e) => e.textContent).join(' ')"
+    for line in lines:
+        page.until(f"{said}.includes({json.dumps(line)})")
+    assert ("not installed" in page.js("document.body.innerText")) is bool(lines)
+    assert page.browser.errors == []
+    page.run("document.querySelectorAll('.p-toast-close-button').forEach((button) => button.click())")
 
 
 def test_an_image_without_effect_is_said(page):
