@@ -22,6 +22,7 @@ from train.config import Strict
 from train.files import digest_json
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CAPTION_SUFFIXES = (".txt", ".caption", ".json", ".jsonl")
 
 
 Ratio = Annotated[float, Field(ge=1 / 32, le=32)]
@@ -114,6 +115,16 @@ def open_source(config: ToyData | FolderData | TarData | ParquetData, path: Path
     if not len(source):
         raise ValueError(f"data path {path} holds no captioned image ({config.type})")
     return source
+
+
+def data_files(config: ToyData | FolderData | TarData | ParquetData, path: Path) -> list[Path]:
+    """The files that images and captions come from, for telling whether they have changed; opens none."""
+    if path.is_file():
+        return [path]
+    if isinstance(config, TarData | ParquetData):
+        return sorted(path.rglob("*.tar" if isinstance(config, TarData) else "*.parquet"))
+    files = path.rglob("*") if isinstance(config, FolderData) else path.glob("*")
+    return sorted(p for p in files if p.name[0] != "." and p.suffix.lower() in (*SUFFIXES, *CAPTION_SUFFIXES))
 
 
 class ToySource(Source):
