@@ -73,17 +73,17 @@ class CacheWriter:
         """The record of shard `name` of `count` samples, made by `make` only if needed."""
         path = self.folder / "shards" / f"{name}.safetensors"
         note = path.with_suffix(".json")
+        made_of = {IMAGES: self.images} if self.images and name.startswith("latent-") else {}
         if path.is_file() and note.is_file():
             record = read_json(note)
             same = _stored_hash(record) == self.config_hash and record.get("count") == count
-            if self.images and name.startswith("latent-"):
-                same = same and record.get(IMAGES, self.images) == self.images  # older records have none
+            same = same and all(record.get(key, value) == value for key, value in made_of.items())  # absent: older
             if same and path.stat().st_size == record.get("bytes") and sha256(path) == record.get("sha256"):
                 return record
         write_tensors(path, make(), {HASH: self.config_hash})
         size = path.stat().st_size
         record = {"file": f"shards/{name}.safetensors", "count": count, "bytes": size, "sha256": sha256(path)}
-        record |= {HASH: self.config_hash, IMAGES: self.images}
+        record |= {HASH: self.config_hash, **made_of}
         write_json(note, record)
         return record
 

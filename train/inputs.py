@@ -27,7 +27,10 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Read:
-    """Files that a stage reads, named relative to `root`. A file that is not there is no input."""
+    """Files that a stage reads, named relative to `root`; a file that is itself the root has no name.
+
+    A file that is not there is no input.
+    """
 
     root: Path
     files: tuple[Path, ...]
@@ -171,7 +174,8 @@ def _changed_files(old: Record, new: Record) -> str:
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            parts.append(f"{words} {', '.join(sorted(names)[:3])}{more}")
+            shown = ["the file" if name == "." else name for name in sorted(names)[:3]]
+            parts.append(f"{words} {', '.join(shown)}{more}")
     return "; ".join(parts)
 
 

@@ -22,7 +22,7 @@ from train.config import RecipeError, StageConfig
 from train.data import bucket_sizes
 from train.files import digest_json, read_json, write_atomically, write_json
 from train.generate import Pipeline
-from train.inputs import PART, Digests, Read, changes, check_record, one_file, tree
+from train.inputs import PART, Digests, Read, changes, check_record, tree
 from train.models import read_base
 from train.stages.base import Stage, complaints
 
@@ -70,9 +70,10 @@ class SynthesizeStage(Stage):
         return lines
 
     def reads(self) -> dict[str, Read]:
+        prompts = self.context.resolve(self.config.prompts)
         return {
             "base": tree(self.context.resolve(self.config.base), suffixes=PART),
-            "prompts": one_file(self.context.resolve(self.config.prompts)),
+            "prompts": Read(prompts, (prompts,)),
         }
 
     def setup(self) -> None:
