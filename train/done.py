@@ -134,28 +134,34 @@ def redo(recipe: Recipe, first: Collection[str]) -> str:
 def older_ancestors(recipe: Recipe, name: str) -> list[str]:
     """What --stage `name` is told about: stages that it is made of which were made of what has been made anew since."""
     lines = []
-    for ref in inputs(recipe, name):
-        lines += older_ancestors(recipe, ref)
-        for stage, run in ((_done(recipe, ref) or {}).get("inputs", {}).get("stages", {})).items():
-            now = (_done(recipe, stage) or {}).get("run")
+    for ref in _ancestors(recipe, name):
+        for stage, run in (_done(recipe, ref) or {}).get("inputs", {}).get("stages", {}).items():
+            now = (_done(recipe, stage) or {}).get("run") if stage in recipe.stages else None
             if now and now != run:
                 lines.append(f"stage {ref}, which this is made of, is stale: stage {stage} was made anew after it")
-    return list(dict.fromkeys(lines))
+    return lines
 
 
 def _changed_stages(recipe: Recipe, name: str) -> Iterator[tuple[str, str]]:
     """Input stages, near and far, which are done with other settings than the recipe's; and a message of each."""
-    for ref in inputs(recipe, name):
-        done = _done(recipe, ref)
-        if done is None:
+    for ref in _ancestors(recipe, name):
+        done, settings = _done(recipe, ref), settings_of(recipe, ref)
+        if done is None or done["settings"] == settings:
             continue
         stage = make_stage(recipe, ref, Ranks(0, 1, distributed.CPU))
         places = set(done["inputs"]["reads"]) & set(stage.reads()) if "inputs" in done else set()
-        pair = without_places(done["settings"], places), without_places(settings_of(recipe, ref), places)
-        changed = differences(*pair, set())
+        changed = differences(without_places(done["settings"], places), without_places(settings, places), set())
         if changed:
             yield ref, f"one of its inputs (stage {ref}: {'; '.join(changed)}) was made anew or has to be"
-        yield from _changed_stages(recipe, ref)
+
+
+def _ancestors(recipe: Recipe, name: str) -> list[str]:
+    """The stages that a stage is made of, near and far, in the recipe's order."""
+    needed = set(inputs(recipe, name))
+    for other in reversed(recipe.stages):
+        if other in needed:
+            needed.update(inputs(recipe, other))
+    return [other for other in recipe.stages if other in needed]
 
 
 def _same_as_before(recipe: Recipe, stage: Stage, done: dict[str, Any]) -> bool:

@@ -23,7 +23,8 @@ from train.disk import check_space
 from train.distributed import Ranks
 from train.done import config_hash, finished, inputs, make_stage, new_record, older_ancestors, take_inputs
 from train.files import mark, remove_marked, write_json
-from train.lock import InUse, locked, sweep
+from train.inputs import STORE
+from train.lock import InUse, locked, sweep, sweep_files
 from train.loop import NonFinite, Stopped, train_stage
 from train.report import write_report
 from train.stages.base import Stage
@@ -82,6 +83,7 @@ def run_recipe(recipe: Recipe, only: str | None = None, redo: bool = False) -> d
         if ranks.first:
             write_json(recipe.folder / "recipe.json", _plain(recipe))
             sweep(recipe.folder / name for name in recipe.stages)
+            sweep_files(recipe.folder, ("recipe.json", "report.html", STORE))
         return _run_stages(recipe, [only] if only else list(recipe.stages), redo, ranks)
 
 

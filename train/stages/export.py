@@ -98,7 +98,7 @@ class ExportStage(Stage):
         values, stored = network_bytes(base)
         merged = stored if c.store == "as base" else values * getattr(torch, c.store).itemsize
         total = adapter + merged  # one file, written for every form
-        if "release" in c.forms:
+        if "release" in c.forms and c.autoencoder:
             total += (
                 merged
                 + tree(base, without=(TRANSFORMER, VAE)).size

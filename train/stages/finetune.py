@@ -67,7 +67,7 @@ class FinetuneStage(MovedStage):
 
     def reads(self) -> dict[str, Read]:
         reads = super().reads()
-        if self.config.train == "full":
+        if self.config.train == "full" and self.config.autoencoder:
             reads["autoencoder"] = one_part(self.context.resolve(self.config.autoencoder))
             reads["rest of the base"] = tree(self.context.resolve(self.config.base), without=(TRANSFORMER, VAE))
         return reads
