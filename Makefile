@@ -10,12 +10,12 @@ demo: ready
 	$(BIN)/python -m train.demo
 
 test: lint
-	$(BIN)/python -m pytest -q --durations=15
+	$(BIN)/python -m pytest -q -n auto --durations=15
 
 # The same tests with the newest release of every dependency, and with the oldest that the requirements allow.
 test-newest test-oldest: test-%:
 	$(PYTHON) setup_env.py --$*
-	.venv-$*/bin/python -m pytest -q --durations=15
+	.venv-$*/bin/python -m pytest -q -n auto --durations=15
 
 lint: ready
 	$(BIN)/ruff check .

@@ -395,4 +395,5 @@ def _backbone(name: str) -> Backbone:
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
     """The value after a JSON round trip: tuples are lists."""
-    return json.loads(json.dumps(dict(value)))
+    plain: dict[str, Any] = json.loads(json.dumps(dict(value)))
+    return plain

@@ -31,9 +31,9 @@ def parse_json(text: str | bytes, where: str, limit: int = MAX_BYTES) -> Any:
     return value
 
 
-def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
+def parse_object(text: str | bytes, where: str, limit: int = MAX_BYTES) -> dict[str, Any]:
     """As parse_json, of a JSON object."""
-    return _object(parse_json(text, where), where)
+    return _object(parse_json(text, where, limit), where)
 
 
 def read_json(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> Any:

@@ -161,6 +161,8 @@ class Model:
             rows = parts[0].shape[0] if rule.copied else sum(part.shape[0] for part in parts)
             yield rule, Entry(rule.original, parts[0].dtype, (rows, *parts[0].shape[1:]))
 
+    native_entries = original_entries  # its former name, which scripts elsewhere call
+
 
 def open_model(path: str | os.PathLike[str]) -> Model:
     """Open a release folder, a transformer folder, a .safetensors or a .pth; errors name the file and the remedy."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -51,8 +51,8 @@ STATIC_SIGMA_MAX = 0.999
 SPRINT_MIDDLE = 1.3
 
 
-@dataclass(frozen=True)
-class Schedule:
+@dataclass(frozen=True, eq=False)
+class Schedule(Mapping[str, Any]):
     """The shift of a checkpoint's noise schedule: sigma' = r*sigma / (1 + (r-1)*sigma), with r from a rule.
 
     rule "flux": r = e^mu, mu linear in the number of image tokens from base_shift at base_image_seq_len to max_shift
@@ -62,6 +62,8 @@ class Schedule:
     "sprint": r = tan(1.3), which turns an even grid of two steps into SANA-Sprint's.
     `mu` (= ln r) or `shift` (= r) overrides any rule; giving both is a ValueError.
     sigma_max: start of the grid before the shift; None = 1, or 0.999 for "static", as in DPMSolverMultistep.
+
+    Also a mapping of its to_dict(), so that sigmas(..., **schedule) takes it and it equals the JSON it is stored as.
     """
 
     rule: str
@@ -90,6 +92,18 @@ class Schedule:
                 f"base_image_seq_len is {self.base_image_seq_len}, expected less than max_image_seq_len "
                 f"({self.max_image_seq_len})"
             )
+
+    def __getitem__(self, name: str) -> Any:
+        return self.to_dict()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.to_dict())
+
+    def __len__(self) -> int:
+        return len(self.to_dict())
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self.to_dict().items())))
 
     @classmethod
     def parse(cls, values: Any) -> Schedule:
@@ -197,12 +211,14 @@ def sigmas(
     mu: float | None = None,
     shift: float | None = None,
     sigma_max: float | None = None,
+    **linear: float,
 ) -> Tensor:
     """Sigmas of `steps` sampling steps, (steps+1,) float32, descending to 0; see Schedule and Schedule.sigmas.
 
-    tokens and channels: of the latent to sample.
+    tokens and channels: of the latent to sample; linear: base_shift, max_shift and their token counts for rule "flux".
     """
-    return Schedule(rule, mu, shift, sigma_max=sigma_max).sigmas(steps, tokens=tokens, channels=channels)
+    schedule = Schedule.parse({"rule": rule, "mu": mu, "shift": shift, "sigma_max": sigma_max, **linear})
+    return schedule.sigmas(steps, tokens=tokens, channels=channels)
 
 
 def sprint_sigmas(steps: int) -> Tensor:

@@ -176,8 +176,8 @@ def _pickle(path: Path) -> tuple[list[Entry], dict[str, str], Reader]:
     entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in loaded.items()]
 
     def read(name: str, start: int, stop: int | None) -> Tensor:
-        whole = (start, stop) == (0, None)
-        return (loaded[name] if whole else loaded[name][start:stop]).clone()
+        tensor: Tensor = loaded[name]
+        return (tensor if (start, stop) == (0, None) else tensor[start:stop]).clone()
 
     return entries, {}, read
 

@@ -76,7 +76,7 @@ def _weights(folder: Path) -> list[Path]:
     files = weight_files(folder) if folder.is_dir() else []
     if not files:
         raise FileNotFoundError(
-            f"{folder} holds no .safetensors weights. A release may come without its own (one of the toy's does): "
-            "name the folder that has it, as `teacher` of a cache stage or `autoencoder` of a Pipeline"
+            f"{folder} holds no .safetensors weights. A release may come without its autoencoder, as one of the toy's "
+            "does: name the folder that has it, as `teacher` of a cache stage or `autoencoder` of a Pipeline"
         )
     return files

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dcgen.backbones import Config
-from dcgen.files import Entry, check_finite, entries, opened, weight_files
+from dcgen.files import check_finite
 from dcgen.folder import TRANSFORMER, VAE, Release, network_config, part, read_release
+from dcgen.tensors import Tensors
 from train.families import family_of
 from train.family import Family
 from train.inputs import part_files
@@ -37,15 +38,10 @@ def network_files(base: Path) -> list[Path]:
 
 def network_bytes(base: Path) -> tuple[int, int]:
     """(number of values, bytes) of the weights of a release's network, by their headers; 0, 0 where it is absent."""
-    folder = base / TRANSFORMER
-    files = weight_files(folder) if folder.is_dir() else []
-    stored = [entry for file in files for entry in _entries(file)]
+    if not (base / TRANSFORMER).is_dir():
+        return 0, 0
+    stored = Tensors.open(base / TRANSFORMER).entries.values()
     return sum(entry.nbytes // entry.dtype.itemsize for entry in stored), sum(entry.nbytes for entry in stored)
-
-
-def _entries(file: Path) -> list[Entry]:
-    with opened(file) as stored:
-        return entries(stored)
 
 
 def load_network(base: str | Path, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
@@ -78,15 +74,11 @@ def without_blocks(family: Family, config: Mapping[str, Any]) -> nn.Module:
 
 
 def read_tensors(folder: Path, wanted: set[str]) -> dict[str, Tensor]:
-    """The named tensors out of a folder's safetensors files, however they are sharded; missing ones are an error."""
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        with opened(file) as stored:
-            for name in wanted & set(stored.keys()):
-                tensors[name] = check_finite(stored.get_tensor(name), name, file)
-    if wanted - set(tensors):
-        raise ValueError(f"{folder}: tensors {sorted(wanted - set(tensors))} are in none of its safetensors files")
-    return tensors
+    """The named tensors of a folder of weights, however they are sharded; missing ones are an error."""
+    stored = Tensors.open(folder)
+    if wanted - set(stored.entries):
+        raise ValueError(f"{folder}: tensors {sorted(wanted - set(stored.entries))} are in none of its weights")
+    return {name: check_finite(stored.get(name), name, folder) for name in sorted(wanted)}
 
 
 def fresh_ends(

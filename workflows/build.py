@@ -175,11 +175,25 @@ def opened(url: str) -> Iterator[tuple]:
             page.until(f"!!({ready})", 180)
             for setting in ("Comfy.Minimap.Visible", "Comfy.Workflow.ShowMissingModelsWarning"):
                 page.js(f"app.extensionManager.setting.set('{setting}', false)")
+            _close_dialogs(page)
             for name, kind in FOREIGN.items():
                 page.js(f"app.registerNodeDef({json.dumps(name)}, {json.dumps(kind)})")
             yield page, kinds
         finally:
             page.close()
+
+
+def _close_dialogs(page) -> None:
+    """A new user's page opens the template browser over the graph, some time after it is ready."""
+    page.js("app.extensionManager.setting.set('Comfy.TutorialCompleted', true)")
+    for _ in range(20):
+        page.call("Input.dispatchKeyEvent", type="keyDown", key="Escape", code="Escape", windowsVirtualKeyCode=27)
+        page.call("Input.dispatchKeyEvent", type="keyUp", key="Escape", code="Escape", windowsVirtualKeyCode=27)
+        time.sleep(0.25)
+    if page.js("!!document.querySelector('[role=dialog]')?.offsetParent"):
+        raise SystemExit(
+            "a dialog lies over the graph and would be in the thumbnail; close it in the page and try again"
+        )
 
 
 def show(page, graph: dict, name: str, nodes2: bool) -> None:

@@ -123,6 +123,14 @@ ADAPTER = (
 )
 
 
+# Of the 4K FLUX model; the text is that of benchmarks/memory.py, which a test compares.
+MEMORY_4K = (
+    "**GPU memory** (computed from shapes with `python -m benchmarks.memory`, not measured): weights in bf16 22.2"
+    " GB (of which stay in RAM 12.2 on 12 GB, 8.2 on 16 GB, 0.2 on 24 GB); fp8, int8 11.1 GB (of which stay in "
+    "RAM 1.1 on 12 GB); nvfp4 6.2 GB (fits 12 GB); a step 1.0 GB, the decode 0.9 GB. Weights in RAM cost time."
+)
+
+
 def adapted_4k(w: Workflow, model, clip, prefix: str) -> Workflow:
     """The rest of a graph from a base model to a 4K image through an adapter."""
     adapter = "flux1-krea-dcgen-f64c128.safetensors"
@@ -138,7 +146,7 @@ def adapter_4k() -> Workflow:
     w = Workflow(
         "FLUX 4K from an adapter",
         f"## 4096 x 4096 from plain FLUX.1 Krea and a DC-Gen adapter\n\n{ADAPTER}Its autoencoder:{GET_F64}"
-        "Any loader works in place of the model's: GGUF, fp8, LoRA before or after the adapter.",
+        f"Any loader works in place of the model's: GGUF, fp8, LoRA before or after the adapter.\n\n{MEMORY_4K}",
     )
     model, clip = krea_base(w)
     return adapted_4k(w, model, clip, "dcgen/flux-4k-adapter")
@@ -164,7 +172,7 @@ def image_to_image() -> Workflow:
     w = Workflow(
         "FLUX 4K image to image",
         "## 4K image to image\n\nThe image is scaled to the sampler's size and encoded; less denoise keeps more of it. "
-        f"Needs `models/diffusers/{KREA_4K}`.",
+        f"Needs `models/diffusers/{KREA_4K}`.\n\n{MEMORY_4K}",
     )
     load = w.node("DCGenReleaseLoader", release=KREA_4K)
     image = w.node("LoadImage", box=(270, 330), image="example.png")
@@ -178,7 +186,8 @@ def refine() -> Workflow:
     w = Workflow(
         "FLUX 1K to 4K refine",
         "## Generate at 1K, refine at 4K\n\nThe 1K model generates the image; the 4K model refines it at 4096 x 4096 "
-        f"with denoise 0.45. Needs `models/diffusers/{KREA_1K}` and `{KREA_4K}`.",
+        f"with denoise 0.45. Needs `models/diffusers/{KREA_1K}` and `{KREA_4K}`."
+        f"\n\n{MEMORY_4K}",
         width=240,
     )
     small = w.node("DCGenReleaseLoader", release=KREA_1K)
@@ -240,7 +249,7 @@ def four_bit() -> Workflow:
         "## 4K from one 4-bit file\n\nOne .safetensors in `models/diffusion_models` with core's nvfp4 layout (or "
         "fp8); 4-bit arithmetic needs a Blackwell GPU, other devices compute in 16 bit. None is published: quantize "
         f"a merged file (`python -m dcgen.convert pack`). Its autoencoder:{GET_F64}For nunchaku's 4-bit files there is "
-        "a separate workflow.",
+        f"a separate workflow.\n\n{MEMORY_4K}",
     )
     name = "dcgen-flux1-krea-4k-nvfp4.safetensors"
     model = w.node("DCGenModelLoader", model_name=name, weight_dtype="default")
@@ -377,7 +386,7 @@ JOBS: dict[str, Callable[[], Workflow]] = {
     "dcgen_toy_sana": toy_sana,
     "dcgen_flux_1k": lambda: release_job("FLUX 1K", KREA_1K, "1K: 1024 x 1024", "dcgen/flux-1k"),
     "dcgen_flux_2k": lambda: release_job("FLUX 2K", KREA_4K, "2K: 2048 x 2048", "dcgen/flux-2k"),
-    "dcgen_flux_4k": lambda: release_job("FLUX 4K", KREA_4K, "4K: 4096 x 4096", "dcgen/flux-4k"),
+    "dcgen_flux_4k": lambda: release_job("FLUX 4K", KREA_4K, "4K: 4096 x 4096", "dcgen/flux-4k", f"\n\n{MEMORY_4K}"),
     "dcgen_flux_4k_adapter": adapter_4k,
     "dcgen_flux_4k_img2img": image_to_image,
     "dcgen_flux_1k_to_4k_refine": refine,

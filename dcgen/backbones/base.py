@@ -212,11 +212,11 @@ class Backbone(ABC):
 
     def width(self, config: Mapping[str, Any]) -> int:
         """D, the hidden size."""
-        return config["num_attention_heads"] * config["attention_head_dim"]
+        return int(config["num_attention_heads"] * config["attention_head_dim"])
 
     def packed_channels(self, config: Mapping[str, Any]) -> int:
         """Values per token: C * p * p."""
-        return config["in_channels"] * config.get("patch_size", 1) ** 2
+        return int(config["in_channels"] * config.get("patch_size", 1) ** 2)
 
     def patch_size(self, config: Mapping[str, Any], latent: LatentSpace, what: str) -> int:
         """p, latent pixels along a side of a token; ValueError, naming `what`, when none fits the latent's channels."""

@@ -141,7 +141,7 @@ class DiT(Backbone):
 
 def _learned_sigma(config: Mapping[str, Any]) -> bool:
     outputs = config.get("out_channels") or config["in_channels"]
-    return outputs == 2 * config["in_channels"]
+    return bool(outputs == 2 * config["in_channels"])
 
 
 BACKBONE = DiT()

@@ -205,7 +205,7 @@ class Flux(Backbone):
         }
 
     def packed_channels(self, config: Mapping[str, Any]) -> int:
-        return config["in_channels"]
+        return int(config["in_channels"])
 
     def default_schedule(self, latent: LatentSpace, config: Mapping[str, Any]) -> Schedule:
         """FLUX.2's rule for DC-Gen's f32 models, FLUX.1's for its f64 models and for FLUX itself."""

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import FP16_MAX, KEEP_SHARE, Layer, RMSNorm, activate, conv3x3, finite, make_norm, plain, pointwise
-from .stream import Chunks, Collector, Window, drain, in_rows
+from .layers import FP16_MAX, KEEP_SHARE, Device, Layer, RMSNorm, activate, conv3x3, finite, make_norm, plain, pointwise
+from .stream import Chunks, Collector, Handover, Window, drain, in_rows
 
 
 class Attention(nn.Module, Layer):
@@ -27,19 +27,26 @@ class Attention(nn.Module, Layer):
     """
 
     def __init__(
-        self, channels: int, head_dim: int, scales: tuple[int, ...], norm: str, operations: Any, dtype: Any, device: Any
+        self,
+        channels: int,
+        head_dim: int,
+        scales: tuple[int, ...],
+        norm: str,
+        operations: Any,
+        dtype: torch.dtype | None,
+        device: Device,
     ) -> None:
         super().__init__()
         self.head_dim, self.eps = head_dim, 1e-15
-        kwargs = {"dtype": dtype, "device": device}
+        factory_kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         inner = channels // head_dim * head_dim
-        self.to_q = operations.Linear(channels, inner, bias=False, **kwargs)
-        self.to_k = operations.Linear(channels, inner, bias=False, **kwargs)
-        self.to_v = operations.Linear(channels, inner, bias=False, **kwargs)
+        self.to_q = operations.Linear(channels, inner, bias=False, **factory_kwargs)
+        self.to_k = operations.Linear(channels, inner, bias=False, **factory_kwargs)
+        self.to_v = operations.Linear(channels, inner, bias=False, **factory_kwargs)
         self.to_qkv_multiscale: Any = nn.ModuleList(
             AttentionScale(inner, head_dim, size, operations, dtype, device) for size in scales
         )
-        self.to_out = operations.Linear(inner * (1 + len(scales)), channels, bias=False, **kwargs)
+        self.to_out = operations.Linear(inner * (1 + len(scales)), channels, bias=False, **factory_kwargs)
         self.norm_out = make_norm(norm, channels, dtype, device)
         self.channels = channels
         self.live, self.held = (16 + 14 * len(scales)) * channels, channels
@@ -56,7 +63,7 @@ class Attention(nn.Module, Layer):
         source, sums, held = Collector(height), None, []
         project, rows, keep = self.projection(), 0, None
         for chunk, last in in_rows(chunks, height):
-            if keep is None:  # a small picture's queries are kept, a large one's are computed again
+            if keep is None:  # a small image's queries are kept, a large one's would take too much memory
                 keep = self.to_out.in_features * height * chunk.shape[3] * chunk.shape[0] <= limit // KEEP_SHARE
             rows = max(rows, chunk.shape[2])
             source.add(chunk)
@@ -72,24 +79,26 @@ class Attention(nn.Module, Layer):
         whole = source.take()
         assert sums is not None
         done = 0
-        for query in drain(held) if keep else self.again(whole, rows, height):
-            count = query[0].shape[2] // whole.shape[3]
-            box = [self.mix(sums, query, whole[:, :, done : done + count])]
-            done += count
-            del query
+
+        def mixed(queries: list[Tensor]) -> Tensor:
+            nonlocal done, whole
+            chunk = whole[:, :, done : done + queries[0].shape[2] // whole.shape[3]]
+            done += chunk.shape[2]
             if done == height:
                 del whole
-            yield box.pop()
+            return self.mix(sums, queries, chunk)
+
+        yield from Handover(mixed, drain(held) if keep else self.again(whole, rows, height))
 
     def again(self, whole: Tensor, rows: int, height: int) -> Iterator[list[Tensor]]:
         """The queries of the whole input, a chunk at a time."""
         project = self.projection()
-        for chunk, last in in_rows(iter(whole.split(rows, 2)), height):
-            pieces = project(chunk, last)
-            if pieces is not None:
-                box = [[piece[:, :, 0] for piece in pieces]]
-                del pieces
-                yield box.pop()
+
+        def queries(rows: tuple[Tensor, bool]) -> list[Tensor] | None:
+            pieces = project(*rows)
+            return None if pieces is None else [piece[:, :, 0] for piece in pieces]
+
+        return Handover(queries, in_rows(drain(list(whole.split(rows, 2))), height))
 
     def projection(self) -> Callable[[Tensor, bool], list[Tensor] | None]:
         """A function with fresh row memory: rows -> one (B, heads, 3, N, head_dim) of q, k, v per scale."""
@@ -132,25 +141,33 @@ class Attention(nn.Module, Layer):
         tokens = torch.stack(mixed, 2).flatten(2)
         del mixed
         y = finite(self.to_out(tokens)).unflatten(1, (x.shape[2], x.shape[3])).movedim(-1, 1)
-        return self.norm_out(y, residual=x)
+        result: Tensor = self.norm_out(y, residual=x)
+        return result
 
 
 class AttentionScale(nn.Module):
     """Depthwise k x k, then 1x1 per third of a head (arXiv:2205.14756, multi-scale tokens)."""
 
-    def __init__(self, inner: int, head_dim: int, size: int, operations: Any, dtype: Any, device: Any) -> None:
+    def __init__(
+        self, inner: int, head_dim: int, size: int, operations: Any, dtype: torch.dtype | None, device: Device
+    ) -> None:
         super().__init__()
         self.size, self.head_dim = size, head_dim
-        kwargs = {"bias": False, "dtype": dtype, "device": device}
+        factory_kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         channels = 3 * inner
-        self.proj_in = operations.Conv2d(channels, channels, size, padding=(0, size // 2), groups=channels, **kwargs)
-        self.proj_out = operations.Conv2d(channels, channels, 1, groups=channels // head_dim, **kwargs)
+        self.proj_in = operations.Conv2d(
+            channels, channels, size, padding=(0, size // 2), groups=channels, bias=False, **factory_kwargs
+        )
+        self.proj_out = operations.Conv2d(
+            channels, channels, 1, groups=channels // head_dim, bias=False, **factory_kwargs
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3 * inner, H + size - 1, W) -> (B, 3 * heads, H * W, head_dim)."""
         x = finite(self.proj_in(x))
         if not plain(self.proj_out):
-            return finite(self.proj_out(x)).flatten(2).unflatten(1, (-1, self.head_dim)).transpose(2, 3)
+            heads: Tensor = finite(self.proj_out(x)).flatten(2).unflatten(1, (-1, self.head_dim))
+            return heads.transpose(2, 3)
         weight = self.proj_out.weight.view(-1, self.head_dim, self.head_dim)
         groups = x.movedim(1, -1).flatten(1, 2).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
         return finite(groups @ weight.transpose(1, 2))
@@ -159,14 +176,14 @@ class AttentionScale(nn.Module):
 class GLUMBConv(nn.Module, Layer):
     """x + norm(point(u * silu(g))), [u, g] = depth3x3(silu(expand(x))); the hidden width is 2 * 4C."""
 
-    def __init__(self, channels: int, operations: Any, dtype: Any, device: Any) -> None:
+    def __init__(self, channels: int, operations: Any, dtype: torch.dtype | None, device: Device) -> None:
         super().__init__()
-        kwargs = {"dtype": dtype, "device": device}
+        factory_kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         hidden = 4 * channels
-        self.conv_inverted = operations.Conv2d(channels, 2 * hidden, 1, **kwargs)
-        self.conv_depth = conv3x3(operations, 2 * hidden, 2 * hidden, groups=2 * hidden, **kwargs)
-        self.conv_point = operations.Conv2d(hidden, channels, 1, bias=False, **kwargs)
-        self.norm = RMSNorm(channels, **kwargs)
+        self.conv_inverted = operations.Conv2d(channels, 2 * hidden, 1, **factory_kwargs)
+        self.conv_depth = conv3x3(operations, 2 * hidden, 2 * hidden, groups=2 * hidden, **factory_kwargs)
+        self.conv_point = operations.Conv2d(hidden, channels, 1, bias=False, **factory_kwargs)
+        self.norm = RMSNorm(channels, **factory_kwargs)
         self.channels = channels
         self.live, self.work = 28 * channels, sum(weight.numel() for weight in self.parameters())
         self.carried = 18 * channels
@@ -188,20 +205,29 @@ class GLUMBConv(nn.Module, Layer):
     def project(self, value: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
         if value.dtype != torch.float16:
             hidden = value * F.silu(gate) if value.requires_grad else F.silu(gate).mul_(value)
-            return self.norm(pointwise(self.conv_point, hidden), residual=residual)
+            result: Tensor = self.norm(pointwise(self.conv_point, hidden), residual=residual)
+            return result
         # The product of two float16 numbers overflows. The norm forgets the scale of a pixel (up to its eps), so
         # shrink each pixel into range before the projection and let eps know.
         product = value.float() * F.silu(gate.float())
         shrink = (FP16_MAX / 64 / product.abs().amax(1, keepdim=True).clamp(min=1e-6)).clamp(max=1.0)
         y = pointwise(self.conv_point, (product * shrink).to(value.dtype))
-        return self.norm(y, residual=residual, eps=self.norm.eps * shrink.square())
+        result = self.norm(y, residual=residual, eps=self.norm.eps * shrink.square())
+        return result
 
 
 class EfficientViTBlock(nn.Module):
     """Attention, then the gated convolution; each with its own residual."""
 
     def __init__(
-        self, channels: int, head_dim: int, scales: tuple[int, ...], norm: str, operations: Any, dtype: Any, device: Any
+        self,
+        channels: int,
+        head_dim: int,
+        scales: tuple[int, ...],
+        norm: str,
+        operations: Any,
+        dtype: torch.dtype | None,
+        device: Device,
     ) -> None:
         super().__init__()
         self.attn = Attention(channels, head_dim, scales, norm, operations, dtype, device)

@@ -87,7 +87,7 @@ class DCAEConfig:
 
     @property
     def has_attention(self) -> bool:
-        """Whether any stage attends globally (then plain tiling changes the picture)."""
+        """Whether any stage attends globally (then plain tiling changes the image)."""
         return "EfficientViTBlock" in _used(self.encoder_block_types, self.encoder_layers_per_block) or (
             "EfficientViTBlock" in _used(self.decoder_block_types, self.decoder_layers_per_block)
         )
@@ -98,8 +98,8 @@ class DCAEConfig:
         values = dataclasses.asdict(dataclasses.replace(self, name="", scaling_factor=None))
         for side in ("encoder", "decoder"):
             for stage, layers in enumerate(values[f"{side}_layers_per_block"]):
-                res = values[f"{side}_block_types"][stage] == "ResBlock"
-                unused = (f"{side}_qkv_multiscales",) if res else ("decoder_act_fns",) * (side == "decoder")
+                is_res_block = values[f"{side}_block_types"][stage] == "ResBlock"
+                unused = (f"{side}_qkv_multiscales",) if is_res_block else ("decoder_act_fns",) * (side == "decoder")
                 for field in PER_STAGE[side] if layers == 0 else unused:
                     values[field] = (*values[field][:stage], None, *values[field][stage + 1 :])
         if not self.has_attention:
@@ -123,9 +123,9 @@ class DCAEConfig:
 
         Raises DCAEError for a config of another class or with values that no DC-AE has; logs fields it does not know.
         """
-        found = values.get("_class_name", "AutoencoderDC")
-        if found != "AutoencoderDC":
-            raise DCAEError(f"config.json describes a {shown(found)}, expected an AutoencoderDC (DC-AE)")
+        class_name = values.get("_class_name", "AutoencoderDC")
+        if class_name != "AutoencoderDC":
+            raise DCAEError(f"config.json describes a {shown(class_name)}, expected an AutoencoderDC (DC-AE)")
         given = {key: value for key, value in values.items() if not key.startswith("_")}
         known = {field.name for field in dataclasses.fields(cls)} - {"name"}
         unknown = sorted(set(given) - known)
@@ -192,7 +192,8 @@ CONFIG_FIELDS: dict[str, Check] = {
 
 def _factor(layers: Sequence[int]) -> int:
     # an empty stage 0 still halves (in the first conv); an empty later stage has no resampling block at all
-    return 2 ** ((layers[0] == 0) + sum(count > 0 for count in layers[:-1]))
+    halvings = (layers[0] == 0) + sum(count > 0 for count in layers[:-1])
+    return 1 << halvings
 
 
 def _used(words: Sequence[str], layers: Sequence[int]) -> tuple[str, ...]:

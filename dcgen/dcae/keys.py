@@ -1,4 +1,4 @@
-"""Key names of the two published DC-AE file formats, as data, and what tensors alone tell about the architecture.
+"""Key names of the two published DC-AE file formats, as data, and the way from either to a state dict of ours.
 
 "diffusers" is AutoencoderDC's layout and the state dict of our DCAE; "original" is that of mit-han-lab and dc-ai.
 """
@@ -8,14 +8,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..fields import shown
-from .config import MAX_STAGES, DCAEConfig, DCAEError
-from .variants import VARIANTS
+from .config import DCAEConfig, DCAEError
 
 FORMATS = ("diffusers", "original")
 
@@ -38,17 +36,57 @@ THIRDS = ("attn.to_q.weight", "attn.to_k.weight", "attn.to_v.weight")
 OUT = "attn.to_out.weight"
 
 
+def as_diffusers(
+    tensors: Mapping[str, Tensor], format: str, config: DCAEConfig, shapes: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
+    """The tensors of a file in either format as a state dict of `shapes`, which is what the config's network has.
+
+    Raises DCAEError that lists missing, unexpected and misshapen tensors in the names of the file.
+    """
+    table = rename_table(config, list(shapes), format)
+    expected = stored_shapes(table, shapes)
+    optional = {key for key in expected if key.endswith("num_batches_tracked")}  # a training counter some writers drop
+    missing = sorted(set(expected) - set(tensors) - optional)
+    unexpected = sorted(set(tensors) - set(expected))
+    misshapen = [
+        f"{key} {tuple(tensors[key].shape)} instead of {tuple(shape)}"
+        for key, shape in expected.items()
+        if key in tensors and tensors[key].shape != shape
+    ]
+    misshapen += [
+        f"{key} {tensors[key].dtype} instead of floating point"
+        for key in expected
+        if key in tensors and key not in optional and not tensors[key].is_floating_point()
+    ]
+    problems = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+    if missing or unexpected or misshapen:
+        details = "; ".join(f"{title}: {listed(keys, 12)}" for title, keys in problems if keys)
+        raise DCAEError(
+            f"the tensors do not fit {config.name or 'DC-AE'!r} ({format} keys). {details}. The file is damaged, or "
+            "its config belongs to another autoencoder"
+        )
+    return from_stored({key: tensors.get(key, torch.tensor(0)) for key in expected}, table)
+
+
+def listed(keys: list[str], count: int = 5) -> str:
+    """The first `count` keys, for an error."""
+    more = f" and {len(keys) - count} more" if len(keys) > count else ""
+    return ", ".join(key if len(key) < 200 else shown(key) for key in keys[:count]) + more
+
+
 @dataclasses.dataclass(frozen=True)
 class Rename:
-    """Where one diffusers tensor lives in the original: a key, and for attention the third of its rows."""
+    """Where a file has one tensor of the diffusers format: a key, and for attention the third of its rows."""
 
     key: str
     third: int | None = None
     linear: bool = False
 
 
-def rename_table(config: DCAEConfig, keys: list[str]) -> dict[str, Rename]:
-    """Map every key of the diffusers state dict of this architecture to its place in the original format."""
+def rename_table(config: DCAEConfig, keys: list[str], format: str = "original") -> dict[str, Rename]:
+    """Map every key of the diffusers state dict of this architecture to where a file of `format` has its values."""
+    if format == "diffusers":
+        return {key: Rename(key) for key in keys}
     modules = _module_names(config)
     table = {}
     for key in keys:
@@ -82,186 +120,55 @@ def _module_names(config: DCAEConfig) -> dict[str, str]:
         for stage, count in enumerate(layers):
             resampled = count > 0 and stage < len(widths) - 1
             first = 1 if side == "decoder" and resampled else 0
-            here, there = f"{side}.{blocks}.{stage}", f"{side}.stages.{stage}.op_list"
+            diffusers_stage, original_stage = f"{side}.{blocks}.{stage}", f"{side}.stages.{stage}.op_list"
             for index in range(first, first + count):
-                names |= _block_names(config, side, stage, f"{here}.{index}.", f"{there}.{index}.")
+                names |= _block_names(config, side, stage, f"{diffusers_stage}.{index}.", f"{original_stage}.{index}.")
             if resampled:
                 index = 0 if side == "decoder" else count
                 wrapped = ".conv" if side == "decoder" or down else ""
-                names[f"{here}.{index}.conv"] = f"{there}.{index}.main.conv{wrapped}"
+                names[f"{diffusers_stage}.{index}.conv"] = f"{original_stage}.{index}.main.conv{wrapped}"
     return names
 
 
-def _block_names(config: DCAEConfig, side: str, stage: int, here: str, there: str) -> dict[str, str]:
+def _block_names(config: DCAEConfig, side: str, stage: int, block: str, original_block: str) -> dict[str, str]:
     if getattr(config, f"{side}_block_types")[stage] == "ResBlock":
-        return {here + ours: there + theirs for ours, theirs in RES_BLOCK.items()}
-    names = {here: there}
-    names |= {here + ours: there + theirs for ours, theirs in (ATTENTION | GATED_CONV).items()}
+        return {block + leaf: original_block + original_leaf for leaf, original_leaf in RES_BLOCK.items()}
+    names = {block: original_block}
+    names |= {block + leaf: original_block + original_leaf for leaf, original_leaf in (ATTENTION | GATED_CONV).items()}
     for scale in range(len(getattr(config, f"{side}_qkv_multiscales")[stage])):
-        for ours, theirs in ATTENTION_SCALE.items():
-            names[here + ours.format(s=scale)] = there + theirs.format(s=scale)
+        for leaf, original_leaf in ATTENTION_SCALE.items():
+            names[block + leaf.format(s=scale)] = original_block + original_leaf.format(s=scale)
     return names
 
 
-def original_shapes(table: Mapping[str, Rename], shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
-    """Shapes that the original format has for a model whose diffusers shapes are `shapes`."""
-    found: dict[str, torch.Size] = {}
+def stored_shapes(table: Mapping[str, Rename], shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
+    """Shapes of a file's tensors, of a model whose diffusers shapes are `shapes`."""
+    stored: dict[str, torch.Size] = {}
     for key, rename in table.items():
         shape = shapes[key]
         if rename.linear:
             shape = torch.Size((shape[0] * (1 if rename.third is None else 3), shape[1], 1, 1))
-        found[rename.key] = shape
-    return found
+        stored[rename.key] = shape
+    return stored
 
 
-def from_original(state: Mapping[str, Tensor], table: Mapping[str, Rename]) -> dict[str, Tensor]:
-    """Original tensors under diffusers keys; attention weights become (out, in) matrices."""
-    found = {}
+def from_stored(state: Mapping[str, Tensor], table: Mapping[str, Rename]) -> dict[str, Tensor]:
+    """A file's tensors under diffusers keys; attention weights become (out, in) matrices."""
+    tensors = {}
     for key, rename in table.items():
         tensor = state[rename.key]
         if rename.linear:
             tensor = tensor.reshape(tensor.shape[0], tensor.shape[1])
         if rename.third is not None:
             tensor = tensor.chunk(3, 0)[rename.third]
-        found[key] = tensor
-    return found
+        tensors[key] = tensor
+    return tensors
 
 
 def to_original(state: Mapping[str, Tensor], table: Mapping[str, Rename]) -> dict[str, Tensor]:
-    """Inverse of from_original, bit for bit."""
+    """Inverse of from_stored for the original format, bit for bit."""
     groups: dict[str, list[Tensor]] = {}
     for key, rename in sorted(table.items(), key=lambda item: item[1].third or 0):
         tensor = state[key]
         groups.setdefault(rename.key, []).append(tensor[..., None, None] if rename.linear else tensor)
     return {key: torch.cat(tensors, 0) if len(tensors) > 1 else tensors[0] for key, tensors in groups.items()}
-
-
-STAGE_KEY = re.compile(r"(encoder|decoder)\.(?:down_blocks|up_blocks|stages)\.(\d+)\.(?:op_list\.)?(\d+)\.(.+)")
-RES_LEAF = {"conv1.weight", "main.conv1.conv.weight"}
-OUT_LEAF = {OUT, PROJ}
-RESAMPLE_LEAF = {"conv.weight", "main.conv.weight", "main.conv.conv.weight"}
-SCALE_LEAF = re.compile(
-    r"(?:attn\.to_qkv_multiscale|context_module\.main\.aggreg)\.(\d+)\.(proj_in|proj_out|0|1)\.weight"
-)
-MARKS = {"diffusers": "decoder.conv_in.weight", "original": "decoder.project_in."}
-
-
-def find_format(keys: list[str]) -> tuple[str, str] | None:
-    """(format, wrapper prefix) of a DC-AE state dict, None when it is something else."""
-    for kind, mark in MARKS.items():
-        for key in keys:
-            start = key.find(mark)
-            if start < 0 or (start > 0 and key[start - 1] != "."):
-                continue
-            prefix = key[:start]
-            stages = "decoder.up_blocks." if kind == "diffusers" else "decoder.stages."
-            if any(other.startswith(prefix + stages) for other in keys):
-                return kind, prefix
-    return None
-
-
-@dataclasses.dataclass
-class _Stage:
-    kinds: dict[int, str]
-    width: int = 0
-    scales: dict[int, int] = dataclasses.field(default_factory=dict)
-    head_dim: int | None = None
-    batch_norm: bool = False
-    conv: torch.Size | None = None  # of the resampling convolution
-
-
-def infer_config(shapes: Mapping[str, torch.Size], kind: str) -> DCAEConfig:
-    """Read the architecture off the tensors (without wrapper prefix); name and scaling_factor stay open (None).
-
-    Diffusers keys do not show the outer shortcuts and activations: those follow the published families.
-    """
-    stages: dict[str, dict[int, _Stage]] = {"encoder": {}, "decoder": {}}
-    for key, shape in shapes.items():
-        match = STAGE_KEY.fullmatch(key)
-        if match:
-            side, stage, index, leaf = match.groups()
-            if len(stage) > 2 or int(stage) >= MAX_STAGES or len(index) > 3:
-                raise DCAEError(f"{shown(key)} is in a stage or block that no DC-AE has")
-            if not shape.numel():
-                raise DCAEError(f"{shown(key)} has shape {tuple(shape)}, which holds nothing")
-            _note(stages[side].setdefault(int(stage), _Stage({})), int(index), leaf, shape)
-    for side, found in stages.items():
-        if not found or any(stage.width == 0 for stage in found.values()):
-            raise DCAEError(f"the DC-AE {side} has stages without a readable block; the file is not complete")
-    return _config_of(stages, shapes, kind)
-
-
-def _note(stage: _Stage, index: int, leaf: str, shape: torch.Size) -> None:
-    if leaf in RES_LEAF or leaf in OUT_LEAF:
-        stage.kinds[index] = "ResBlock" if leaf in RES_LEAF else "EfficientViTBlock"
-        stage.width = shape[0]
-    elif leaf in RESAMPLE_LEAF:
-        stage.conv = shape
-    elif leaf.endswith("running_mean"):
-        stage.batch_norm = True
-    elif scale := SCALE_LEAF.fullmatch(leaf):
-        if scale.group(2) in ("proj_in", "0"):
-            stage.scales[int(scale.group(1))] = shape[-1]
-        else:
-            stage.head_dim = shape[1]
-
-
-def _config_of(stages: dict[str, dict[int, _Stage]], shapes: Mapping[str, torch.Size], kind: str) -> DCAEConfig:
-    values: dict[str, Any] = {}
-    for side, found in stages.items():
-        count = max(found) + 1
-        listed = [found.get(index) for index in range(count)]
-        widths = [stage.width if stage else 0 for stage in listed]
-        # the width of an empty stage 0 leaves no trace and has no effect; published files have half of stage 1
-        values[f"{side}_block_out_channels"] = tuple(
-            width or widths[min(index + 1, count - 1)] // 2 for index, width in enumerate(widths)
-        )
-        values[f"{side}_layers_per_block"] = tuple(len(stage.kinds) if stage else 0 for stage in listed)
-        values[f"{side}_block_types"] = tuple(_kind(stage) for stage in listed)
-        values[f"{side}_qkv_multiscales"] = tuple(
-            tuple(stage.scales[s] for s in sorted(stage.scales)) if stage else () for stage in listed
-        )
-        if side == "decoder":
-            norms = [bool(stage and stage.batch_norm) for stage in listed]
-            norms[0] = norms[0] or (listed[0] is None and len(norms) > 1 and norms[1])
-            values["decoder_norm_types"] = tuple("batch_norm" if norm else "rms_norm" for norm in norms)
-            values["decoder_act_fns"] = tuple("relu" if norm else "silu" for norm in norms)
-    enc, dec = stages["encoder"], stages["decoder"]
-    head_dims = [stage.head_dim for side in stages.values() for stage in side.values() if stage.head_dim]
-    attends = {
-        side: any("EfficientViTBlock" in s.kinds.values() for s in found.values()) for side, found in stages.items()
-    }
-    first, conv = min((index, stage.conv) for index, stage in enc.items() if stage.conv is not None)
-    values["downsample_block_type"] = "pixel_unshuffle" if conv[0] * 4 == enc[first + 1].width else "Conv"
-    first, conv = min((index, stage.conv) for index, stage in dec.items() if stage.conv is not None)
-    values["upsample_block_type"] = "interpolate" if conv[0] == dec[first].width else "pixel_shuffle"
-    if kind == "original":
-        shortcuts = ("encoder.project_out.main.op_list.0.conv.weight", "decoder.project_in.main.conv.weight")
-        values["encoder_out_shortcut"], values["decoder_in_shortcut"] = (key in shapes for key in shortcuts)
-    else:
-        values["encoder_out_shortcut"] = values["decoder_in_shortcut"] = attends["encoder"]
-    return DCAEConfig(
-        in_channels=_inputs(shapes, "encoder"),
-        latent_channels=_inputs(shapes, "decoder"),
-        attention_head_dim=head_dims[0] if head_dims else 32,
-        decoder_conv_act_fn="relu" if attends["decoder"] else "silu",
-        scaling_factor=None,
-        **values,
-    )
-
-
-def _kind(stage: _Stage | None) -> str:
-    return next(iter(stage.kinds.values())) if stage else "ResBlock"
-
-
-def _inputs(shapes: Mapping[str, torch.Size], side: str) -> int:
-    first = (f"{side}.project_in.", f"{side}.conv_in.")
-    for key, shape in shapes.items():
-        if key.startswith(first) and key.endswith("weight") and len(shape) > 1:
-            return shape[1]
-    raise DCAEError(f"no tensor of {' or '.join(first)}* tells how many channels the {side} takes")
-
-
-def candidates(config: DCAEConfig) -> list[DCAEConfig]:
-    """The published variants with exactly this architecture."""
-    return [variant for variant in VARIANTS.values() if variant.architecture == config.architecture]

@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .stream import Chunks, Window, in_rows
+from .stream import Chunks, Handover, Window, in_rows
+
+Device = torch.device | str | None
 
 FP16_MAX = 65504.0
-FOLD_MOST = 512 * 512
+FOLD_MAX = 512 * 512  # input times output channels
 KEEP_SHARE = 2
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "silu": F.silu,
@@ -31,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def finite(x: Tensor) -> Tensor:
-    """Saturate float16 instead of overflowing to inf (inf - inf is the NaN behind a black picture)."""
+    """Saturate float16 instead of overflowing to inf (inf - inf is the NaN behind a black image)."""
     if x.dtype != torch.float16:
         return x
     return x.clamp(-FP16_MAX, FP16_MAX) if x.requires_grad else x.clamp_(-FP16_MAX, FP16_MAX)
@@ -47,7 +49,9 @@ def activate(name: str, x: Tensor) -> Tensor:
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean_C(x^2) + eps) * weight + bias over channels; mean and root in float32. Overwrites x."""
 
-    def __init__(self, channels: int, dtype: Any = None, device: Any = None, eps: float = 1e-5) -> None:
+    def __init__(
+        self, channels: int, dtype: torch.dtype | None = None, device: Device = None, eps: float = 1e-5
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels, dtype=dtype, device=device))
@@ -69,12 +73,12 @@ class RMSNorm(nn.Module):
 class ChannelNorm(nn.BatchNorm2d):
     """BatchNorm with the call of RMSNorm (only decoder stages 0-2 of the in / mix families use it)."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = super().forward(x)
         return finite(y if residual is None else y + residual)
 
 
-def make_norm(kind: str, channels: int, dtype: Any, device: Any) -> RMSNorm | ChannelNorm:
+def make_norm(kind: str, channels: int, dtype: torch.dtype | None, device: Device) -> RMSNorm | ChannelNorm:
     if kind == "rms_norm":
         return RMSNorm(channels, dtype=dtype, device=device)
     return ChannelNorm(channels, dtype=dtype, device=device)
@@ -105,7 +109,7 @@ class Layer:
     """One step of the stream. `stream` maps chunks of an input of `height` rows to chunks of the output.
 
     For planning: `live` elements are alive per input pixel of a chunk while the layer works on it, `held` per input
-    pixel of the whole picture; `scale` is output size / input size; `work` multiply-adds per input pixel.
+    pixel of the whole image; `scale` is output size / input size; `work` multiply-adds per input pixel.
     """
 
     channels: int  # of the input
@@ -121,16 +125,10 @@ class Layer:
     def stream(self, chunks: Chunks, height: int, limit: int) -> Chunks:
         """`limit`: elements this layer may keep alive."""
         step = self.stepper()
-        for chunk, last in in_rows(chunks, height):
-            done = step(chunk, last)
-            del chunk
-            if done is not None:
-                box = [done]
-                del done
-                yield box.pop()
+        return Handover(lambda rows: step(*rows), in_rows(chunks, height))
 
     def size(self, pixels: int) -> int:
-        """Output rows (or columns) of a picture with this many input rows (or columns)."""
+        """Output rows (or columns) of an image with this many input rows (or columns)."""
         return int(pixels * self.scale)
 
     def halo(self, pixels: int) -> int:
@@ -170,7 +168,8 @@ class Conv(Layer):
 def channel_shortcut(x: Tensor, channels: int) -> Tensor:
     """Match channel counts: mean over consecutive groups, or each channel repeated."""
     if channels <= x.shape[1]:
-        return x.unflatten(1, (channels, -1)).mean(2)
+        groups: Tensor = x.unflatten(1, (channels, -1))
+        return groups.mean(2)
     return x.repeat_interleave(channels // x.shape[1], dim=1)
 
 
@@ -180,19 +179,22 @@ def unshuffle_shortcut(x: Tensor, channels: int) -> Tensor:
     if group % 4 == 0:
         return channel_shortcut(F.avg_pool2d(x, 2), channels)
     if group == 2:  # a group is the two neighbours in a row
-        return F.avg_pool2d(x, (1, 2)).unflatten(2, (-1, 2)).movedim(3, 2).flatten(1, 2)
+        pairs: Tensor = F.avg_pool2d(x, (1, 2)).unflatten(2, (-1, 2))
+        return pairs.movedim(3, 2).flatten(1, 2)
     return channel_shortcut(F.pixel_unshuffle(x, 2), channels)
 
 
 class ResBlock(nn.Module, Layer):
     """x + norm(conv(act(conv(x)))), local: two rows on either side."""
 
-    def __init__(self, channels: int, norm: str, act: str, operations: Any, dtype: Any, device: Any) -> None:
+    def __init__(
+        self, channels: int, norm: str, act: str, operations: Any, dtype: torch.dtype | None, device: Device
+    ) -> None:
         super().__init__()
         self.act = act
-        kwargs = {"dtype": dtype, "device": device}
-        self.conv1 = conv3x3(operations, channels, channels, **kwargs)
-        self.conv2 = conv3x3(operations, channels, channels, bias=False, **kwargs)
+        factory_kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.conv1 = conv3x3(operations, channels, channels, **factory_kwargs)
+        self.conv2 = conv3x3(operations, channels, channels, bias=False, **factory_kwargs)
         self.norm = make_norm(norm, channels, dtype, device)
         self.channels = channels
         self.live, self.work, self.reach = 6 * channels, 2 * self.conv1.weight.numel(), 2
@@ -206,7 +208,7 @@ class ResBlock(nn.Module, Layer):
             rows = first(x, last)
             if rows is None:
                 return None
-            top = done["middle"] - 1  # picture row of rows[0]
+            top = done["middle"] - 1  # image row of rows[0]
             middle = activate(self.act, finite(self.conv1(rows)))
             done["middle"] += middle.shape[2]
             around = second(middle, last)
@@ -217,7 +219,8 @@ class ResBlock(nn.Module, Layer):
             del around
             start = done["out"] - top
             done["out"] += y.shape[2]
-            return self.norm(y, residual=rows[:, :, start : start + y.shape[2]])
+            normed: Tensor = self.norm(y, residual=rows[:, :, start : start + y.shape[2]])
+            return normed
 
         return step
 
@@ -226,7 +229,14 @@ class Down(nn.Module, Layer):
     """Halve the size: 3x3 conv to C_out/4 then pixel-unshuffle, or a strided 3x3 conv; shortcut averages channels."""
 
     def __init__(
-        self, c_in: int, c_out: int, unshuffle: bool, shortcut: bool, operations: Any, dtype: Any, device: Any
+        self,
+        c_in: int,
+        c_out: int,
+        unshuffle: bool,
+        shortcut: bool,
+        operations: Any,
+        dtype: torch.dtype | None,
+        device: Device,
     ) -> None:
         super().__init__()
         self.unshuffle, self.shortcut, self.c_out = unshuffle, shortcut, c_out
@@ -256,7 +266,14 @@ class Up(nn.Module, Layer):
     """Double the size: 3x3 conv to 4*C_out then pixel-shuffle, or nearest x2 then 3x3; shortcut repeats channels."""
 
     def __init__(
-        self, c_in: int, c_out: int, interpolate: bool, shortcut: bool, operations: Any, dtype: Any, device: Any
+        self,
+        c_in: int,
+        c_out: int,
+        interpolate: bool,
+        shortcut: bool,
+        operations: Any,
+        dtype: torch.dtype | None,
+        device: Device,
     ) -> None:
         super().__init__()
         self.interpolate, self.shortcut, self.c_out = interpolate, shortcut, c_out
@@ -265,7 +282,7 @@ class Up(nn.Module, Layer):
         self.scale, self.live, self.carried = 2.0, 4 * c_in + 16 * c_out, 2 * c_in
         self.work = self.conv.weight.numel() * (4 if interpolate else 1)
         # folded kernels are 16/9 of the weights: not worth it for the wide layers, which see few pixels
-        self.fold = interpolate and c_in * c_out <= FOLD_MOST
+        self.fold = interpolate and c_in * c_out <= FOLD_MAX
         self.fixed = 24 * c_in * c_out if self.fold else 0
 
     def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
@@ -299,9 +316,9 @@ class Up(nn.Module, Layer):
 
 
 def fold_nearest(weight: Tensor) -> list[list[Tensor]]:
-    """3x3 after nearest x2 is a 2x2 convolution of the small picture for each of the four output positions.
+    """3x3 after nearest x2 is a 2x2 convolution of the small image for each of the four output positions.
 
-    Rows 2i-1, 2i, 2i+1 of the large picture are rows i-1, i, i of the small one; 2i, 2i+1, 2i+2 are i, i, i+1.
+    Rows 2i-1, 2i, 2i+1 of the large image are rows i-1, i, i of the small one; 2i, 2i+1, 2i+2 are i, i, i+1.
     Returns kernels [row parity][column parity]: 4/9 of the multiplications.
     """
     first = torch.stack([weight[:, :, 0], weight[:, :, 1] + weight[:, :, 2]], 2)

@@ -1,23 +1,26 @@
-"""Pictures as streams of row chunks: the bookkeeping under the layers of model.py."""
+"""Images as streams of row chunks: what is kept between chunks, and how chunks are cut and joined."""
 
 # B batch, C channels, H W rows and columns at the layer's own resolution
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-Chunks = Iterator[Tensor]  # (B, C, rows, W) pieces of one picture, top to bottom
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Chunks = Iterator[Tensor]  # (B, C, rows, W) pieces of one image, top to bottom
 
 
 class Window:
-    """The rows that a k-row operator needs from the chunks before, and the zero rows outside of the picture.
+    """The rows that a k-row operator needs from the chunks before, and the zero rows outside of the image.
 
     ``span`` rows in give one step of output, each step moves ``step`` rows down; ``top`` / ``bottom`` zero rows pad
-    the picture. Calling it with a chunk returns all rows that complete steps need, or None when there are too few.
+    the image. Calling it with a chunk returns all rows that complete steps need, or None when there are too few.
     """
 
     def __init__(self, span: int, step: int, top: int, bottom: int) -> None:
@@ -48,14 +51,33 @@ class Window:
         return zeros.contiguous(memory_format=torch.channels_last)
 
 
+class Handover(Iterator[Result]):
+    """function(item) of each item, without the Nones; the consumer becomes the only owner of a result.
+
+    A generator that waits at `yield x` still holds x by its name. In a chain of generators every layer's last chunk
+    would then stay in memory while the layers after it work. A function that has returned holds nothing.
+    """
+
+    def __init__(self, function: Callable[[Item], Result | None], items: Iterable[Item]) -> None:
+        self._results = map(function, items)
+
+    def __next__(self) -> Result:
+        while True:
+            result = next(self._results)
+            if result is not None:
+                return result
+
+
 def in_rows(chunks: Iterable[Tensor], height: int) -> Iterator[tuple[Tensor, bool]]:
-    """Pair every chunk with whether it ends the picture of `height` rows."""
+    """Pair every chunk with whether it ends the image of `height` rows."""
     seen = 0
-    for chunk in chunks:
+
+    def paired(chunk: Tensor) -> tuple[Tensor, bool]:
+        nonlocal seen
         seen += chunk.shape[2]
-        box = [(chunk, seen == height)]
-        del chunk
-        yield box.pop()
+        return chunk, seen == height
+
+    return map(paired, chunks)
 
 
 def regroup(chunks: Chunks, rows: int) -> Chunks:
@@ -65,36 +87,32 @@ def regroup(chunks: Chunks, rows: int) -> Chunks:
     for chunk in chunks:
         held.append(chunk)
         count += chunk.shape[2]
-        del chunk
+        del chunk  # the consumer is to be its only owner: see Handover
         if count * 2 >= rows:
-            yield from _cut(held, rows)
+            yield from drain(_cut(held, rows))
             count = 0
     if held:
-        yield from _cut(held, rows)
+        yield from drain(_cut(held, rows))
 
 
-def _cut(held: list[Tensor], rows: int) -> Chunks:
+def _cut(held: list[Tensor], rows: int) -> list[Tensor]:
     """The rows of `held` (emptied) in equal parts of at most `rows`."""
     joined = held[0] if len(held) == 1 else torch.cat(held, 2)
     held.clear()
     count = joined.shape[2]
     part = math.ceil(count / math.ceil(count / rows))
-    for start in range(0, count - part, part):
-        yield joined[:, :, start : start + part]
-    box = [joined[:, :, (math.ceil(count / part) - 1) * part :]]
-    del joined
-    yield box.pop()
+    return [joined[:, :, start : start + part] for start in range(0, count, part)]
 
 
-def drain(items: list) -> Iterator:
-    """The items first to last, each forgotten once it is handed over."""
+def drain(items: list[Item]) -> Iterator[Item]:
+    """The items first to last, each forgotten (`items` ends up empty) once it is handed over; see Handover."""
     items.reverse()
     while items:
         yield items.pop()
 
 
 class Collector:
-    """Put the chunks of a picture of `height` rows back together, in one buffer unless autograd is watching."""
+    """Put the chunks of an image of `height` rows back together, in one buffer unless autograd is watching."""
 
     def __init__(self, height: int) -> None:
         self.height, self.filled = height, 0
@@ -117,7 +135,7 @@ class Collector:
         self.filled += rows
 
     def take(self) -> Tensor:
-        """The whole picture; the collector lets go of it."""
+        """The whole image; the collector no longer holds it."""
         if self.filled != self.height:
             raise RuntimeError(f"DC-AE stream ended after {self.filled} of {self.height} rows")
         whole = torch.cat(self.parts, 2) if self.parts else self.whole
@@ -126,17 +144,17 @@ class Collector:
         return whole
 
 
-def batched(pictures: Iterator[Tensor], count: int) -> Tensor:
-    """`count` pictures (1,C,H,W) as one batch, each written into it when it is there unless autograd is watching."""
+def batched(images: Iterator[Tensor], count: int) -> Tensor:
+    """`count` images (1,C,H,W) as one batch, each written into it when it is there unless autograd is watching."""
     out: Tensor | None = None
     parts = []
-    for index, picture in enumerate(pictures):
-        if picture.requires_grad:
-            parts.append(picture)
+    for index, image in enumerate(images):
+        if image.requires_grad:
+            parts.append(image)
             continue
         if out is None:
-            out = torch.empty_like(picture.expand(count, -1, -1, -1), memory_format=torch.channels_last)
-        out[index] = picture[0]
+            out = torch.empty_like(image.expand(count, -1, -1, -1), memory_format=torch.channels_last)
+        out[index] = image[0]
     return torch.cat(parts) if out is None else out
 
 

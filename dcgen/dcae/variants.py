@@ -6,6 +6,8 @@ no published figure. `spaces.SPACES` is made from this table.
 
 from __future__ import annotations
 
+from typing import Any
+
 from .config import DCAEConfig
 
 WIDTHS = (128, 256, 512, 512, 1024, 1024)
@@ -14,7 +16,7 @@ WIDTHS = (128, 256, 512, 512, 1024, 1024)
 def _sana(name: str, **changes: object) -> DCAEConfig:
     types = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
     scales = ((), (), (), (5,), (5,), (5,))
-    fields: dict = {
+    fields: dict[str, Any] = {
         "latent_channels": 32,
         "encoder_block_types": types,
         "decoder_block_types": types,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,13 @@ import comfy.sd
 import torch
 from torch import Tensor
 
+from ...dcgen.backbones.keymap import KeyMap, Row
+from ...dcgen.files import naming
 from ...dcgen.tensors import Tensors
 
 _GROUPS = 32
-# Releases before 2023 have the names query, key, value and proj_attn.
-_ATTENTION = {
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "proj_out",
-    "query": "q",
-    "key": "k",
-    "value": "v",
-    "proj_attn": "proj_out",
-}
+# Names of releases before 2023 -> today's.
+_FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def load_kl_vae(folder: Path, config: dict[str, Any]) -> comfy.sd.VAE:
@@ -36,7 +29,8 @@ def load_kl_vae(folder: Path, config: dict[str, Any]) -> comfy.sd.VAE:
         )
     weights = Tensors.open(folder)
     layers = config.get("layers_per_block", 2)
-    tensors = original_keys({name: weights.get(name) for name in weights.entries}, len(widths), layers)
+    with naming(folder):
+        tensors = original_keys({name: weights.get(name) for name in weights.entries}, len(widths), layers)
     channels, dtype = config["latent_channels"], tensors["encoder.conv_in.weight"].dtype
     for name, size in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
         # FLUX's VAE has neither; ComfyUI's class has both, so they become the identity.
@@ -64,32 +58,52 @@ def load_kl_vae(folder: Path, config: dict[str, Any]) -> comfy.sd.VAE:
     return vae
 
 
-def original_keys(tensors: dict[str, Tensor], levels: int, layers: int) -> dict[str, Tensor]:
-    """diffusers' AutoencoderKL names -> the original ones; attention linears become 1x1 convolutions."""
-    heads = {"conv_norm_out": "norm_out", "quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
-    names: dict[str, str] = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2"}
-    names |= {f"mid_block.attentions.0.{old}": f"mid.attn_1.{new}" for old, new in _ATTENTION.items()}
-    for level in range(levels):
-        mirror = levels - 1 - level  # diffusers counts the decoder from the deepest level
-        names |= {f"down_blocks.{level}.resnets.{i}": f"down.{level}.block.{i}" for i in range(layers)}
-        names |= {f"up_blocks.{level}.resnets.{i}": f"up.{mirror}.block.{i}" for i in range(layers + 1)}
-        names[f"down_blocks.{level}.downsamplers.0.conv"] = f"down.{level}.downsample.conv"
-        names[f"up_blocks.{level}.upsamplers.0.conv"] = f"up.{mirror}.upsample.conv"
-    renamed: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        side, _, rest = key.partition(".")
-        module = rest.rpartition(".")[0]
-        stem = next((old for old in names if module == old or module.startswith(f"{old}.")), None)
-        if side not in ("encoder", "decoder"):
-            renamed[key] = tensor
-            continue
-        tail = rest if stem is None else names[stem] + rest[len(stem) :]
-        for old, new in heads.items():
-            tail = tail.replace(old, new) if tail.startswith(old) else tail
-        if ".attn_1." in tail and tail.endswith(".weight") and tensor.ndim == 2:
-            tensor = tensor.reshape(*tensor.shape, 1, 1)
-        renamed[f"{side}.{tail.replace('conv_shortcut', 'nin_shortcut')}"] = tensor
-    return renamed
+def original_keys(tensors: Mapping[str, Tensor], levels: int, layers: int) -> dict[str, Tensor]:
+    """diffusers' AutoencoderKL names -> the original ones; attention linears become 1x1 convolutions.
+
+    ValueError lists missing and unknown keys.
+    """
+    renamed = key_map(levels, layers).to_original({_today(key): value for key, value in tensors.items()}, {})
+    return {
+        key: value.reshape(*value.shape, 1, 1) if ".attn_1." in key and value.ndim == 2 else value
+        for key, value in renamed.items()
+    }
+
+
+def key_map(levels: int, layers: int) -> KeyMap:
+    """Rows of an AutoencoderKL with so many levels, and residual blocks in a level of the encoder."""
+    rows = [Row(name, (name,), optional=name) for name in ("quant_conv", "post_quant_conv")]
+    for side, path, count, resample in (("encoder", "down", layers, "down"), ("decoder", "up", layers + 1, "up")):
+        rows += [Row(f"{side}.{name}", (f"{side}.{name}",)) for name in ("conv_in", "conv_out")]
+        rows += [Row(f"{side}.norm_out", (f"{side}.conv_norm_out",))]
+        rows += _attention(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0")
+        for i in range(2):
+            rows += _residual(f"{side}.mid.block_{i + 1}", f"{side}.mid_block.resnets.{i}")
+        for level in range(levels):
+            ours = level if side == "encoder" else levels - 1 - level  # diffusers counts the decoder from the deepest
+            theirs = f"{side}.{path}_blocks.{level}"
+            for i in range(count):
+                rows += _residual(f"{side}.{path}.{ours}.block.{i}", f"{theirs}.resnets.{i}")
+            original, name = f"{side}.{path}.{ours}.{resample}sample.conv", f"{theirs}.{resample}samplers.0.conv"
+            rows += [Row(original, (name,), optional=original)]
+    return KeyMap("AutoencoderKL", tuple(rows), {})
+
+
+def _residual(original: str, name: str) -> list[Row]:
+    rows = [Row(f"{original}.{part}", (f"{name}.{part}",)) for part in ("norm1", "conv1", "norm2", "conv2")]
+    shortcut = f"{original}.nin_shortcut"  # where the width changes
+    return [*rows, Row(shortcut, (f"{name}.conv_shortcut",), optional=shortcut)]
+
+
+def _attention(original: str, name: str) -> list[Row]:
+    parts = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+    return [Row(f"{original}.{ours}", (f"{name}.{theirs}",), optional=original) for ours, theirs in parts.items()]
+
+
+def _today(key: str) -> str:
+    module, _, end = key.rpartition(".")
+    path, _, last = module.rpartition(".")
+    return f"{path}.{_FORMER[last]}.{end}" if last in _FORMER else key
 
 
 def _check(vae: comfy.sd.VAE, tensors: dict[str, Tensor], folder: Path) -> None:

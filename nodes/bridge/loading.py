@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import comfy.model_management
@@ -136,10 +136,3 @@ def _geometry(module: nn.Module) -> tuple[int, int] | None:
 def _some(names: list[str]) -> str:
     rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + rest
-
-
-def renamed(parts: Parts, rename: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Parts with core's final renaming of keys (some versions rename a norm's `scale` to `weight`)."""
-    for part in parts:
-        yield rename(part)
-        part.clear()

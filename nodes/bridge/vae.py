@@ -112,7 +112,7 @@ class DCAEVAE(comfy.sd.VAE):
         canvas = StripPreview(*shape) if preview else None
 
         def decode(latent: Tensor, strip: Strip, progress: Callable) -> Tensor:
-            return self.dcae.decode(latent, strip.rows, columns=strip.columns, on_strip=progress)
+            return self.dcae.decode(latent, strip.rows, columns=strip.columns, progress=progress)
 
         images = self._each("decode", samples, samples.shape[-2:], strip, max_rows, decode, canvas)
         for index, image in enumerate(images):
@@ -131,7 +131,7 @@ class DCAEVAE(comfy.sd.VAE):
 
         def encode(image: Tensor, strip: Strip, progress: Callable) -> Tensor:
             image = self.process_input(image)
-            return self.dcae.encode(image, strip.rows, columns=strip.columns, on_strip=progress)
+            return self.dcae.encode(image, strip.rows, columns=strip.columns, progress=progress)
 
         size = (pixels.shape[-2] // f, pixels.shape[-1] // f)
         results = self._each("encode", pixels, size, strip, max_rows, encode, None)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +30,6 @@ def _helper(name: str) -> ModuleType:
 # In this order: they import each other by these names.
 settings, browsers, core, servers = map(_helper, ("settings", "browser", "core", "server"))
 NONE = "no-comfyui"
-LABELS = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -46,33 +44,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         found = [setting for setting in found if setting.mode == "legacy"]
     names = [setting.label for setting in found]
     metafunc.parametrize("comfy", found or [None], ids=names or [NONE], indirect=True, scope="session")
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Which setting each test runs in, for the summary, which sees reports only."""
-    labels = session.config.stash.setdefault(LABELS, {})
-    for item in session.items:
-        setting = getattr(item, "callspec", None) and item.callspec.params.get("comfy")
-        if setting is not None:
-            labels[item.nodeid] = f"ComfyUI {setting.label.removesuffix(f'-{setting.mode}')} {setting.mode}"
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """One line for each setting: "ComfyUI 0.33.0 dynamic: 187 passed, 2 failed in 93 s"."""
-    labels = config.stash.get(LABELS, {})
-    counts: dict[str, Counter[str]] = {label: Counter() for label in labels.values()}
-    seconds: Counter[str] = Counter()
-    for outcome, reports in terminalreporter.stats.items():
-        for report in reports:
-            label = labels.get(getattr(report, "nodeid", ""))
-            if label and hasattr(report, "duration"):
-                seconds[label] += report.duration
-                counts[label][outcome] += bool(outcome)  # "" are setups and teardowns that went well
-    if counts:
-        terminalreporter.section("ComfyUI")
-    for label, found in counts.items():
-        said = ", ".join(f"{number} {outcome}" for outcome, number in found.items() if number)
-        terminalreporter.write_line(f"{label}: {said or 'nothing ran'} in {seconds[label]:.0f} s")
 
 
 @pytest.fixture(scope="session")

@@ -202,7 +202,7 @@ def make_adapter(file: Path, base) -> None:
         {key: new[key] for key in keys},
         {"transformer_blocks.0.attn.to_q": lora},
         LatentSpace("", 8, 32, 0.37, rgb_factors=factors),
-        BACKBONES["flux"].fingerprint(dict(base.config)),
+        BACKBONES["flux"].base_signature(dict(base.config)),
         {"rule": "flux2"},
     )
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,7 @@ def expected(setting, helper, tiny):
 def test_gguf(ran, expected, helper):
     """The base's own patcher goes on owning the packed blocks: it applies LoRA after expanding them."""
     found, facts = ran
-    assert facts["gguf"]["lender"] == ["GGUFModelPatcher"] * 2
+    assert facts["gguf"]["base_patchers"] == ["GGUFModelPatcher"] * 2
     assert "ordinary LoRA loader" in facts["gguf"]["said"]["hook"]
     assert facts["gguf"]["still"] == facts["gguf"]["packed"] > 30, "packed weights were replaced"
     for turn, name in enumerate(("deep", "base", "lora", "aligned", "before", "base")):
@@ -126,7 +126,7 @@ def test_lora_report(ran, helper, model):
     for file in ("lora", "ends"):
         for case in DEEP:
             assert helper.relative(found[f"lora/{model}-{file}-{case}"], found[f"lora/{model}-none-{case}"]) > 1e-3
-    assert own < whole / 5, "the borrowed weights were counted twice"
+    assert own < whole / 5, "the shared weights were counted twice"
 
 
 def test_what_the_report_calls_applied_is_what_changed_the_result(ran, expected, helper):

@@ -199,6 +199,10 @@ def test_a_schedule_goes_through_json(schedule):
     assert Schedule.parse(stored) == schedule
     assert Schedule.from_scheduler_config({"use_dynamic_shifting": True, "_dcgen_schedule": stored}) == schedule
     assert "rule" in stored
+    assert schedule == stored
+    assert hash(schedule) == hash(Schedule.parse(stored))
+    direct = sigmas(7, tokens=1024, channels=32, **schedule)
+    assert torch.equal(direct, schedule.sigmas(7, tokens=1024, channels=32))
     assert len(stored) < 4, "defaults are not written: an older reader knows three fields"
 
 

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dcgen.dcae import DCAE, VARIANTS, DCAEConfig, DCAEError, load_dcae, save_dcae
-from dcgen.dcae.keys import candidates, infer_config, original_shapes, rename_table, to_original
+from dcgen.dcae.identify import candidates, identify, infer_config
+from dcgen.dcae.keys import rename_table, stored_shapes, to_original
 
 
 def meta_state(config: DCAEConfig) -> dict[str, torch.Tensor]:
@@ -25,7 +26,7 @@ def meta_state(config: DCAEConfig) -> dict[str, torch.Tensor]:
 def test_tensors_alone_tell_the_architecture(name: str) -> None:
     state = meta_state(VARIANTS[name])
     table = rename_table(VARIANTS[name], list(state))
-    original = original_shapes(table, {key: tensor.shape for key, tensor in state.items()})
+    original = stored_shapes(table, {key: tensor.shape for key, tensor in state.items()})
     for shapes, kind in (({k: v.shape for k, v in state.items()}, "diffusers"), (original, "original")):
         found = infer_config(shapes, kind)
         assert found.architecture == VARIANTS[name].architecture
@@ -139,10 +140,7 @@ def test_config_json_tells_in_from_mix(meta_like, name: str) -> None:
 def settled(
     state: dict[str, torch.Tensor], config: dict | None = None, scaling_factor: float | None = None
 ) -> tuple[str, float | None]:
-    from dcgen.dcae.files import _settle, _Source
-
-    seen = infer_config({key: tensor.shape for key, tensor in state.items()}, "diffusers")
-    found = _settle(_Source(state, {}, config, "file", ""), seen, scaling_factor)
+    found = identify(state, {}, config, "", scaling_factor).config
     return found.name, found.scaling_factor
 
 

@@ -47,9 +47,8 @@ def test_any_strip_and_panel_equals_untiled(tiny_model, data: st.DataObject) -> 
         assert far(model.decode(latent, "auto"), picture) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_gradients_pass_through_strips(tiny_model, name: str) -> None:
-    model = tiny_model(name)
+def gradient_error(model: DCAE) -> float:
+    """How far the gradient of one random image with strips is from that without."""
     f = model.config.spatial_factor
     image = torch.rand(1, 3, 3 * f, f) * 2 - 1
     grads = []
@@ -57,7 +56,14 @@ def test_gradients_pass_through_strips(tiny_model, name: str) -> None:
         x = image.clone().requires_grad_()
         model.decode(model.encode(x, strip), strip).square().mean().backward()
         grads.append(x.grad)
-    assert far(grads[1], grads[0]) < 1e-3
+    return far(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_pass_through_strips(tiny_model, name: str) -> None:
+    # Of 1,500 images of the in-1.0 network one was beyond the bound (2e-3): rounding can move a value across a ReLU's
+    # corner. A wrong gradient is wrong on every image.
+    assert min(gradient_error(tiny_model(name)) for _ in range(2)) < 1e-3
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -153,7 +159,7 @@ def test_progress_reaches_the_end_and_hands_out_every_row(tiny_model) -> None:
     model = tiny_model("dc-ae-f32c32-sana-1.0")
     latent = torch.randn(2, model.config.latent_channels, 4, 3)
     seen: list[tuple[int, int, torch.Tensor | None]] = []
-    picture = model.decode(latent, 1, on_strip=lambda *args: seen.append(args))
+    picture = model.decode(latent, 1, progress=lambda *args: seen.append(args))
     rows = torch.cat([rows for _, _, rows in seen if rows is not None], 2)
     assert torch.equal(rows, torch.cat(list(picture.split(1)), 2))
     done = [now for now, _, _ in seen]
@@ -163,7 +169,7 @@ def test_progress_reaches_the_end_and_hands_out_every_row(tiny_model) -> None:
 
 
 @torch.no_grad()
-def test_raising_in_on_strip_cancels_at_once(tiny_model) -> None:
+def test_raising_in_progress_cancels_at_once(tiny_model) -> None:
     calls = []
 
     def stop(done: int, total: int, rows: torch.Tensor | None) -> None:
@@ -172,7 +178,7 @@ def test_raising_in_on_strip_cancels_at_once(tiny_model) -> None:
 
     model = tiny_model("dc-ae-f32c32-in-1.0")
     with pytest.raises(KeyboardInterrupt):
-        model.decode(torch.randn(1, model.config.latent_channels, 4, 4), 1, on_strip=stop)
+        model.decode(torch.randn(1, model.config.latent_channels, 4, 4), 1, progress=stop)
     assert len(calls) == 1
 
 

@@ -267,6 +267,15 @@ def test_what_belongs_to_samples_is_stored_beside_their_latents(tiny, editing):
         torch.testing.assert_close(found["reference"], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_one_autoencoder_for_both_sides_encodes_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "sana", Editing())
+    overrides = [f"output={tmp_path}", f"defaults.base={tiny}/release", f"defaults.autoencoder={tiny}/release/vae"]
+    run_recipe(load_recipe("debug-sana", [*overrides, f"cache.data.path={tiny}/pictures"]), only="cache")
+    cache = Cache(tmp_path / "cache")
+    for stored in (cache.latents, lambda indices, side: cache.of_samples(indices, side)["reference"]):
+        assert torch.equal(stored([1, 4], "student"), stored([1, 4], "teacher"))
+
+
 def test_stages_hand_it_to_the_network(editing, ragged, monkeypatch):
     monkeypatch.setitem(FAMILIES, "sana", Editing())
     stage = make_stage(editing, "finetune", CPU)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from dcgen.files import weight_files
 from dcgen.folder import TRANSFORMER
 from train import distributed
+from train.captions import read_lines
 from train.config import RecipeError, StageConfig
 from train.data import bucket_sizes
 from train.files import digest_json, read_json, write_atomically, write_json
@@ -63,7 +64,7 @@ class SynthesizeStage(Stage):
         sizes = ", ".join(f"{h}x{w}" for h, w in bucket_sizes(c.pixels, c.multiple, c.ratios))
         lines = [f"{c.sampling_steps} steps at g = {c.guidance:g}, {sizes} px, {c.shard_size} images a tar"]
         path = self.context.resolve(c.prompts)
-        if path.is_file() and (count := len(_prompts(path)) * c.per_prompt):
+        if path.is_file() and (count := len(read_lines(path)) * c.per_prompt):
             # PNG of a photograph: about 1.5 bytes a pixel
             size = 1.5e-9 * count * c.pixels**2
             lines.append(f"{count} images in {-(-count // c.shard_size)} tars, about {size:.3g} GB")
@@ -79,7 +80,7 @@ class SynthesizeStage(Stage):
     def setup(self) -> None:
         c = self.config
         path = self.context.resolve(c.prompts)
-        self.prompts = _prompts(path)
+        self.prompts = read_lines(path)
         if not self.prompts:
             raise ValueError(f"{path} holds no prompt; write one a line")
         self.sizes = bucket_sizes(c.pixels, c.multiple, c.ratios)
@@ -157,11 +158,6 @@ class SynthesizeStage(Stage):
             _add(tar, f"{index:09d}.png", buffer.getvalue())
             _add(tar, f"{index:09d}.txt", sample["caption"].encode())
             _add(tar, f"{index:09d}.json", json.dumps(record).encode())
-
-
-def _prompts(path: Path) -> list[str]:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line]
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

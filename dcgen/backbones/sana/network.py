@@ -144,7 +144,7 @@ class SanaNet(nn.Module):
         if self._positions is None or self._positions[0] != key:
             table = position_table(rows, columns, self.config)
             self._positions = (key, table.to(x.device))
-        x_with_positions = x.unflatten(1, (rows, columns)) + self._positions[1]
+        x_with_positions: Tensor = x.unflatten(1, (rows, columns)) + self._positions[1]
         return x_with_positions.flatten(1, 2).to(x.dtype)
 
 
@@ -239,7 +239,7 @@ class GLUMBConv(nn.Module):
         self.conv_inverted = operations.Linear(D, 2 * hidden, **factory_kwargs)
         self.conv_depth = operations.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, **factory_kwargs)
         self.conv_point = operations.Linear(hidden, D, bias=False, **factory_kwargs)
-        self.register_load_state_dict_pre_hook(_as_linear)
+        self.register_load_state_dict_pre_hook(_as_linear)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, rows: int, columns: int) -> Tensor:
         """x (B, rows*columns, D), normalised with shift and scale (B,1,D) -> (B, rows*columns, D)."""
@@ -317,7 +317,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.linear_1(x)
         hidden = F.gelu(hidden, approximate="tanh") if self._activation is None else self._activation(hidden)
-        return self.linear_2(hidden)
+        out: Tensor = self.linear_2(hidden)
+        return out
 
 
 def readable(caption: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -65,8 +65,8 @@ def alternate(pack, tensors, params):
         out |= cases(inputs, model, f"{turn}-{name}-")
     weights = [dict(model.model.state_dict()) for model in (deep, base)]
     own = ("diffusion_model.img_in", "diffusion_model.final_layer")
-    borrowed = [key for key in weights[0] if key.startswith("diffusion_model.") and not key.startswith(own)]
-    shared = all(weights[0][key].data_ptr() == weights[1][key].data_ptr() for key in borrowed)
+    shared_keys = [key for key in weights[0] if key.startswith("diffusion_model.") and not key.startswith(own)]
+    shared = all(weights[0][key].data_ptr() == weights[1][key].data_ptr() for key in shared_keys)
     keys = set(deep.model.state_dict()) == set(base.model.state_dict())
     return out, {
         **first,
@@ -109,9 +109,9 @@ def placement(pack, tensors, params):
 
 def _places(model, base, unload):
     comfy.model_management.load_models_gpu([model])
-    network, lender = model.model.diffusion_model, base.model.diffusion_model
-    parts = [network.img_in, network.final_layer.linear, *lender.double_blocks.modules()]
-    parts += [*lender.single_blocks.modules(), lender.txt_in]
+    network, base_network = model.model.diffusion_model, base.model.diffusion_model
+    parts = [network.img_in, network.final_layer.linear, *base_network.double_blocks.modules()]
+    parts += [*base_network.single_blocks.modules(), base_network.txt_in]
     found = places_of(parts, [model, base, *model.model_patches_models()])
     if unload:
         comfy.model_management.unload_all_models()

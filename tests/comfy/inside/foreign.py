@@ -166,11 +166,11 @@ def gguf(pack, tensors, params):
         for turn, name in enumerate(("deep", "base", "lora", "aligned", "before", "base")):
             found, inputs = models[name]
             out |= cases(inputs, found, f"{prefix}{turn}-{name}-")
-        lender = type(deep.base).__name__, type(deep.clone().base).__name__
+        base_patchers = type(deep.base).__name__, type(deep.clone().base).__name__
         if base is model:
             _attempt(said := {}, "hook", lambda: deep.clone().add_hook_patches(None, {}))  # noqa: B023
             still = sum(_is_packed(model, name) for name in packed)
-            facts = {"said": said, "lender": lender, "packed": len(packed), "still": still}
+            facts = {"said": said, "base_patchers": base_patchers, "packed": len(packed), "still": still}
     return out, facts
 
 

@@ -82,8 +82,8 @@ def write_files(folder, tiny, sana, sana_release, base_release):
         "scale_shift_table": torch.randn(2, 64, generator=draw) * 0.2,
     }
     base = sana_release[1].transformer
-    fingerprint = BACKBONES["sana"].base_signature(dict(base.config))
-    adapter = Adapter("sana", own, LORA, DEEP, fingerprint, {"rule": "static", "shift": 6.0})
+    signature = BACKBONES["sana"].base_signature(dict(base.config))
+    adapter = Adapter("sana", own, LORA, DEEP, signature, {"rule": "static", "shift": 6.0})
     save_adapter(folder / "adapter.safetensors", adapter)
     tensors = {}
     for name, lora in OTHER.items():

@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can hold: who imports whom, what is shipped, how large a node may grow."""
+"""Rules of the repository: import directions, what is shipped, the size of nodes."""
 
 import ast
 import os
@@ -31,12 +31,12 @@ TOY_BUDGET_BYTES = 25 * 1024 * 1024
 
 
 def tracked(*patterns: str) -> list[Path]:
-    """Tracked and untracked-not-ignored files, so that the rule holds before the commit too; all files without git."""
+    """Tracked and new files, without ignored ones, so that rules are checked before a commit; all files without git."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *patterns]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     if done.returncode:
-        found = [p for pattern in patterns for p in ROOT.rglob(pattern) if ".venv" not in p.parts]
-        return [p for p in found if p.is_file()]
+        paths = [p for pattern in patterns for p in ROOT.rglob(pattern) if ".venv" not in p.parts]
+        return [p for p in paths if p.is_file()]
     return [ROOT / name for name in done.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
 
 
@@ -50,11 +50,11 @@ def imported_roots(path: Path) -> set[str]:
     return roots
 
 
-@pytest.mark.parametrize("room", sorted(FORBIDDEN))
-def test_import_direction(room):
-    files = [p for p in tracked("*.py") if p.relative_to(ROOT).parts[0] == room]
-    assert files, f"no files found in {room}/"
-    bad = {str(p.relative_to(ROOT)): hit for p in files if (hit := imported_roots(p) & FORBIDDEN[room])}
+@pytest.mark.parametrize("package", sorted(FORBIDDEN))
+def test_import_direction(package):
+    files = [p for p in tracked("*.py") if p.relative_to(ROOT).parts[0] == package]
+    assert files, f"no files found in {package}/"
+    bad = {str(p.relative_to(ROOT)): hit for p in files if (hit := imported_roots(p) & FORBIDDEN[package])}
     assert not bad
 
 
@@ -66,7 +66,7 @@ def test_comfy_internals_only_in_bridge():
 
 
 def test_pack_imports_its_own_packages_relatively():
-    """ComfyUI loads the folder under a path-made name, so `import dcgen` would not find the pack's own room."""
+    """ComfyUI loads the folder under a name derived from its path, so `import dcgen` would not find our package."""
     files = [p for p in tracked("*.py") if p.relative_to(ROOT).parts[0] in {"nodes", "dcgen"}]
     files.append(ROOT / "__init__.py")
     bad = [str(p.relative_to(ROOT)) for p in files if imported_roots(p) & {"dcgen"}]
@@ -159,17 +159,17 @@ sys.meta_path.insert(0, Block())
 """
 
 
-def modules_of(room: str) -> list[str]:
-    files = [p.relative_to(ROOT) for p in tracked("*.py") if p.relative_to(ROOT).parts[0] == room]
+def modules_of(package: str) -> list[str]:
+    files = [p.relative_to(ROOT) for p in tracked("*.py") if p.relative_to(ROOT).parts[0] == package]
     names = [".".join(p.with_suffix("").parts) for p in files]
     return sorted(name.removesuffix(".__init__") for name in names if not name.endswith("__main__"))
 
 
-@pytest.mark.parametrize("room", sorted(FORBIDDEN))
-def test_every_module_imports_without_what_it_must_not_need(room):
-    blocked = FORBIDDEN[room] - {"train"} if room == "train" else FORBIDDEN[room]
+@pytest.mark.parametrize("package", sorted(FORBIDDEN))
+def test_every_module_imports_without_what_it_must_not_need(package):
+    blocked = FORBIDDEN[package] - {"train"} if package == "train" else FORBIDDEN[package]
     code = f"BLOCKED = {sorted(blocked)!r}\n{BLOCKER}\nimport importlib\n"
-    code += "\n".join(f"importlib.import_module({name!r})" for name in modules_of(room))
+    code += "\n".join(f"importlib.import_module({name!r})" for name in modules_of(package))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -1,0 +1,1 @@
+"""Sources of training images, one a file; `train.data` opens the one that a recipe names."""
