@@ -75,6 +75,17 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
+@contextmanager
+def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name `path` in an OSError that names no file, as that of a full disk does; its errno stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, by name, without hidden ones (macOS leaves `._NAME` files)."""
     return sorted(
@@ -107,14 +118,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # by the user's umask; safetensors makes its files private
-        yield temporary
-        temporary.chmod(mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        sync_folder(target.parent)
+        with naming_file(target):
+            temporary.touch()
+            mode = temporary.stat().st_mode  # by the user's umask; safetensors makes its files private
+            yield temporary
+            temporary.chmod(mode)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+            sync_folder(target.parent)
     except SafetensorError as error:  # safetensors raises this for a full disk
         raise OSError(f"{target} could not be written ({error}); is the disk full?") from error
     finally:
@@ -157,12 +169,13 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
-        sync_tree(temporary)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-        sync_folder(target.parent)
+        with naming_file(target):
+            yield temporary
+            sync_tree(temporary)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(temporary, target)
+            sync_folder(target.parent)
     except SafetensorError as error:  # raised by save_pretrained for a full disk
         raise OSError(f"{target} could not be written ({error}); is the disk full?") from error
     finally:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,10 @@ def check_autoencoder(folder: str | Path) -> None:
     _weights(Path(folder))
 
 
-def autoencoder_identity(folder: str | Path) -> dict[str, Any]:
+def autoencoder_identity(folder: str | Path, digest: Callable[[Path], str] = sha256) -> dict[str, Any]:
     """What decides its latents: part of a cache's config_hash."""
     files = _weights(Path(folder))
-    return {"config": autoencoder_config(Path(folder)), "weights": {file.name: sha256(file) for file in files}}
+    return {"config": autoencoder_config(Path(folder)), "weights": {file.name: digest(file) for file in files}}
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -27,8 +27,10 @@ from train.files import read_json, sha256, write_json, write_tensors
 
 FORMAT = 2
 READ = (1, 2)  # 1: without ragged text; its config_hash is called fingerprint
+INDEX = "index.json"
 SIDES = ("teacher", "student")
 HASH, OLD_HASH = "config_hash", "fingerprint"
+IMAGES = "images"
 
 
 def _shard_name(name: str, value: Any) -> None:
@@ -61,23 +63,27 @@ class CacheError(RuntimeError):
 class CacheWriter:
     """Writes shards one by one. A shard that is already there, whole and of the same config_hash, is not made again."""
 
-    def __init__(self, folder: Path, config_hash: str) -> None:
+    def __init__(self, folder: Path, config_hash: str, images: str = "") -> None:
+        """images: digest of the image files, so that a shard of latents of others is not kept."""
         self.folder = folder
         self.config_hash = config_hash
+        self.images = images
 
     def shard(self, name: str, count: int, make: Callable[[], dict[str, Tensor]]) -> dict[str, Any]:
         """The record of shard `name` of `count` samples, made by `make` only if needed."""
         path = self.folder / "shards" / f"{name}.safetensors"
         note = path.with_suffix(".json")
+        made_of = {IMAGES: self.images} if self.images and name.startswith("latent-") else {}
         if path.is_file() and note.is_file():
             record = read_json(note)
             same = _stored_hash(record) == self.config_hash and record.get("count") == count
+            same = same and all(record.get(key, value) == value for key, value in made_of.items())  # absent: older
             if same and path.stat().st_size == record.get("bytes") and sha256(path) == record.get("sha256"):
                 return record
         write_tensors(path, make(), {HASH: self.config_hash})
         size = path.stat().st_size
         record = {"file": f"shards/{name}.safetensors", "count": count, "bytes": size, "sha256": sha256(path)}
-        record[HASH] = self.config_hash
+        record |= {HASH: self.config_hash, **made_of}
         write_json(note, record)
         return record
 
@@ -108,7 +114,7 @@ class CacheWriter:
             "samples": list(samples),
             "shards": list(shards),
         }
-        write_json(self.folder / "index.json", index)
+        write_json(self.folder / INDEX, index)
 
 
 class Cache:
@@ -116,7 +122,7 @@ class Cache:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        path = self.folder / "index.json"
+        path = self.folder / INDEX
         if not path.is_file():
             raise CacheError(f"{path} not found: the cache stage has not finished; run it first")
         index = read_json(path)
@@ -263,6 +269,13 @@ class Cache:
             if Path(file).name.startswith(prefix):
                 places += [(file, row) for row in range(record["count"])]
         return places
+
+
+def is_online(folder: Path) -> bool:
+    """Whether a finished cache leaves text to be embedded in training; False where there is no cache."""
+    path = folder / INDEX
+    made_of = read_json(path).get("made_of") if path.is_file() else None
+    return isinstance(made_of, dict) and made_of.get("text") == "online"
 
 
 def _stored_hash(record: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dcgen import fields
+from dcgen.files import sync_folder
 from train.distributed import Ranks, barrier, fill, whole
 from train.files import read_json, write_folder, write_json, write_tensors
+from train.inputs import Record, changes, check_record, without_places
 
 FORMAT = 1
 RECORD_FIELDS: dict[str, fields.Check] = {
@@ -54,10 +57,12 @@ def save(
     ranks: Ranks,
     keep: int,
     unlogged: dict[str, list[float]] | None = None,
+    inputs: Record | None = None,
 ) -> None:
     """Write `folder/step-XXXXXXXX` whole or not at all, then drop all but the newest `keep`.
 
     unlogged: the numbers of the steps since the last row of the log, which the next row is to tell of, too.
+    inputs: the record of what the stage reads, see train.inputs.
     """
     moments: dict[str, Tensor] = {}
     steps: dict[str, int] = {}
@@ -76,6 +81,8 @@ def save(
             write_tensors(temporary / f"{file}.safetensors", content)
         record = {"format": FORMAT, "step": step, "adam_steps": steps, "settings": settings}
         record["unlogged"] = unlogged or {}
+        if inputs is not None:
+            record["inputs"] = inputs
         write_json(temporary / "state.json", record)
 
     if ranks.first:
@@ -85,15 +92,24 @@ def save(
     barrier()
 
 
-def load(folder: Path, state: TrainState, settings: dict[str, Any], free: set[str], move: bool = True) -> int:
+def load(
+    folder: Path,
+    state: TrainState,
+    settings: dict[str, Any],
+    free: set[str],
+    move: bool = True,
+    inputs: Record | None = None,
+    free_reads: Collection[str] = (),
+) -> int:
     """Restore the newest checkpoint that can be read into `state`; returns its step, 0 when there is none.
 
-    A damaged one is reported and, with `move`, renamed, so that it counts no longer; CheckpointError when all are so.
+    A damaged one is reported and, with `move`, renamed, so that it counts no longer; CheckpointError when all are so,
+    and when settings or inputs have changed that decide the weights (not those which are `free`).
     """
     damaged: list[Path] = []
     for path in reversed(_list(folder)):
         try:
-            step = _load(path, state, settings, free)
+            step = _load(path, state, settings, free, inputs, free_reads)
         except Unreadable as error:
             print(f"{error}; going on from the one before, if there is one", file=sys.stderr, flush=True)
             damaged.append(path)
@@ -102,6 +118,7 @@ def load(folder: Path, state: TrainState, settings: dict[str, Any], free: set[st
             aside = other.with_name(f"damaged-{other.name}")
             shutil.rmtree(aside, ignore_errors=True)
             other.rename(aside)
+            sync_folder(folder)
         return step
     if damaged:
         raise CheckpointError(
@@ -116,7 +133,14 @@ def unlogged(folder: Path, step: int) -> dict[str, list[float]]:
     return read_json(path).get("unlogged", {}) if path.is_file() else {}
 
 
-def _load(path: Path, state: TrainState, settings: dict[str, Any], free: set[str]) -> int:
+def _load(
+    path: Path,
+    state: TrainState,
+    settings: dict[str, Any],
+    free: set[str],
+    inputs: Record | None,
+    free_reads: Collection[str],
+) -> int:
     try:
         record = read_json(path / "state.json")
         fields.check_fields(record, RECORD_FIELDS, needed=("format",))
@@ -126,14 +150,26 @@ def _load(path: Path, state: TrainState, settings: dict[str, Any], free: set[str
         raise CheckpointError(f"{path} has format {record['format']}, this program reads {FORMAT}; remove that folder")
     try:
         fields.check_fields(record, {}, needed=("step", "adam_steps", "settings"))
+        if "inputs" in record:
+            check_record(record["inputs"])
     except ValueError as error:
         raise Unreadable(f"{path} is unreadable ({error})") from error
-    changed = differences(record["settings"], settings, free)
+    old = record.get("inputs")
+    places = set(old["reads"]) & set(inputs["reads"]) if old is not None and inputs is not None else set()
+    changed = differences(without_places(record["settings"], places), without_places(settings, places), free)
     if changed:
         raise CheckpointError(
             f"{path} was made with other settings ({'; '.join(changed)}); "
             f"restore them, or remove the folder {path.parent} to start anew"
         )
+    read = changes(old, inputs, free_reads) if old is not None and inputs is not None else []
+    if read:
+        raise CheckpointError(
+            f"{path} was trained on other inputs ({'; '.join(read)}); restore them, or start anew: run the same "
+            f"command with --stage {path.parent.parent.name} --redo, or remove the folder {path.parent}"
+        )
+    if old is None and inputs is not None and inputs["reads"]:
+        print(f"{path}: made by a version that did not record what it read; not compared", file=sys.stderr, flush=True)
     parameters = {name: parameter.data for name, parameter in state.parameters.items()}
     _read(path / "weights.safetensors", parameters)
     moments = {}

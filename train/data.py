@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from train import captions, images
 from train.images import fit
-from train.samples import SampleError, printable
+from train.samples import SampleError, Skipped, files_under, printable
 from train.sources.base import Files, FileSource, Source, bucket_sizes, nearest_bucket
 from train.sources.folder import FolderData, FolderSource
 from train.sources.parquet import ParquetData, ParquetSource
@@ -30,6 +31,7 @@ __all__ = [
     "ToyClassData",
     "ToyData",
     "bucket_sizes",
+    "data_files",
     "fit",
     "nearest_bucket",
     "open_source",
@@ -41,6 +43,15 @@ KINDS: dict[type[Files], type[FileSource]] = {
     TarData: TarSource,
     ParquetData: ParquetSource,
 }
+BESIDE = (*captions.SUFFIXES, ".json", ".jsonl")
+SUFFIXES: dict[type[Any], tuple[str, ...]] = {
+    ToyData: (*images.SUFFIXES, ".json"),
+    ToyClassData: (*images.SUFFIXES, ".json"),
+    FolderData: (*images.SUFFIXES, *BESIDE),
+    TarData: (".tar",),
+    ParquetData: (".parquet",),
+}
+"""Of the files that a data set of a kind is read from."""
 
 
 def open_source(config: ToyData | FolderData | TarData | ParquetData, path: Path) -> Source:
@@ -61,3 +72,11 @@ def open_source(config: ToyData | FolderData | TarData | ParquetData, path: Path
     if skipped and os.environ.get("RANK", "0") == "0":
         print("\n  ".join([f"{printable(str(path))}: {len(source)} samples", *skipped]), file=sys.stderr, flush=True)
     return source
+
+
+def data_files(config: ToyData | FolderData | TarData | ParquetData, path: Path) -> list[Path]:
+    """The files that images and captions come from, for telling whether they have changed; opens none."""
+    if not path.exists():
+        return []
+    suffixes = SUFFIXES[type(config)]
+    return [file.path for file in files_under(path, Skipped()) if file.suffix in suffixes or file.path == path]

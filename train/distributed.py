@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,15 @@ def mean(values: Sequence[float], ranks: Ranks) -> list[float]:
     packed = torch.stack([numbers.nan_to_num(0.0), counts])
     dist.all_reduce(packed)
     return (packed[0] / packed[1]).tolist()
+
+
+def from_first(value: Any, ranks: Ranks) -> Any:
+    """The value that the first rank has, on every rank."""
+    if ranks.world == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def any_true(flag: bool, ranks: Ranks) -> bool:

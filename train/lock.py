@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import IO
@@ -53,6 +53,13 @@ def sweep(folders: Iterable[Path]) -> list[Path]:
                 removed.append(path)
             names[:] = [name for name in names if not LEFTOVER.fullmatch(name)]
     return removed
+
+
+def sweep_files(folder: Path, names: Collection[str]) -> None:
+    """Remove what a killed process was writing of files of these names, in this very folder."""
+    for path in folder.glob(".*.tmp"):
+        if LEFTOVER.fullmatch(path.name) and path.name[1:].rsplit(".", 2)[0] in names and path.is_file():
+            path.unlink()
 
 
 def _holder(file: IO[str]) -> str:

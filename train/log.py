@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dcgen.files import naming_file, sync_folder
 from train.files import write_atomically
 
 
@@ -54,7 +56,7 @@ class Log:
                 "log them from the start (NaN where absent)"
             )
         values = {"step": step, **numbers}
-        with open(self.path, "a", newline="", encoding="utf-8") as handle:
+        with naming_file(self.path), open(self.path, "a", newline="", encoding="utf-8") as handle:
             csv.writer(handle).writerow([_text(values.get(column, math.nan)) for column in self.columns])
         for key, value in numbers.items():
             if self.writer is not None and math.isfinite(value):
@@ -67,6 +69,13 @@ class Log:
         for name, image in images.items():
             save_png(self.folder / "previews" / f"{name}-{step:08d}.png", image)
             self.writer.add_image(name, image.clamp(0, 1), step)
+
+    def sync(self) -> None:
+        """Flush the rows to disk: a checkpoint relies on those before it."""
+        if self.enabled and self.path.is_file():
+            with open(self.path, "rb+") as handle:
+                os.fsync(handle.fileno())
+            sync_folder(self.folder)
 
     def close(self) -> None:
         """Flush TensorBoard."""

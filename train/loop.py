@@ -16,6 +16,7 @@ from train import checkpoint, distributed
 from train.batches import Batch, BatchPlan
 from train.checkpoint import TrainState
 from train.config import FREE_FIELDS, StageConfig
+from train.disk import check_space, checkpoint_bytes, folder_bytes
 from train.distributed import Ranks
 from train.log import Log
 from train.stages.base import Stage
@@ -48,7 +49,9 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
     settings = {**config.settings(), "seed": seed}
     folder = stage.folder / "checkpoints"
     free = FREE_FIELDS | stage.free_fields
-    start = checkpoint.load(folder, state, settings, free, move=ranks.first)
+    start = checkpoint.load(folder, state, settings, free, ranks.first, stage.inputs, stage.free_reads)
+    if ranks.first:
+        _check_room(stage, state, folder, start)
     distributed.barrier()
     log = Log(stage.folder, start, ranks.first)
     bar = tqdm(
@@ -97,7 +100,8 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
                     log.images(done, stage.preview(done))
                 stopping = distributed.any_true(signals.received is not None, ranks)
                 if stopping or done % config.checkpoint_every == 0 or done == config.steps:
-                    _save(folder, done, state, settings, ranks, config, totals)
+                    log.sync()
+                    _save(folder, done, state, settings, ranks, stage, totals)
                 if stopping and done < config.steps:
                     raise Stopped(
                         f"stopped by a signal after step {done}; checkpoint in {folder}; "
@@ -175,16 +179,37 @@ def _save(
     state: TrainState,
     settings: dict[str, Any],
     ranks: Ranks,
-    config: StageConfig,
+    stage: Stage,
     unlogged: dict[str, list[float]],
 ) -> None:
     try:
-        checkpoint.save(folder, step, state, settings, ranks, config.keep_checkpoints, unlogged)
+        if ranks.first:
+            size = checkpoint_bytes(_trained(state), state.ema is not None)
+            check_space(folder, {"a checkpoint": size}, "it was not begun")
+        checkpoint.save(folder, step, state, settings, ranks, stage.config.keep_checkpoints, unlogged, stage.inputs)
     except OSError as error:
         raise OSError(
             f"checkpoint of step {step} in {folder} failed ({error}); "
             "the one before is intact: free disk space and run the same command"
         ) from error
+
+
+def _check_room(stage: Stage, state: TrainState, folder: Path, start: int) -> None:
+    """NoSpace before the first step where checkpoints, result and later stages will not fit on the disk."""
+    c = stage.config
+    if start >= c.steps:
+        return
+    size = checkpoint_bytes(_trained(state), state.ema is not None)
+    # one more than are kept: the oldest goes when the newest is there
+    checkpoints = max(0, (c.keep_checkpoints + 1) * size - folder_bytes(folder))
+    needed = {f"{c.keep_checkpoints} + 1 checkpoints": checkpoints, "the result": stage.result_bytes(_trained(state))}
+    needed["later stages"] = stage.later_bytes
+    fewer = ", set keep_checkpoints: 1" if c.keep_checkpoints > 1 else ""
+    check_space(folder, needed, f"free disk space{fewer}, or name an output= on a larger disk")
+
+
+def _trained(state: TrainState) -> int:
+    return sum(parameter.numel() for parameter in state.parameters.values())
 
 
 def _blame(stage: Stage, plan: BatchPlan, step: int, loss: float, norm: float) -> str:

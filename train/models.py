@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from dcgen.backbones import Config
 from dcgen.files import check_finite
-from dcgen.folder import TRANSFORMER, Release, network_config, part, read_release
+from dcgen.folder import TRANSFORMER, VAE, Release, network_config, part, read_release
 from dcgen.tensors import Tensors
 from train.families import family_of
 from train.family import Family
+from train.inputs import part_files
 
 
 def network_of(base: str | Path) -> tuple[Family, Config]:
@@ -28,6 +29,19 @@ def read_base(base: str | Path) -> tuple[Family, Release]:
     """The family of a release, and all that its JSON files say."""
     release = read_release(base)
     return family_of(release.backbone), release
+
+
+def network_files(base: Path) -> list[Path]:
+    """Config and weights of a release's network, and the config of its latent; those that are there."""
+    return [*part_files(base / TRANSFORMER), base / VAE / "config.json"]
+
+
+def network_bytes(base: Path) -> tuple[int, int]:
+    """(number of values, bytes) of the weights of a release's network, by their headers; 0, 0 where it is absent."""
+    if not (base / TRANSFORMER).is_dir():
+        return 0, 0
+    stored = Tensors.open(base / TRANSFORMER).entries.values()
+    return sum(entry.nbytes // entry.dtype.itemsize for entry in stored), sum(entry.nbytes for entry in stored)
 
 
 def load_network(base: str | Path, dtype: torch.dtype, device: torch.device | str) -> nn.Module:

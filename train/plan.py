@@ -17,6 +17,7 @@ from dcgen.latent import LatentSpace
 from dcgen.spaces import SPACES
 from train.config import nearest
 from train.cost import forward_work, hours_line, sample_flops
+from train.disk import checkpoint_bytes, size_text
 from train.families import ARCHITECTURES, FAMILIES
 from train.family import Family
 from train.models import read_base
@@ -178,12 +179,12 @@ def plan_cache(context: Context, config: Any) -> list[str]:
     lines = [f"teacher {_space(geo.source)}, student {_space(geo.target)}, {pixels}x{pixels} px"]
     if images is None:
         return [*lines, f"{values * width / 1e3:.1f} kB of latents an image; data is not there yet"]
-    lines.append(f"{images} images; latents {_bytes(values * width * images)}")
+    lines.append(f"{images} images; latents {size_text(values * width * images)}")
     _, published = ARCHITECTURES.get(config.architecture, (None, None))
     if published and published.text[0] and config.text == "cache":
         tokens = config.text_tokens or published.text[0]
         lines.append(
-            f"text embeddings up to {_bytes(tokens * published.text[1] * width * images)} (text: online needs none)"
+            f"text embeddings up to {size_text(tokens * published.text[1] * width * images)} (text: online needs none)"
         )
     return lines
 
@@ -226,7 +227,7 @@ def plan_moved(context: Context, config: Any, rank: int, full: bool = False) -> 
         f"{recipe.ranks} ranks: {load.total():.1f} GB a rank ("
         + ", ".join(f"{name} {size:.1f}" for name, size in load.gigabytes().items())
         + f"), {load.rows} samples a micro-batch",
-        f"checkpoint {_bytes(trained * (16 if config.ema else 12))}, {config.keep_checkpoints} kept",
+        f"checkpoint {size_text(checkpoint_bytes(trained, config.ema is not None))}, {config.keep_checkpoints} kept",
     ]
     images = images_of(context, cache.data)
     if images is not None:
@@ -307,11 +308,3 @@ def images_of(context: Context, data: Any) -> int | None:
 
 def _space(space: LatentSpace) -> str:
     return f"{space.name} f{space.spatial_factor}c{space.channels}"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

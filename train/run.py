@@ -19,24 +19,23 @@ from typing import Any
 
 import torch
 
-from dcgen.fields import Check, check_fields, mapping, text
-from dcgen.files import naming
 from train import distributed
 from train.cache import CacheError
-from train.checkpoint import CheckpointError, differences
-from train.config import Recipe, RecipeError, find_recipe, list_recipes, load_recipe, nearest, stage_class
+from train.checkpoint import CheckpointError
+from train.config import Recipe, RecipeError, find_recipe, list_recipes, load_recipe, nearest
+from train.disk import check_space
 from train.distributed import Ranks
-from train.files import digest_json, mark, read_json, remove_marked, write_json
-from train.lock import InUse, locked, sweep
+from train.done import config_hash, finished, inputs, make_stage, new_record, older_ancestors, take_inputs
+from train.files import mark, remove_marked, write_json
+from train.inputs import STORE
+from train.lock import InUse, locked, sweep, sweep_files
 from train.loop import NonFinite, Stopped, train_stage
 from train.report import write_report
-from train.stages.base import Context, Stage, stage_of
+from train.stages.base import Stage
 
 FULL_DISK = "; what was finished before is intact: free disk space and run the same command"
-WATCH_FIELDS = {"checkpoint_every", "keep_checkpoints", "log_every", "preview_every", "shard", "architecture"}
-DONE_FIELDS: dict[str, Check] = {"config_hash": text(100), "settings": mapping, "numbers": mapping}
-# What a finished stage may be given anew without being trained anew.
-REFINISH = {"preview_prompts", "preview_guidance", "preview_steps", "preview_seed"}
+ROOM = "free disk space, or name an output= on a larger disk"
+__all__ = ["config_hash", "dry_run", "exit_code", "inputs", "main", "make_stage", "run_recipe", "run_stage"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,6 +96,7 @@ def run_recipe(
                 start = ["python"] if ranks.world == 1 else ["torchrun", "--nproc_per_node", str(ranks.world)]
                 write_json(recipe.folder / "run.json", {"command": [*start, *command], "versions": _versions()})
             sweep(recipe.folder / name for name in recipe.stages)
+            sweep_files(recipe.folder, ("recipe.json", "report.html", "run.json", STORE))
         return _run_stages(recipe, names, redo, ranks)
 
 
@@ -109,24 +109,27 @@ def chosen(recipe: Recipe, only: str | None) -> list[str]:
 
 def _run_stages(recipe: Recipe, names: list[str], redo: bool, ranks: Ranks) -> dict[str, Any]:
     results = {}
-    for name in names:
-        stage = make_stage(recipe, name, ranks)
-        done = _finished(recipe, stage, redo and ranks.first)
+    stages = [make_stage(recipe, name, ranks) for name in names]
+    if not redo:  # what is stale among all of them is said before any of them runs
+        for stage in stages:
+            finished(recipe, stage, ranks)
+    for stage in stages:
+        name = stage.context.name
+        if redo and ranks.first:
+            remove_marked(stage.folder, recipe.folder)
+        distributed.barrier()
+        if len(names) == 1 and ranks.first:
+            for line in older_ancestors(recipe, name):
+                print(f"{name}: {line}", flush=True)
+        done, remark = finished(recipe, stage, ranks)
         if done is None:
             done = run_stage(recipe, stage, ranks)
         elif ranks.first:
-            print(f"{name}: done before, in {stage.folder}")
+            print(f"{name}: done before, in {stage.folder}" + (f" ({remark})" if remark else ""), flush=True)
         results[name] = done["numbers"]
     if ranks.first:
         write_report(recipe.folder)
     return results
-
-
-def make_stage(recipe: Recipe, name: str, ranks: Ranks) -> Stage:
-    """The stage of that name, not yet set up."""
-    config = recipe.stages[name]
-    context = Context(recipe, name, recipe.folder / name, ranks.device, ranks.rank, ranks.world)
-    return stage_class(config.kind)(config, context)
 
 
 def run_stage(recipe: Recipe, stage: Stage, ranks: Ranks) -> dict[str, Any]:
@@ -137,17 +140,15 @@ def run_stage(recipe: Recipe, stage: Stage, ranks: Ranks) -> dict[str, Any]:
     if problems:
         raise RecipeError(f"stage {stage.context.name} cannot run:\n  " + "\n  ".join(problems))
     begin = time.perf_counter()
+    stage.inputs = take_inputs(recipe, stage, ranks)
+    stage.later_bytes = _later_bytes(recipe, name)
     if ranks.first:
+        check_space(stage.folder, {"the result": stage.result_bytes(0), "later stages": stage.later_bytes}, ROOM)
         mark(stage.folder)
     module = stage.setup()
     weights = {} if module is None else train_stage(stage, module, ranks, recipe.seed)
     numbers = stage.finish(weights)
-    done = {
-        "config_hash": config_hash(recipe, stage.context.name),
-        "settings": _settings(recipe, stage.context.name),
-        "seconds": round(time.perf_counter() - begin, 3),
-        "numbers": numbers,
-    }
+    done = new_record(recipe, stage, numbers, time.perf_counter() - begin)
     if ranks.first:
         write_json(stage.folder / "done.json", done)
         short = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items() if isinstance(value, int | float))
@@ -182,63 +183,11 @@ def dry_run(recipe: Recipe, only: str | None = None) -> int:
     return int(failed)
 
 
-def config_hash(recipe: Recipe, name: str) -> str:
-    """Digest of everything that decides a stage's result: its settings, the seed, and its input stages' digests."""
-    return _digest(recipe, name, _settings(recipe, name))
-
-
-def _digest(recipe: Recipe, name: str, settings: dict[str, Any]) -> str:
-    return digest_json([settings, {ref: config_hash(recipe, ref) for ref in inputs(recipe, name)}])
-
-
-def inputs(recipe: Recipe, name: str) -> list[str]:
-    """Earlier stages that a stage's config refers to by name."""
-    order = list(recipe.stages)
-    earlier = order[: order.index(name)]
-    flat = _leaves({key: value for key, value in recipe.stages[name].model_dump().items() if key != "kind"})
-    named = {stage_of(item, recipe) for item in flat if isinstance(item, str)}
-    return [stage for stage in earlier if stage in named]
-
-
-def _leaves(value: Any) -> list[Any]:
-    """Every value in nested mappings and lists."""
-    if isinstance(value, dict):
-        return [leaf for item in value.values() for leaf in _leaves(item)]
-    if isinstance(value, list | tuple):
-        return [leaf for item in value for leaf in _leaves(item)]
-    return [value]
-
-
-def _finished(recipe: Recipe, stage: Stage, redo: bool) -> dict[str, Any] | None:
-    """The record of a stage that is done with these very settings; None when it is to be run (again)."""
-    name, path = stage.context.name, stage.folder / "done.json"
-    if redo:
-        remove_marked(stage.folder, recipe.folder)
-    distributed.barrier()
-    if not path.exists():
-        return None
-    done = read_json(path)
-    if "fingerprint" in done:  # what config_hash was called
-        done.setdefault("config_hash", done["fingerprint"])
-    with naming(path):
-        check_fields(done, DONE_FIELDS, needed=tuple(DONE_FIELDS))
-    settings = _settings(recipe, name)
-    if done["config_hash"] == config_hash(recipe, name):
-        return done
-    changed = differences(done["settings"], settings, set())
-    same_inputs = done["config_hash"] == _digest(recipe, name, done["settings"])
-    more = settings["steps"] >= done["settings"].get("steps", 0)
-    if same_inputs and more and not differences(done["settings"], settings, {"steps", *REFINISH, *stage.free_fields}):
-        return None  # training goes on from its last checkpoint, or only finish() runs again
-    reason = "; ".join(changed) or f"one of its inputs {inputs(recipe, name)} was made anew"
-    raise RecipeError(
-        f"stage {name} in {stage.folder} was finished with other settings ({reason}); "
-        f"restore them, use --redo (with --stage {name}), or another output="
-    )
-
-
-def _settings(recipe: Recipe, name: str) -> dict[str, Any]:
-    return {**recipe.stages[name].settings(without=WATCH_FIELDS), "seed": recipe.seed}
+def _later_bytes(recipe: Recipe, name: str) -> int:
+    """Bytes that the stages after this one will write of which it is an input, as far as can be told now."""
+    of_this = [other for other in recipe.stages if name in inputs(recipe, other)]
+    to_do = [other for other in of_this if not (recipe.folder / other / "done.json").is_file()]
+    return sum(make_stage(recipe, other, Ranks(0, 1, distributed.CPU)).result_bytes(0) for other in to_do)
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from dcgen.fields import items, text, words
 from dcgen.files import naming, weight_files
 from dcgen.folder import part as release_part
 from train.files import read_json, sha256
+from train.inputs import part_files
 
 # A family's text_parts say which transformers classes a release may name for a part. None of them runs code out of the
 # folder, as an Auto class could. These two are the ones of any tokenizer.json, by transformers 4 and 5.
@@ -19,10 +20,17 @@ ANY_TOKENIZER = ("PreTrainedTokenizerFast", "TokenizersBackend")
 Parts = Mapping[str, tuple[str, ...]]
 
 
-def text_identity(base: Path, parts: Parts, tokens: int | None = None) -> dict[str, Any]:
+def text_identity(
+    base: Path, parts: Parts, tokens: int | None = None, digest: Callable[[Path], str] = sha256
+) -> dict[str, Any]:
     """What decides the embeddings of text of that length: part of a cache's config_hash."""
     files = [file for part in parts if (base / part).is_dir() for file in _deciding_files(base / part)]
-    return {"tokens": tokens, "files": {str(file.relative_to(base)): sha256(file) for file in files}}
+    return {"tokens": tokens, "files": {str(file.relative_to(base)): digest(file) for file in files}}
+
+
+def text_files(base: Path, parts: Parts) -> list[Path]:
+    """The files of a release's text side that are there: configs, vocabularies, weights."""
+    return [file for name in parts for file in part_files(base / name)]
 
 
 def check_text(base: Path, parts: Parts) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
 
@@ -9,6 +11,16 @@ import torch
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """What starts runs: a fork server that has imported all they need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["train.run", "train.stages.finetune", "diffusers", "diffusers.models.transformers.transformer_flux", "peft"]
+    )
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -72,5 +72,9 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path):
 def test_a_run_sweeps_what_a_killed_one_left(tmp_path):
     left = tmp_path / "run" / "tiny" / ".release.1.tmp"
     left.mkdir(parents=True)
+    top = [tmp_path / "run" / name for name in (".recipe.json.7.tmp", ".notes.txt.7.tmp")]
+    for path in top:
+        path.touch()
     run_recipe(load_recipe("debug", [f"output={tmp_path / 'run'}"]), only="tiny")
     assert not left.exists()
+    assert [path.exists() for path in top] == [False, True]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import multiprocessing
 import os
 import re
 import resource
@@ -19,16 +18,6 @@ from safetensors.torch import load_file
 
 STEPS = ["finetune.steps=12", "finetune.checkpoint_every=3", "finetune.preview_every=0", "finetune.rank=2"]
 STEPS += ["finetune.log_every=1"]
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """What starts runs: a fork server that has imported all they need."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["train.run", "train.stages.finetune", "diffusers", "diffusers.models.transformers.transformer_flux", "peft"]
-    )
-    return context
 
 
 def enter(arguments: list[str], environment: dict[str, str], errors: Path) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from train.autoencoders import load_autoencoder
 from train.batches import Batch
 from train.config import Optimizer, StageConfig
-from train.data import DataConfig, open_source
+from train.data import DataConfig, data_files, open_source
 from train.files import write_folder
+from train.inputs import Read, one_part
 from train.stages.base import Stage
 
 
@@ -47,6 +48,17 @@ class AEAlignStage(Stage):
         optimizer: Optimizer = Optimizer(lr=1e-5, clip=1.0)
 
     config: Config
+
+    def reads(self) -> dict[str, Read]:
+        data, resolve = self.config.data, self.context.resolve
+        return {
+            "data.path": Read(resolve(data.path), tuple(data_files(data, resolve(data.path)))),
+            "autoencoder": one_part(resolve(self.config.autoencoder)),
+            "teacher": one_part(resolve(self.config.teacher)),
+        }
+
+    def result_bytes(self, trained: int) -> int:
+        return 4 * trained
 
     def setup(self) -> nn.Module:
         import diffusers

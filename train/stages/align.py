@@ -14,7 +14,8 @@ from train.alignment import LinearEmbedder, NormalEquations, alignment_loss
 from train.batches import Batch
 from train.config import Optimizer, StageConfig
 from train.files import write_json, write_tensors
-from train.models import embedder_only, fresh_ends, network_of, without_blocks
+from train.inputs import Read
+from train.models import embedder_only, fresh_ends, network_files, network_of, without_blocks
 from train.plan import plan_align
 from train.stages.base import CachedStage, complaints
 
@@ -42,6 +43,10 @@ class AlignStage(CachedStage):
         if self.context.pending(self.config.base):
             return []
         return complaints(network_of, self.context.resolve(self.config.base))
+
+    def reads(self) -> dict[str, Read]:
+        base = self.context.resolve(self.config.base)
+        return {"base": Read(base, tuple(network_files(base))), "cache": self.cache_read(self.config.cache)}
 
     @property
     def trains(self) -> bool:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from train.batches import Batch
 from train.config import StageConfig
 from train.files import write_folder
+from train.inputs import Read, one_part
 from train.stages.base import Stage
-from train.toy.pictures import ToyPictures
+from train.toy.pictures import ToyPictures, toy_read
 
 SAMPLES_PER_PAIR = 64  # variants (size and place) of each pair that training sees; the next ones measure
 MEASURED_PER_PAIR = 1
@@ -39,6 +40,13 @@ class AutoencoderStage(Stage):
 
     Config = AutoencoderConfig
     config: AutoencoderConfig
+
+    def reads(self) -> dict[str, Read]:
+        reads = {"data": toy_read(self.config.data)}
+        return {**reads, "start": one_part(self.context.resolve(self.config.start))} if self.config.start else reads
+
+    def result_bytes(self, trained: int) -> int:
+        return 4 * trained
 
     def setup(self) -> nn.Module:
         import diffusers

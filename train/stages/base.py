@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from train.batches import Batch
-from train.cache import Cache
+from train.cache import INDEX, Cache
 from train.config import Recipe, StageConfig
+from train.inputs import Read, Record, one_file
 
 
 def stage_of(reference: str, recipe: Recipe) -> str | None:
@@ -63,6 +64,7 @@ class Stage:
 
     Config: ClassVar[type[StageConfig]] = StageConfig
     free_fields: ClassVar[frozenset[str]] = frozenset()  # beside FREE_FIELDS: change what is written, not what trains
+    free_reads: ClassVar[frozenset[str]] = frozenset()  # names of reads() that only decide what finish() writes
     forward_methods: ClassVar[tuple[str, ...]] = ()  # calls other than forward() that use the module's own weights
 
     def __init__(self, config: StageConfig, context: Context) -> None:
@@ -70,6 +72,19 @@ class Stage:
         self.context = context
         self.folder = context.folder
         self.device = context.device
+        self.inputs: Record = {"reads": {}, "stages": {}}  # what reads() names, as it was when the stage began
+        self.later_bytes = 0  # that stages after this one will write
+
+    def reads(self) -> dict[str, Read]:
+        """The files that decide the result, by the setting that leads to them. Called when input stages are done.
+
+        A missing file is no error here: what is not there is not compared.
+        """
+        return {}
+
+    def result_bytes(self, trained: int) -> int:
+        """About how many bytes finish() writes, with so many parameters trained. Loads nothing."""
+        return 0
 
     def check(self) -> list[str]:
         """Problems that can be seen without computing (missing files, wrong geometry); empty = fine."""
@@ -137,6 +152,10 @@ class CachedStage(Stage):
     """A stage that trains on a cache, which its setup() opens as self.cache."""
 
     cache: Cache
+
+    def cache_read(self, reference: str) -> Read:
+        """The index of a cache, which has the sha256 of every shard."""
+        return one_file(self.context.resolve(reference) / INDEX)
 
     def open_cache(self, reference: str, patch_size: int) -> Cache:
         """The cache of a stage or folder; ValueError when its latents do not divide into such patches."""

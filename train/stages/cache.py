@@ -12,18 +12,19 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from dcgen.folder import VAE, autoencoder_space
+from dcgen.folder import TRANSFORMER, VAE, autoencoder_space
 from train import distributed
 from train.autoencoders import autoencoder_identity, load_autoencoder
 from train.cache import CacheWriter
 from train.conditioning import Cond, of_samples, pack
 from train.config import StageConfig
-from train.data import DataConfig, open_source
+from train.data import DataConfig, data_files, open_source
 from train.files import digest_json
+from train.inputs import Digests, Read, one_part
 from train.models import network_of
 from train.plan import plan_cache
 from train.stages.base import Context, Stage, complaints
-from train.text_parts import text_identity
+from train.text_parts import text_files, text_identity
 
 
 class CacheStage(Stage):
@@ -57,6 +58,18 @@ class CacheStage(Stage):
             problems += complaints(autoencoder_space, self.student)
         return problems
 
+    def reads(self) -> dict[str, Read]:
+        base = [self.base / TRANSFORMER / "config.json"]
+        if self.config.text == "cache" and base[0].is_file():
+            base += text_files(self.base, network_of(self.base)[0].text_parts)
+        data = self.context.resolve(self.config.data.path)
+        return {
+            "base": Read(self.base, tuple(base)),
+            "data.path": Read(data, tuple(data_files(self.config.data, data))),
+            "teacher": one_part(self.teacher),
+            "autoencoder": one_part(self.student),
+        }
+
     def describe_plan(self) -> list[str]:
         return plan_cache(self.context, self.config)
 
@@ -64,16 +77,18 @@ class CacheStage(Stage):
         self.source = open_source(self.config.data, self.context.resolve(self.config.data.path))
         self.family, _ = network_of(self.base)
         parts, tokens = self.family.text_parts, self.config.text_tokens
+        digest = Digests(self.context.recipe.folder).sha256
         self.parts: dict[str, Any] = {
             "data": {**self.source.identity(), "settings": self.config.data.model_dump()},
-            "teacher": autoencoder_identity(self.teacher),
-            "student": autoencoder_identity(self.student),
-            "text": text_identity(self.base, parts, tokens) if self.config.text == "cache" else "online",
+            "teacher": autoencoder_identity(self.teacher, digest),
+            "student": autoencoder_identity(self.student, digest),
+            "text": text_identity(self.base, parts, tokens, digest) if self.config.text == "cache" else "online",
             "store": self.config.store,
         }
         if self.family.ragged:
             self.parts["ragged"] = dict(self.family.ragged)
-        self.writer = CacheWriter(self.folder, digest_json(self.parts))
+        images = self.inputs["reads"].get("data.path", {}).get("digest", "")
+        self.writer = CacheWriter(self.folder, digest_json(self.parts), images)
         self.dtype = getattr(torch, self.config.dtype)
 
     def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:

@@ -13,17 +13,21 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dcgen.backbones import Backbone
+from dcgen.folder import TRANSFORMER
 from dcgen.latent import LatentSpace
 from dcgen.schedule import Schedule
 from train.autoencoders import load_autoencoder
 from train.batches import Batch
-from train.cache import Cache
+from train.cache import Cache, is_online
 from train.conditioning import Cond, trim
 from train.config import StageConfig
 from train.family import Family, RawOutput, TextEncoder
+from train.inputs import Read
+from train.models import network_files, network_of
 from train.objective import Objective, objective_loss
 from train.sample import euler, grid, seeded_noise
 from train.stages.base import CachedStage
+from train.text_parts import text_files
 
 
 def text_of(cache: Cache, numbers: Sequence[int], online: TextEncoder | None, family: Family) -> Cond:
@@ -61,6 +65,14 @@ class DenoisingStage(CachedStage):
     distilled: bool
     schedule: Schedule
     """Of previews."""
+
+    def reads(self) -> dict[str, Read]:
+        """The base's network, its text side where captions are embedded in training, and the cache."""
+        base = self.context.resolve(self.config.base)
+        files = network_files(base)
+        if is_online(self.context.resolve(self.config.cache)) and (base / TRANSFORMER / "config.json").is_file():
+            files += text_files(base, network_of(base)[0].text_parts)
+        return {"base": Read(base, tuple(files)), "cache": self.cache_read(self.config.cache)}
 
     @property
     def backbone(self) -> Backbone:

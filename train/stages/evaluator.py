@@ -14,8 +14,9 @@ from train.batches import Batch
 from train.config import StageConfig
 from train.evaluate import FIRST_UNSEEN, Evaluator
 from train.files import write_folder
+from train.inputs import Read
 from train.stages.base import Stage
-from train.toy.pictures import ToyPictures
+from train.toy.pictures import ToyPictures, toy_read
 
 VARIANTS = 64
 
@@ -28,6 +29,12 @@ class EvaluatorStage(Stage):
         data: str = Field("toy/data", description="folder of captions.json")
 
     config: Config
+
+    def reads(self) -> dict[str, Read]:
+        return {"data": toy_read(self.config.data)}
+
+    def result_bytes(self, trained: int) -> int:
+        return 4 * trained
 
     def setup(self) -> nn.Module:
         self.pictures = ToyPictures(self.config.data)

@@ -12,10 +12,12 @@ from torch import Tensor
 from dcgen.adapter import Adapter, check_model, load_adapter, save_adapter
 from dcgen.convert import merge_file
 from dcgen.extract import extract
+from dcgen.folder import TRANSFORMER, VAE
 from dcgen.release import open_model
 from train.autoencoders import check_autoencoder
 from train.config import Name, StageConfig
-from train.models import read_base
+from train.inputs import Read, one_file, one_part, tree
+from train.models import network_bytes, network_files, read_base
 from train.release import check_parts, write_release
 from train.stages.base import Stage, complaints
 
@@ -72,6 +74,37 @@ class ExportStage(Stage):
         if not self.context.pending(c.adapter) and not path.is_file():
             problems.append(f"{path} not found; `adapter` names a stage of this recipe or a stage folder")
         return problems
+
+    def reads(self) -> dict[str, Read]:
+        c, resolve = self.config, self.context.resolve
+        reads = {"adapter": one_file(resolve(c.adapter) / "adapter.safetensors")}
+        if c.base:
+            base = resolve(c.base)
+            whole = "release" in c.forms
+            reads["base"] = tree(base, without=(VAE,)) if whole else Read(base, tuple(network_files(base)))
+        if "release" in c.forms and c.autoencoder:
+            reads["autoencoder"] = one_part(resolve(c.autoencoder))
+        if c.original:
+            reads["original"] = Read(resolve(c.original), tuple(network_files(resolve(c.original))))
+        return reads
+
+    def result_bytes(self, trained: int) -> int:
+        c = self.config
+        size = self.context.resolve(c.adapter) / "adapter.safetensors"
+        adapter = size.stat().st_size if size.is_file() else 0
+        if not c.base or (c.forms == ("adapter",) and not c.original):
+            return adapter
+        base = self.context.resolve(c.base)
+        values, stored = network_bytes(base)
+        merged = stored if c.store == "as base" else values * getattr(torch, c.store).itemsize
+        total = adapter + merged  # one file, written for every form
+        if "release" in c.forms and c.autoencoder:
+            total += (
+                merged
+                + tree(base, without=(TRANSFORMER, VAE)).size
+                + one_part(self.context.resolve(c.autoencoder)).size
+            )
+        return total
 
     def describe_plan(self) -> list[str]:
         forms = [*self.config.forms, *(["adapter over the original base"] if self.config.original else [])]

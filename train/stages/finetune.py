@@ -14,9 +14,10 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from dcgen.folder import TRANSFORMER
+from dcgen.folder import TRANSFORMER, VAE
 from train.config import Optimizer
 from train.files import write_folder
+from train.inputs import Read, one_part, tree
 from train.lora import inject_lora, scale_lora
 from train.plan import plan_moved
 from train.release import check_parts, release_parts
@@ -61,6 +62,19 @@ class FinetuneStage(MovedStage):
         if self.config.alpha_warmup > self.config.steps:
             problems.append(f"alpha_warmup {self.config.alpha_warmup} is longer than the {self.config.steps} steps")
         return problems
+
+    free_reads = frozenset({"autoencoder", "rest of the base"})
+
+    def reads(self) -> dict[str, Read]:
+        reads = super().reads()
+        if self.config.train == "full" and self.config.autoencoder:
+            reads["autoencoder"] = one_part(self.context.resolve(self.config.autoencoder))
+            reads["rest of the base"] = tree(self.context.resolve(self.config.base), without=(TRANSFORMER, VAE))
+        return reads
+
+    def result_bytes(self, trained: int) -> int:
+        copied = (self.reads().get(name) for name in self.free_reads)
+        return 4 * trained + sum(read.size for read in copied if read is not None)
 
     def prepare(self) -> None:
         if self.config.train == "lora":

@@ -16,13 +16,15 @@ from dcgen import guidance
 from dcgen.adapter import load_adapter, merge
 from dcgen.folder import TRANSFORMER
 from train.alignment import resample_pair
-from train.cache import Cache
+from train.cache import INDEX, Cache, is_online
 from train.config import StageConfig
 from train.files import write_atomically
-from train.models import load_network, load_submodule, moved_network, network_of
+from train.inputs import Read, one_file
+from train.models import load_network, load_submodule, moved_network, network_files, network_of
 from train.sample import seeded_noise
 from train.stages.base import Stage
 from train.stages.denoising import text_of
+from train.text_parts import text_files
 
 
 class GapStage(Stage):
@@ -41,6 +43,18 @@ class GapStage(Stage):
         patch_size: int = Field(1, ge=1)
 
     config: Config
+
+    def reads(self) -> dict[str, Read]:
+        base, cache = self.context.resolve(self.config.base), self.context.resolve(self.config.cache)
+        files = network_files(base)
+        if is_online(cache) and (base / TRANSFORMER / "config.json").is_file():
+            files += text_files(base, network_of(base)[0].text_parts)
+        reads = {"base": Read(base, tuple(files)), "cache": one_file(cache / INDEX)}
+        for name, reference in self.config.models.items():
+            if reference:
+                path = self.context.resolve(reference) / "adapter.safetensors"
+                reads[f"models.{name}"] = one_file(path if path.is_file() else path.with_name("embedder.safetensors"))
+        return reads
 
     def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
         if self.context.rank:

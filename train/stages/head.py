@@ -21,6 +21,7 @@ from train.conditioning import Cond
 from train.config import Optimizer, ScheduleField
 from train.ddpm import ddpm_terms
 from train.family import Family
+from train.inputs import Read, one_file
 from train.lora import lora_pairs
 from train.models import load_network, moved_network, read_base, read_tensors
 from train.objective import objective_terms
@@ -69,6 +70,16 @@ class MovedStage(DenoisingStage):
             if self.config.preview_every and self.config.preview_prompts and self.config.autoencoder:
                 wrong += complaints(lambda path: check_text(path, family.text_parts), base)
         return problems + wrong
+
+    def reads(self) -> dict[str, Read]:
+        reads, start = super().reads(), self.config.start
+        if start and start != KEEP:
+            path = self.context.resolve(start) / "adapter.safetensors"
+            reads["start"] = one_file(path if path.is_file() else path.with_name("embedder.safetensors"))
+        return reads
+
+    def result_bytes(self, trained: int) -> int:
+        return 4 * trained
 
     def check_objective(self, family: Family) -> list[str]:
         """Problems of the objective with a base of that family."""

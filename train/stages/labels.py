@@ -15,6 +15,7 @@ from dcgen.folder import TRANSFORMER, VAE, autoencoder_config, autoencoder_space
 from train.config import StageConfig, one_of
 from train.families import FAMILIES
 from train.files import write_folder, write_json
+from train.inputs import Read, one_file, tree
 from train.stages.base import Context, Stage, complaints
 from train.toy.pictures import ToyPictures
 
@@ -49,6 +50,9 @@ class LabelsStage(Stage):
 
     def check(self) -> list[str]:
         return complaints(autoencoder_config, self.vae)
+
+    def reads(self) -> dict[str, Read]:
+        return {"data": one_file(Path(self.config.data) / "captions.json"), "vae": tree(self.vae)}
 
     def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
         subjects = ToyPictures(self.config.data).subjects

@@ -14,6 +14,7 @@ from dcgen.folder import TRANSFORMER, VAE
 from train.autoencoders import check_autoencoder
 from train.cache import Cache
 from train.files import write_folder
+from train.inputs import Read, tree
 from train.models import load_network, read_base
 from train.objective import Objective
 from train.stages.base import complaints
@@ -48,6 +49,15 @@ class BaseStage(DenoisingStage):
             problems = complaints(lambda path: check_text(path, family.text_parts), base)
             problems += complaints(check_autoencoder, base / VAE)
         return problems
+
+    free_reads = frozenset({"rest of the base"})
+
+    def reads(self) -> dict[str, Read]:
+        base = self.context.resolve(self.config.base)
+        return {**super().reads(), "rest of the base": tree(base, without=(TRANSFORMER,))}
+
+    def result_bytes(self, trained: int) -> int:
+        return 4 * trained + tree(self.context.resolve(self.config.base), without=(TRANSFORMER,)).size
 
     def setup(self) -> nn.Module:
         self.base = self.context.resolve(self.config.base)

@@ -21,8 +21,9 @@ from train import distributed
 from train.captions import read_lines
 from train.config import RecipeError, StageConfig
 from train.data import bucket_sizes
-from train.files import digest_json, read_json, sha256, write_atomically, write_json
+from train.files import digest_json, read_json, write_atomically, write_json
 from train.generate import Pipeline
+from train.inputs import PART, Digests, Read, changes, check_record, tree
 from train.models import read_base
 from train.stages.base import Stage, complaints
 
@@ -69,6 +70,13 @@ class SynthesizeStage(Stage):
             lines.append(f"{count} images in {-(-count // c.shard_size)} tars, about {size:.3g} GB")
         return lines
 
+    def reads(self) -> dict[str, Read]:
+        prompts = self.context.resolve(self.config.prompts)
+        return {
+            "base": tree(self.context.resolve(self.config.base), suffixes=PART),
+            "prompts": Read(prompts, (prompts,)),
+        }
+
     def setup(self) -> None:
         c = self.config
         path = self.context.resolve(c.prompts)
@@ -77,11 +85,12 @@ class SynthesizeStage(Stage):
             raise ValueError(f"{path} holds no prompt; write one a line")
         self.sizes = bucket_sizes(c.pixels, c.multiple, c.ratios)
         self.count = len(self.prompts) * c.per_prompt
+        digests = Digests(self.context.recipe.folder)
         network = weight_files(self.context.resolve(c.base) / TRANSFORMER)
         parts = {
             "settings": c.settings(without=("batch", "log_every", "shard")),
             "prompts": digest_json(self.prompts),
-            "network": {file.name: sha256(file) for file in network},
+            "network": {file.name: digests.sha256(file) for file in network},
             "seed": self.context.recipe.seed,
         }
         self._settle(digest_json(parts))
@@ -95,9 +104,13 @@ class SynthesizeStage(Stage):
                 continue
             if read_json(note).get(key) != config_hash:
                 raise RecipeError(f"{folder} holds images of other settings, prompts or base; remove it or use --redo")
+            record = read_json(note).get("inputs")
+            changed = changes(check_record(record), self.inputs) if record is not None else []
+            if changed:
+                raise RecipeError(f"{folder} holds images of other inputs ({'; '.join(changed)}); use --redo")
             return
         if self.context.rank == 0:
-            write_json(folder / "config_hash.json", {"config_hash": config_hash})
+            write_json(folder / "config_hash.json", {"config_hash": config_hash, "inputs": self.inputs})
 
     def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
         shards = range(-(-self.count // self.config.shard_size))

@@ -16,8 +16,9 @@ from train.batches import Batch
 from train.config import StageConfig, one_of
 from train.families import DEFAULT, FAMILIES
 from train.files import write_folder, write_json
+from train.inputs import Read, tree
 from train.stages.base import Context, Stage, complaints
-from train.toy.pictures import ToyPictures
+from train.toy.pictures import ToyPictures, toy_read
 
 WITH_TEXT = {name: family.toy_text for name, family in FAMILIES.items() if family.toy_text is not None}
 
@@ -52,6 +53,14 @@ class TextStage(Stage):
 
     def check(self) -> list[str]:
         return complaints(autoencoder_config, self.vae)
+
+    free_reads = frozenset({"vae"})
+
+    def reads(self) -> dict[str, Read]:
+        return {"data": toy_read(self.config.data), "vae": tree(self.vae)}
+
+    def result_bytes(self, trained: int) -> int:
+        return 4 * trained + tree(self.vae).size
 
     def setup(self) -> nn.Module:
         pictures = ToyPictures(self.config.data)

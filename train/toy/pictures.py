@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from train.files import read_json
+from train.inputs import Read
 
 SIZE = 128  # pixels, both sides
 SUBJECT_PX = (88, 108)  # drawn size of a subject, uniform
@@ -25,6 +26,12 @@ class Pair:
 
     subject: int
     color: int
+
+
+def toy_read(folder: str | Path) -> Read:
+    """What ToyPictures reads in a folder."""
+    images = sorted(path for path in Path(folder).glob("*") if path.suffix in (".webp", ".png"))
+    return Read(Path(folder), (Path(folder) / "captions.json", *images))
 
 
 class ToyPictures:
