@@ -33,6 +33,7 @@ from dcgen.backbones import BACKBONES
 from dcgen.dcae import DCAE, VARIANTS, DCAEConfig, save_dcae
 from dcgen.files import replacing
 from train.comfy_client import PACK, ComfyServer, find_comfyui
+from train.families import FAMILIES
 
 TOY = PACK / "toy"
 ADAPTER, LORA, DEEP = "toy-flux-dcgen.safetensors", "random.safetensors", "f64-random"
@@ -86,7 +87,7 @@ def nodes(**graph: tuple[str, dict[str, Any]]) -> dict[str, Any]:
 def toy_graph(seed: int, *, deep: bool, hooked: bool = False) -> dict[str, Any]:
     """The toy base, or DC-Gen on it, with or without a LoRA that hangs on the prompt (Create Hook LoRA)."""
     model = ["model", 0] if deep else ["release", 0]
-    graph = {
+    graph: dict[str, tuple[str, dict[str, Any]]] = {
         "release": ("DCGenReleaseLoader", {"release": "toy/flux-base"}),
         "latent": ("DCGenEmptyLatent", {"model": model, "width": 128, "height": 128, "batch_size": 1}),
         "text": ("CLIPTextEncode", {"text": "strawberry on a white background", "clip": ["release", 1]}),
@@ -131,7 +132,7 @@ def write_files(models: Path, small: bool) -> None:
     backbone, generator = BACKBONES["flux"], torch.Generator().manual_seed(0)
     lora = {}
     for name, (rows, columns) in backbone.linears(known.base).items():
-        if backbone.is_lora_target(name):
+        if FAMILIES["flux"].is_lora_target(name):
             lora[f"transformer.{name}.lora_A.weight"] = torch.randn((4, columns), generator=generator) * columns**-0.5
             lora[f"transformer.{name}.lora_B.weight"] = torch.randn((rows, 4), generator=generator) * 0.2
     (models / "loras").mkdir(parents=True, exist_ok=True)
@@ -145,7 +146,8 @@ def write_files(models: Path, small: bool) -> None:
 def _narrow(config: DCAEConfig) -> DCAEConfig:
     """The same network an eighth as wide."""
     sides = ("encoder_block_out_channels", "decoder_block_out_channels")
-    return replace(config, name="narrow", **{side: tuple(w // 8 for w in getattr(config, side)) for side in sides})
+    widths: dict[str, Any] = {side: tuple(w // 8 for w in getattr(config, side)) for side in sides}
+    return replace(config, name="narrow", **widths)
 
 
 def jobs(small: bool, turns: int) -> dict[str, Callable[[ComfyServer], list[bytes]]]:

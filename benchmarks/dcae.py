@@ -166,7 +166,8 @@ def compare(name: str, pair: Models, meta: Models, direction: str, size: int, ar
     x = example(model, direction, size).to(args.device, model.dtype)
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {}
-    results, held = {}, {}
+    results: dict[str, torch.Tensor] = {}
+    held: dict[str, int] = {}
     todo = calls(pair, x, direction, args.strip)
     if x.device.type == "cuda":  # the first call loads and chooses kernels
         for way in args.ways:

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -120,12 +120,8 @@ def t5(layers: int) -> nn.Module:
 
 
 def sana(blocks: dict[str, int], latent: Latent, qk_norm: str | None = None) -> nn.Module:
-    sizes = {
-        "in_channels": latent.channels,
-        "out_channels": latent.channels,
-        "num_layers": blocks["transformer_blocks"],
-    }
-    return SanaNet(SanaConfig(**sizes, qk_norm=qk_norm))
+    channels, layers = latent.channels, blocks["transformer_blocks"]
+    return SanaNet(SanaConfig(in_channels=channels, out_channels=channels, num_layers=layers, qk_norm=qk_norm))
 
 
 def sana_15(blocks: dict[str, int], latent: Latent) -> nn.Module:
@@ -322,7 +318,7 @@ def decoder(latent: Latent) -> nn.Module:
     )
 
 
-def decode(model: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+def decode(model: Any, latents: torch.Tensor) -> torch.Tensor:
     out = model.decode(latents)
     return out if isinstance(out, torch.Tensor) else out.sample
 
@@ -333,7 +329,7 @@ def decode_seconds(at: Machine, latent: Latent, pixels: int) -> float | None:
         return None
     model = make(lambda: decoder(latent), at.device, at.dtype)
     if latent.autoencoder is None and pixels > PIXELS["2K"]:
-        model.enable_tiling()
+        cast(AutoencoderKL, model).enable_tiling()
     side = pixels // latent.factor
     decode(model, torch.zeros(1, latent.channels, 2, 2, **at.place))
     latents = torch.zeros(1, latent.channels, side, side, **at.place)
@@ -345,10 +341,10 @@ def counted(model: Model, latent: Latent, tokens: int, pixels: int, blocks: dict
 
     Weights are left out, and decoding is whole, without tiles.
     """
-    place = {"device": torch.device("meta"), "dtype": torch.bfloat16}
-    with place["device"]:
-        network = model.network(blocks, latent).to(place["dtype"]).eval()
-        ae = decoder(latent).to(place["dtype"]).eval()
+    place: dict[str, Any] = {"device": torch.device("meta"), "dtype": torch.bfloat16}
+    with torch.device("meta"):
+        network = model.network(blocks, latent).to(torch.bfloat16).eval()
+        ae = decoder(latent).to(torch.bfloat16).eval()
     inputs = model.inputs(tokens, latent, place)
     with FlopCounterMode(display=False) as operations:
         network(**inputs)
@@ -358,6 +354,11 @@ def counted(model: Model, latent: Latent, tokens: int, pixels: int, blocks: dict
     with PeakMemory(*ae.parameters(), *ae.buffers()) as drawing:
         decode(ae, latents)
     return operations.get_total_flops(), step.peak, drawing.peak
+
+
+def _together(text: float, steps: int, step: float | None, drawing: float | None) -> float | None:
+    """Seconds of one image, if each part was measured."""
+    return None if step is None or drawing is None else text + steps * step + drawing
 
 
 def measure(at: Machine, model: Model, sizes: Sequence[str], steps: int, repeats: int) -> list[Row]:
@@ -372,7 +373,6 @@ def measure(at: Machine, model: Model, sizes: Sequence[str], steps: int, repeats
                 torch.cuda.reset_peak_memory_stats()
             step = step_seconds(at, model, latent, tokens, repeats)
             drawing = decode_seconds(at, latent, PIXELS[size])
-            whole = at.whole and step is not None and drawing is not None
             flops, step_bytes, decode_bytes = counted(model, latent, tokens, PIXELS[size], blocks)
             rows.append(
                 Row(
@@ -384,7 +384,7 @@ def measure(at: Machine, model: Model, sizes: Sequence[str], steps: int, repeats
                     step_s=step,
                     text_s=text,
                     decode_s=drawing,
-                    image_s=text + steps * step + drawing if whole else None,
+                    image_s=_together(text, steps, step, drawing) if at.whole else None,
                     step_flops=flops,
                     step_bytes=step_bytes,
                     decode_bytes=decode_bytes,
@@ -453,7 +453,7 @@ def contest(at: Machine, tokens: int, prompt: int, repeats: int, blocks: int = 2
         peaks.append(memory.peak)
     ours_s, diffusers_s = (min(column) for column in zip(*times, strict=True))
     error = ((found - expected).norm() / expected.norm()).item()
-    return Contest(tokens, prompt, blocks, ours_s, diffusers_s, *peaks, error)
+    return Contest(tokens, prompt, blocks, ours_s, diffusers_s, peaks[0], peaks[1], error)
 
 
 def contests(at: Machine, repeats: int) -> list[Contest]:

@@ -67,8 +67,8 @@ def _draw(pipeline: Pipeline, classes: Sequence[str], guidance: float) -> Tensor
     for start in range(0, len(classes), 32):
         part = classes[start : start + 32]
         seeds = range(start, start + len(part))
-        how = {"steps": STEPS, "guidance": 1.0, "cfg_w": guidance - 1}
-        images.append(pipeline.images(part, list(seeds), SIZE, SIZE, **how))
+        picture = pipeline.images(part, list(seeds), SIZE, SIZE, steps=STEPS, guidance=1.0, cfg_w=guidance - 1)
+        images.append(picture)
     return torch.cat(images)
 
 

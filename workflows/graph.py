@@ -101,7 +101,8 @@ class Workflow:
     """Nodes and links of one graph. A node is placed in the first column to the right of all its sources."""
 
     def __init__(self, title: str, note: str = "", width: int = WIDTH):
-        self.title, self.width, self.nodes = title, width, []
+        self.title, self.width = title, width
+        self.nodes: list[dict] = []
         if note:
             self.node("MarkdownNote", box=(NOTE, 0), text=note)
             self.nodes[-1]["title"] = title
@@ -146,7 +147,8 @@ class Workflow:
 
     def ui(self, kinds: dict, places: dict[int, tuple[list[int], list[int]]] | None = None) -> dict:
         """The graph for the page; `kinds` is /object_info. Without places the nodes are far apart, to measure them."""
-        nodes, links = [], []
+        nodes: list[dict] = []
+        links: list[list] = []
         for spec in self.nodes:
             node = _node(self.title, spec, kinds.get(spec["kind"]), links)
             far = ([800 * spec["column"], 1500 * spec["id"]], [spec["box"][0], 10])
@@ -160,7 +162,8 @@ class Workflow:
 
 def _node(title: str, spec: dict, kind: dict | None, links: list) -> dict:
     """A node for the frontend, without a position; adds its input links to `links`."""
-    sockets, widgets = [], []
+    sockets: list[dict] = []
+    widgets: list = []
     names = list(_inputs(kind)) if kind else [("text", "STRING", {})]
     for name, type_, options in names:
         value = spec["inputs"].get(name)
