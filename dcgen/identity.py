@@ -64,12 +64,16 @@ class BaseIdentity:
 
 
 def identity_of(backbone: Backbone, base: Mapping[str, Any], get: Callable[[str], Tensor | None]) -> BaseIdentity:
-    """The identity of a base with this signature. get: a weight by diffusers name, or None if it cannot be read."""
+    """The identity of a base with this signature. get: a weight by diffusers name, or None if it cannot be read.
+
+    A weight with only zeros is left out: nothing was loaded into it or nothing was trained, and it tells no base apart.
+    """
     values = {}
     for name in backbone.identity_names(base):
         weight = get(name)
-        if weight is not None:
-            values[name] = sampled(name, weight)
+        part = None if weight is None else sampled(name, weight)
+        if part is not None and part.any():
+            values[name] = part
     return BaseIdentity(values)
 
 

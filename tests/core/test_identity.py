@@ -76,6 +76,17 @@ def test_a_small_merged_change_is_another_base(base, tmp_path):
     assert base.identity().is_of(merged.identity(), 16) is False
 
 
+def test_weights_that_nothing_was_loaded_into_tell_nothing(base):
+    """Some of them: the others are compared. All of them: unknown, and not another base."""
+    known = base.identity()
+    names = list(known.values)
+    part = identity_of(FLUX, base.signature, lambda name: base.get(name) * (name != names[0]))
+    assert set(part.values) == set(names[1:])
+    assert known.is_of(part, 16) is True
+    none = identity_of(FLUX, base.signature, lambda name: torch.zeros_like(base.get(name)))
+    assert known.is_of(none, 16) is None
+
+
 def test_through_a_file(base, tmp_path, caplog):
     adapter = adapter_for(base)
     adapter.base_weights, adapter.base_latent = base.identity(), LatentSpace("f8", 16, 8, 0.36)
