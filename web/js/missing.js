@@ -41,15 +41,29 @@ export function missing() {
   return [...new Set(lines)];
 }
 
+let shown = null; // of the open graph, until another is opened or its models are there
+
+/** Say what the open graph misses, instead of what was said before. */
+function tell() {
+  const { toast } = app.extensionManager;
+  if (shown) toast.remove(shown);
+  const lines = missing();
+  shown = lines.length
+    ? {
+        severity: "warn",
+        summary: "DC-Gen: this workflow needs models that are not installed",
+        detail: `${lines.join("\n")}\nRun this in ComfyUI's folder, then press R to refresh the lists.`,
+      }
+    : null;
+  if (shown) toast.add(shown);
+}
+
 app.registerExtension({
   name: "DCGen.Missing",
   async afterConfigureGraph() {
-    const lines = missing();
-    if (!lines.length) return;
-    app.extensionManager.toast.add({
-      severity: "warn",
-      summary: "DC-Gen: this workflow needs models that are not installed",
-      detail: `${lines.join("\n")}\nRun this in ComfyUI's folder, then press R to refresh the lists.`,
-    });
+    tell();
+  },
+  async refreshComboInNodes() {
+    if (shown) setTimeout(tell); // the page changes the lists around this call
   },
 });
