@@ -112,7 +112,7 @@ def note(model: str) -> str:
             parts.append(f"{row.format} {row.weights:.1f} GB ({rest})")
     step = next(row for row in needs() if row.model == model)
     return (
-        f"**GPU memory** (computed from shapes with `python -m benchmarks.memory`, not measured): weights in "
+        f"**GPU memory** (computed from shapes with **python -m benchmarks.memory**, not measured): weights in "
         f"{'; '.join(parts)}; a step {step.step:.1f} GB, the decode {step.decode:.1f} GB. Weights in RAM cost time."
     )
 

@@ -191,12 +191,23 @@ def opened(path: str | os.PathLike[str]) -> Iterator[safe_open]:
     try:
         file = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
-        hint = "it is truncated or damaged: download or copy it again"
+        hint = _what_it_is(path) or "it is truncated or damaged: download or copy it again"
         if path.suffix not in SUFFIXES:
             hint = "only .safetensors files are read"
         raise ValueError(f"{path}: not a readable safetensors file ({error}); {hint}") from error
     with file:
         yield file
+
+
+def _what_it_is(path: Path) -> str:
+    """What a file is that is often found in place of weights, and the remedy; "" if it is none of these."""
+    with open(path, "rb") as file:
+        start = file.read(200).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer: run `git lfs pull` in its repository, or download the file itself"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page (HTML): download the file itself, for example with `hf download`, signed in if it asks"
+    return ""
 
 
 def entries(file: safe_open) -> list[Entry]:

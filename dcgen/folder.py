@@ -80,7 +80,8 @@ def part(release: str | os.PathLike[str], name: str) -> Path:
     """Folder of one part of a release; FileNotFoundError names a missing one."""
     folder = Path(release) / name
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} not found; {release} should be a release folder in the diffusers layout")
+        missing = f"{folder} not found; {release} should be a release folder in the diffusers layout"
+        raise FileNotFoundError(f"{missing}. Download all of it: hf download OWNER/NAME --local-dir {release}")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Guesses from its key names what an unexpected file of weights is, for error messages."""
+"""Guesses from its key names what an unexpected file of weights is, for error messages; loaders by ComfyUI's names."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def what_it_may_be(keys: Collection[str], otherwise: str) -> str:
             "take the unquantised file."
         )
     if any("lora_" in key for key in keys):
-        return "It looks like an ordinary LoRA: load it with a LoRA loader."
+        return "It looks like an ordinary LoRA: load it with Load LoRA."
     if any(key.startswith(ALL_IN_ONE) for key in keys) and not all(key.startswith(ALL_IN_ONE) for key in keys):
-        return "It looks like an all-in-one checkpoint: load it with the checkpoint loader."
+        return "It looks like an all-in-one checkpoint: load it with Load Checkpoint."
     if any(".blocks." in key or "_blocks." in key for key in keys):
-        return "It looks like a whole model: load it with the model loader."
+        return "It looks like a whole model: load it with Load Diffusion Model."
     if any(key.startswith(("encoder.", "decoder.", "first_stage_model.", "vae.")) for key in keys):
-        return "It looks like an autoencoder: load it with the autoencoder loader."
+        return "It looks like an autoencoder: load it with Load VAE."
     if any(key.startswith(("text_model.", "text_encoders.", "shared.", "model.embed_tokens.")) for key in keys):
-        return "It looks like a text encoder: load it with the text encoder loader."
+        return "It looks like a text encoder: load it with Load CLIP."
     return otherwise

@@ -105,7 +105,8 @@ def _shards(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if len(candidates) != 1:
         raise ValueError(
-            f"{folder}: expected one .safetensors file or shards with their {INDEX_SUFFIX}, found {len(candidates)}"
+            f"{folder}: expected one .safetensors file or shards with their {INDEX_SUFFIX}, found {len(candidates)}; "
+            + ("keep one" if candidates else "the download is not complete: run it again")
         )
     return candidates
 

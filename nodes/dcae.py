@@ -23,7 +23,7 @@ STRIP_TIP = (
 
 def _vae_and_strip() -> list[io.Input]:
     return [
-        io.Vae.Input("vae", tooltip="A DC-AE, from DCAELoader or a release."),
+        io.Vae.Input("vae", tooltip="A DC-AE, from Load DC-AE or a release."),
         io.Int.Input("strip", default=0, min=0, max=4096, tooltip=STRIP_TIP),
     ]
 
@@ -101,7 +101,7 @@ class DCAEEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, vae, strip: int, fit: str = "crop") -> io.NodeOutput:
-        vae = as_dcae(vae, "VAEEncode")
+        vae = as_dcae(vae, "VAE Encode")
         samples = vae.encode_strips(fitted(image, vae.downscale_ratio, fit), strip)
         latent = {"samples": samples, "downscale_ratio_spacial": vae.downscale_ratio}
         latent = with_size(latent, image) if fit == "pad" else latent
@@ -129,7 +129,7 @@ class DCAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae, strip: int) -> io.NodeOutput:
-        vae = as_dcae(vae, "VAEDecode")
+        vae = as_dcae(vae, "VAE Decode")
         check_tag(samples, vae.space, "this autoencoder")
         image = vae.decode_strips(samples["samples"], strip, preview=True)
         return io.NodeOutput(original_size(samples, image, vae.downscale_ratio))
@@ -171,6 +171,6 @@ class DCAEDifference(io.ComfyNode):
         first, second = common_part(image_a, image_b)
         if first.shape != second.shape:
             raise ValueError(f"cannot compare {image_a.shape[0]} image(s) with {image_b.shape[0]}")
-        value = psnr(first, second)
+        value = round(psnr(first, second), 2)
         difference = ((first - second).abs() * gain).clamp(0, 1)
         return io.NodeOutput(difference, value, ui=ui.PreviewText(f"PSNR {value:.2f} dB"))

@@ -89,15 +89,29 @@ class ComfyServer:
     def run(self, prompt: dict[str, Any], timeout: float = 300.0) -> dict[str, Any]:
         """Run an API-format workflow: {"images": [bytes of PNG, ...], "seconds": float}. Errors quote the server."""
         started = time.perf_counter()
-        number = self._post("/prompt", {"prompt": prompt})["prompt_id"]
-        while time.perf_counter() - started < timeout:
-            history = self._get(f"/history/{number}").get(number)
-            if history and history["status"]["completed"]:
-                names = [image for output in history["outputs"].values() for image in output.get("images", [])]
-                images = [self._bytes("/view?" + urllib.parse.urlencode(image)) for image in names]
-                return {"images": images, "seconds": time.perf_counter() - started}
-            if history and history["status"]["status_str"] == "error":
-                raise RuntimeError(f"ComfyUI failed: {json.dumps(history['status']['messages'][-1])[:2000]}")
+        history = self._finished(self._post("/prompt", {"prompt": prompt})["prompt_id"], timeout)
+        if history["status"]["status_str"] == "error":
+            raise RuntimeError(f"ComfyUI failed: {json.dumps(history['status']['messages'][-1])[:2000]}")
+        names = [image for output in history["outputs"].values() for image in output.get("images", [])]
+        images = [self._bytes("/view?" + urllib.parse.urlencode(image)) for image in names]
+        return {"images": images, "seconds": time.perf_counter() - started}
+
+    def failure(self, prompt: dict[str, Any], timeout: float = 300.0) -> tuple[str, bool]:
+        """Run a workflow that is expected to fail: (its message, "" if it does not; whether it was refused unrun)."""
+        try:
+            number = self._post("/prompt", {"prompt": prompt})["prompt_id"]
+        except RuntimeError as error:
+            return str(error), True
+        messages = self._finished(number, timeout)["status"]["messages"]
+        return next((data["exception_message"] for kind, data in messages if kind == "execution_error"), ""), False
+
+    def _finished(self, number: str, timeout: float) -> dict[str, Any]:
+        """The history entry of a queued workflow, once it has succeeded or failed."""
+        stop = time.perf_counter() + timeout
+        while time.perf_counter() < stop:
+            history: dict[str, Any] | None = self._get(f"/history/{number}").get(number)
+            if history and (history["status"]["completed"] or history["status"]["status_str"] == "error"):
+                return history
             time.sleep(0.2)
         raise TimeoutError(f"ComfyUI did not finish the workflow within {timeout:.0f} s")
 

@@ -148,7 +148,7 @@ def load_recipe(
     """Read a recipe by name (train/recipes/NAME.yaml) or by path, apply `key=value` overrides, validate all of it.
 
     `note` is called with a line for each stage that keeps its own value of a default that an override sets. Raises
-    RecipeError naming the field, the value and the nearest valid name.
+    RecipeError naming the field, the value and the nearest valid name, and for a default that no stage takes.
     """
     path = find_recipe(source)
     raw = _yaml(_text(path), str(path))
@@ -160,8 +160,11 @@ def load_recipe(
     for place in given:
         _switch_variant(raw, place, given)
     recipe = parse_recipe(raw, str(path))
-    for line in _kept(raw, given):
-        note(line)
+    for field, (kept, taken) in _kept(raw, given).items():
+        if not taken:
+            raise RecipeError(f"{path}: {field}= has no effect:\n" + "\n".join(kept))
+        for line in kept:
+            note(line)
     return recipe
 
 
@@ -364,10 +367,13 @@ def _variants(field: FieldInfo) -> tuple[str, dict[str, type[BaseModel]]]:
     }
 
 
-def _kept(raw: dict[str, Any], given: Sequence[tuple[str, ...]]) -> list[str]:
-    """A line for each stage that has its own value of a default which an override sets."""
-    lines = []
+def _kept(raw: dict[str, Any], given: Sequence[tuple[str, ...]]) -> dict[str, tuple[list[str], bool]]:
+    """For each default that an override sets: a line for each stage with a value of its own, and whether any other
+    stage takes it.
+    """
+    found = {}
     for field in dict.fromkeys(path[1] for path in given if path[0] == "defaults" and len(path) > 1):
+        lines, taken = [], False
         for name, config in _configs(raw).items():
             stage = _mapping(raw["stages"], name)
             if field in config.model_fields and field in stage and ("stages", name, field) not in given:
@@ -375,7 +381,10 @@ def _kept(raw: dict[str, Any], given: Sequence[tuple[str, ...]]) -> list[str]:
                 lines.append(
                     f"{field}: stage {name} keeps its own value {value} (override {name}.{field} to change it)"
                 )
-    return lines
+            elif field in config.model_fields:
+                taken = True
+        found[field] = (lines, taken)
+    return found
 
 
 def _yaml(text: str, where: str) -> Any:

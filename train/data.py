@@ -52,6 +52,11 @@ SUFFIXES: dict[type[Any], tuple[str, ...]] = {
     ParquetData: (".parquet",),
 }
 """Of the files that a data set of a kind is read from."""
+EXPECTED = {
+    "folder": f"Expected {', '.join(images.SUFFIXES)} files with 0001.txt beside 0001.png, or a metadata.jsonl",
+    "webdataset": "Expected .tar files with 0001.txt beside 0001.png in them",
+    "parquet": "Expected .parquet files with an image column and a caption column",
+}
 
 
 def open_source(config: ToyData | FolderData | TarData | ParquetData, path: Path) -> Source:
@@ -68,7 +73,7 @@ def open_source(config: ToyData | FolderData | TarData | ParquetData, path: Path
     skipped = source.skipped.lines()
     if not len(source):
         found = "".join(f"; {line}" for line in skipped)
-        raise ValueError(f"data path {path} holds no captioned image ({config.type}){found}")
+        raise ValueError(f"data path {path} holds no captioned image ({config.type}){found}. {EXPECTED[config.type]}")
     if skipped and os.environ.get("RANK", "0") == "0":
         print("\n  ".join([f"{printable(str(path))}: {len(source)} samples", *skipped]), file=sys.stderr, flush=True)
     return source

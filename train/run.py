@@ -17,6 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+if not __package__:
+    sys.exit("error: start this as a module, in the repository's folder: python -m train.run RECIPE")
+
 import torch
 
 from train import distributed

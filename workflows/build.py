@@ -109,6 +109,7 @@ def _browser():
 
 def _graph_image(page, file: Path) -> None:
     """Write an image of the graph, as a JPEG 640 pixels wide."""
+    page.js("document.querySelectorAll('.p-toast').forEach((one) => one.style.setProperty('display', 'none'))")
     for _ in range(2):  # the page moves the view again after loading a graph
         x, y, width, height = page.js(f"(() => {{ {FRAME} }})()")
         page.js("new Promise((done) => setTimeout(done, 600))")

@@ -24,11 +24,11 @@ def save(w: Workflow, samples, vae, prefix: str, decode: str = "DCAEDecode"):
     return image
 
 
-def one_sampler(w: Workflow, model, positive, latent, **values):
+def one_sampler(w: Workflow, model, positive, latent, title: str = "", **values):
     """latent: an output, or the name of a size at which the node makes an empty latent."""
     values = {"seed": 42, "steps": 20, "guidance": 3.5, "sampler_name": "euler", "denoise": 1.0, **values}
     start = {"size": latent} if isinstance(latent, str) else {"latent": latent}
-    return w.node("DCGen4KSampler", model=model, positive=positive, **start, **values)
+    return w.node("DCGen4KSampler", title=title, model=model, positive=positive, **start, **values)
 
 
 def release_job(title: str, release: str, size: str, prefix: str, extra: str = "") -> Workflow:
@@ -125,7 +125,7 @@ ADAPTER = (
 
 # Of the 4K FLUX model; the text is that of benchmarks/memory.py, which a test compares.
 MEMORY_4K = (
-    "**GPU memory** (computed from shapes with `python -m benchmarks.memory`, not measured): weights in bf16 22.2"
+    "**GPU memory** (computed from shapes with **python -m benchmarks.memory**, not measured): weights in bf16 22.2"
     " GB (of which stay in RAM 12.2 on 12 GB, 8.2 on 16 GB, 0.2 on 24 GB); fp8, int8 11.1 GB (of which stay in "
     "RAM 1.1 on 12 GB); nvfp4 6.2 GB (fits 12 GB); a step 1.0 GB, the decode 0.9 GB. Weights in RAM cost time."
 )
@@ -190,14 +190,14 @@ def refine() -> Workflow:
         f"\n\n{MEMORY_4K}",
         width=240,
     )
-    small = w.node("DCGenReleaseLoader", release=KREA_1K)
-    large = w.node("DCGenReleaseLoader", release=KREA_4K)
+    small = w.node("DCGenReleaseLoader", title="Load Release: 1K", release=KREA_1K)
+    large = w.node("DCGenReleaseLoader", title="Load Release: 4K", release=KREA_4K)
     text = w.node("CLIPTextEncode", box=(280, 160), clip=small(1), text=PROMPT_4K)
-    latent = one_sampler(w, small(0), text(), "1K: 1024 x 1024")
+    latent = one_sampler(w, small(0), text(), "1K: 1024 x 1024", "Sampler: 1K")
     image = w.node("DCAEDecode", samples=latent(), vae=small(2), strip=0)
     w.node("PreviewImage", box=(240, 260), images=image())
-    start = {"denoise": 0.45, "image": image(), "vae": large(2)}
-    refined = one_sampler(w, large(0), text(), "4K: 4096 x 4096", **start)
+    size, title = "4K: 4096 x 4096", "Sampler: refine at 4K"
+    refined = one_sampler(w, large(0), text(), size, title, denoise=0.45, image=image(), vae=large(2))
     save(w, refined(), large(2), "dcgen/refine-4k")
     return w
 
@@ -233,10 +233,10 @@ def side_by_side() -> Workflow:
     plain = w.node("VAELoader", vae_name="ae.safetensors")
     deep = w.node("DCAELoader", vae_name=VAE_F32)
     size = {"width": 1024, "height": 1024}
-    empty = w.node("DCGenEmptyLatent", model=model(), **size)
-    empty_deep = w.node("DCGenEmptyLatent", model=apply(), **size)
-    base = one_sampler(w, model(), text(), empty())
-    dcgen = one_sampler(w, apply(), text(), empty_deep())
+    empty = w.node("DCGenEmptyLatent", title="Empty Latent: base", model=model(), **size)
+    empty_deep = w.node("DCGenEmptyLatent", title="Empty Latent: DC-Gen", model=apply(), **size)
+    base = one_sampler(w, model(), text(), empty(), "Sampler: base")
+    dcgen = one_sampler(w, apply(), text(), empty_deep(), "Sampler: DC-Gen")
     first = w.node("VAEDecode", samples=base(), vae=plain())
     second = w.node("DCAEDecode", samples=dcgen(), vae=deep(), strip=0)
     w.node("DCGenCompare", box=(440, 560), image_a=first(), image_b=second())
@@ -325,8 +325,8 @@ def sana_sprint() -> Workflow:
     load = w.node("DCGenReleaseLoader", release=release)
     text = w.node("DCGenSanaTextEncode", box=(300, 190), clip=load(1), text=SANA_PROMPT, negative=False)
     empty = w.node("DCGenEmptyLatent", model=load(0), size="1K: 1024 x 1024")
-    settings = {"steps": 2, "guidance": 4.5, "sampler_name": "flow_consistency"}
-    latent = one_sampler(w, load(0), text(), empty(), **settings)
+    sampler = "flow_consistency"
+    latent = one_sampler(w, load(0), text(), empty(), steps=2, guidance=4.5, sampler_name=sampler)
     save(w, latent(), load(2), "dcgen/sana-sprint-1k")
     return w
 
@@ -344,7 +344,7 @@ def deep_sana_adapter() -> Workflow:
     load = w.node("DCGenReleaseLoader", release=release)
     adapter = "sana-1.6b-dcgen-f64c128.safetensors"
     apply = w.node("DCGenApply", model=load(0), adapter_name=adapter, strength=1.0)
-    vae = w.node("DCAELoader", vae_name="dc-ae-1.5-f64c128.safetensors")
+    vae = w.node("DCAELoader", vae_name=VAE_F64)
     return sana_parts(w, apply(), load(1), vae(), "1K: 1024 x 1024", "dcgen/dcgen-sana-1k")
 
 

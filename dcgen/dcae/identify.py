@@ -77,6 +77,8 @@ def identify(
 
 def _format(keys: list[str]) -> tuple[str, str]:
     """Format and wrapper prefix of the keys of a DC-AE."""
+    if any(".mid_block." in key for key in keys):  # diffusers' names, which are otherwise those of a DC-AE
+        raise DCAEError("an AutoencoderKL (the f8 VAE of SD, SDXL or FLUX), not a DC-AE: load it with Load VAE")
     for format, mark in MARKS.items():
         for key in keys:
             start = key.find(mark)

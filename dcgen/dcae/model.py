@@ -230,5 +230,6 @@ def check_latent(latent: Tensor, config: DCAEConfig) -> None:
     if latent.shape[1] != config.latent_channels:
         raise DCAEError(
             f"DC-AE {config.name!r} decodes latents of {config.latent_channels} channels, this one has "
-            f"{latent.shape[1]}: it was made by another autoencoder; decode it with that one"
+            f"{latent.shape[1]}: it was made by another autoencoder. Decode it with that one, or sample it with a "
+            "model on this one (Apply DC-Gen)"
         )

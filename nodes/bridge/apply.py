@@ -34,10 +34,10 @@ def check_adapter(host: Host, family: Family, adapter: Adapter, model: Patcher, 
     title = family.backbone.title
     if adapter.backbone != family.backbone.name:
         raise ValueError(
-            f"{name} is an adapter for {adapter.backbone!r} models, and DCGenApply was given {title}. "
+            f"{name} is an adapter for {adapter.backbone!r} models, and Apply DC-Gen was given {title}. "
             f"Choose an adapter made for {title}."
         )
-    source = f"the MODEL given to DCGenApply with {name}"
+    source = f"the MODEL given to Apply DC-Gen with {name}"
     config = host.config(model, family)
     adapter.check_base(family.backbone.base_signature(config), source)
     adapter.check_base_latent(_base_space(info_of(model), adapter), source)

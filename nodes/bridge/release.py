@@ -167,8 +167,14 @@ def _with_latent(model: Model, autoencoder: str, path: Path) -> Model:
     channels = model.backbone.packed_channels(model.config)
     if autoencoder == FROM_FILE:
         candidates = [name for name, space in SPACES.items() if space.channels == channels]
+        if not candidates:
+            raise ValueError(
+                f"{path} is a {model.backbone.title} of {channels} channels, which no published DC-AE has: it looks "
+                "like a base model on its own VAE. Load it with Load Diffusion Model, and add Apply DC-Gen for a "
+                "deep latent."
+            )
         raise ValueError(
             f"{path} does not say which autoencoder its latents come from. Choose it in `autoencoder`; of the "
-            f"published ones these have its {channels} channels: {', '.join(candidates) or 'none'}."
+            f"published ones these have its {channels} channels: {', '.join(candidates)}."
         )
     return model.on_latent(SPACES[autoencoder])

@@ -28,7 +28,7 @@ def check_latent(model: Any, latent: dict[str, Any]) -> ModelInfo:
     if samples.ndim != 4 or samples.shape[1] != info.space.channels:
         raise ValueError(
             f"the latent has shape {tuple(samples.shape)}, but this model samples {expected} ({name}). Make it with "
-            "DCGenEmptyLatent, or encode the image with that autoencoder."
+            "Empty Latent (DC-Gen), or encode the image with that autoencoder (DC-AE Encode)."
         )
     if samples.shape[2] % info.patch_size or samples.shape[3] % info.patch_size:
         raise ValueError(

@@ -241,5 +241,5 @@ def _patcher(source: Any, scaling_factor: float | None, disable_dynamic: bool = 
 def as_dcae(vae: Any, node: str) -> DCAEVAE:
     """The VAE if it is a DC-AE; else a ValueError that names the node for other VAEs."""
     if not isinstance(vae, DCAEVAE):
-        raise ValueError(f"this VAE is not a DC-AE: load one with DCAELoader, or use {node} for this one")
+        raise ValueError(f"this VAE is not a DC-AE: load one with Load DC-AE, or use {node} for this one")
     return vae

@@ -24,7 +24,7 @@ class DCGenSanaTextEncode(io.ComfyNode):
             inputs=[
                 io.Clip.Input(
                     "clip",
-                    tooltip="Gemma-2-2B-it: from DCGenReleaseLoader, or from CLIPLoader with type lumina2 (a file of "
+                    tooltip="Gemma-2-2B-it: from Load Release (DC-Gen), or from Load CLIP with type lumina2 (a file of "
                     "the -it model, not the base one that Lumina uses).",
                 ),
                 io.String.Input(

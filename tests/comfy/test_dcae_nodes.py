@@ -160,7 +160,7 @@ def test_refusals_name_what_is_wrong(ran, name: str) -> None:
     assert facts["own"] == ""
     assert "decodes latents of 8 channels, this one has 4" in facts["channels"]
     assert "smaller than" in facts["small"]
-    assert "load one with DCAELoader" in facts["not_dcae"]
+    assert "load one with Load DC-AE" in facts["not_dcae"]
 
 
 @torch.no_grad()

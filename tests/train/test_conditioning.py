@@ -4,6 +4,7 @@ text of several lengths trains as text of one length does.
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from typing import ClassVar
@@ -219,21 +220,35 @@ def test_the_cache_holds_the_tokens_alone(fixed, ragged):
             assert torch.equal(found["prompt_embeds"][row][: lengths[number]], expected["prompt_embeds"][row][real])
 
 
-def test_text_of_its_own_length_trains_as_padded_text_does(fixed, ragged):
-    expected, found = (load_file(r.folder / "finetune" / "adapter.safetensors") for r in (fixed, ragged))
+def logged(recipe, stage):
+    """Loss and gradient norm of every step, each of which depends on the steps before it: (steps, 2)."""
+    with open(recipe.folder / stage / "log.csv", newline="") as handle:
+        return torch.tensor([[float(row["loss"]), float(row["grad_norm"])] for row in csv.DictReader(handle)])
+
+
+def assert_trained_alike(first, second):
+    """The same steps and weights. LoRA weights are left out: AdamW makes a step of rounding errors in a gradient of
+    nearly 0, so that a few of them differ by the size of a step."""
+    for stage in ("head", "finetune"):
+        steps = logged(first, stage)
+        assert len(steps) == 3
+        torch.testing.assert_close(logged(second, stage), steps, rtol=1e-5, atol=0)
+    expected, found = (load_file(r.folder / "head" / "adapter.safetensors") for r in (first, second))
     assert expected.keys() == found.keys()
-    start = load_file(fixed.folder / "head" / "adapter.safetensors")
-    assert max((expected[name] - value).abs().max() for name, value in start.items()) > 1e-3
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_text_of_its_own_length_trains_as_padded_text_does(fixed, ragged):
+    start, end = (load_file(fixed.folder / stage / "adapter.safetensors") for stage in ("head", "finetune"))
+    assert max((end[name] - value).abs().max() for name, value in start.items()) > 1e-3
+    assert_trained_alike(fixed, ragged)
 
 
 def test_ragged_text_online_is_as_cached(tiny, ragged, tmp_path, monkeypatch):
     monkeypatch.setitem(FAMILIES, "sana", Ragged())
     online = train(tiny, tmp_path, "cache.text=online")
-    expected, found = (load_file(r.folder / "finetune" / "adapter.safetensors") for r in (ragged, online))
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+    assert_trained_alike(ragged, online)
 
 
 def test_lengths_that_do_not_fit_are_refused(ragged, tmp_path):

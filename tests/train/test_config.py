@@ -121,8 +121,16 @@ def test_a_stage_keeps_its_own_value_of_an_overridden_default_and_that_is_said(c
     assert not any("stage head keeps its own value '/y'" in line for line in notes)
     assert recipe.stages["cache"].steps == 0  # it trains nothing
     assert recipe.stages["align"].steps == 3
-    assert main(["toy-flux", "--dry-run", "--stage", "export", "rank=3"]) == 0
-    assert "rank: stage finetune keeps its own value 48" in capsys.readouterr().out
+    assert main(["debug", "--dry-run", "optimizer.lr=1.0e-4"]) == 0
+    assert "optimizer: stage finetune keeps its own value {'lr': 0.001" in capsys.readouterr().out
+
+
+def test_an_override_that_no_stage_takes_is_refused(capsys):
+    assert main(["toy-flux", "--dry-run", "rank=3"]) == 1
+    said = capsys.readouterr().err
+    assert "rank= has no effect" in said
+    assert "stage finetune keeps its own value 48 (override finetune.rank to change it)" in said
+    assert load_recipe("toy-flux", ["rank=3", "finetune.rank=4"]).stages["finetune"].rank == 4
 
 
 def test_a_dry_run_plans_the_stage_that_is_named_and_refuses_another(capsys):

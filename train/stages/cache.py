@@ -24,7 +24,7 @@ from train.inputs import Digests, Read, one_part
 from train.models import network_of
 from train.plan import plan_cache
 from train.stages.base import Context, Stage, complaints
-from train.text_parts import text_files, text_identity
+from train.text_parts import check_text, text_files, text_identity
 
 
 class CacheStage(Stage):
@@ -54,6 +54,9 @@ class CacheStage(Stage):
         problems = []
         if not self.context.pending(self.config.base):
             problems += complaints(network_of, self.base) + complaints(autoencoder_space, self.teacher)
+            if not problems and self.config.text == "cache":
+                parts = network_of(self.base)[0].text_parts
+                problems += complaints(lambda base: check_text(base, parts), self.base)
         if not self.context.pending(self.config.autoencoder):
             problems += complaints(autoencoder_space, self.student)
         return problems

@@ -4,7 +4,7 @@ import { app } from "../../../scripts/app.js";
 // Node -> its widget, and where such files belong.
 const LOADERS = {
   DCGenReleaseLoader: { widget: "release", folder: "models/diffusers" },
-  DCGenModelLoader: { widget: "model_name", folder: "models/diffusers or models/diffusion_models" },
+  DCGenModelLoader: { widget: "model_name", folder: "models/diffusion_models" }, // files; folders are published
   DCGenApply: { widget: "adapter_name", folder: "models/model_patches" },
   DCAELoader: { widget: "vae_name", folder: "models/vae" },
 };
@@ -17,9 +17,13 @@ const PUBLISHED = [
   { begins: "dc-ae-", owner: "mit-han-lab", ending: "-diffusers", folder: "models/vae" },
 ];
 
+const RUN = "Run the hf commands in ComfyUI's folder, then";
+const isCommand = (line) => line.startsWith("hf ");
+
 /** What to do about a model that is not there. */
 function remedy(name, folder) {
-  const repository = PUBLISHED.find(({ begins }) => name.startsWith(begins));
+  const isFile = name.endsWith(".safetensors"); // what is published are folders
+  const repository = !isFile && PUBLISHED.find(({ begins }) => name.startsWith(begins));
   if (!repository) return `${name}: put it into ${folder}`;
   return `hf download ${repository.owner}/${name}${repository.ending} --local-dir ${repository.folder}/${name}`;
 }
@@ -52,7 +56,7 @@ function tell() {
     ? {
         severity: "warn",
         summary: "DC-Gen: this workflow needs models that are not installed",
-        detail: `${lines.join("\n")}\nRun this in ComfyUI's folder, then press R to refresh the lists.`,
+        detail: [...lines, `${lines.some(isCommand) ? RUN : "Then"} press R to refresh the lists.`].join("\n"),
       }
     : null;
   if (shown) toast.add(shown);

@@ -32,7 +32,7 @@ export function line(node, changed) {
   const latent = latentOf(api, node, changed);
   if (latent === null) return "connect a model to count tokens";
   if (!latent) return UNKNOWN;
-  if (latent.missing) return "tokens: known once the model's files are here";
+  if (latent.missing) return "tokens: model not installed";
   return count(latent, ...pixels(empty));
 }
 

@@ -25,7 +25,7 @@ def family_of(model: Any) -> Family:
         if family.recognises(model):
             return family
     raise ValueError(
-        f"DCGenApply needs a {titles('or')} model; this MODEL is a {type(model).__name__} "
+        f"Apply DC-Gen needs a {titles('or')} model; this MODEL is a {type(model).__name__} "
         f"({type(model.diffusion_model).__name__}). Load one of those and connect that."
     )
 

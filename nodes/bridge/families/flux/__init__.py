@@ -27,7 +27,7 @@ class Flux(Family):
 
     backbone = BACKBONES["flux"]
     original_names = True
-    text_node = "CLIPTextEncode with CLIP-L and T5-XXL"
+    text_node = "CLIP Text Encode with CLIP-L and T5-XXL"
 
     def recognises(self, model: comfy.model_base.BaseModel) -> bool:
         network = model.diffusion_model

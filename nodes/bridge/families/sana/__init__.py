@@ -125,7 +125,7 @@ class Sana(Family):
 
     backbone = BACKBONES["sana"]
     original_names = False
-    text_node = "DCGenSanaTextEncode"
+    text_node = "SANA Text Encode (DC-Gen)"
 
     def recognises(self, model: comfy.model_base.BaseModel) -> bool:
         return isinstance(model, SanaModel)
@@ -171,13 +171,13 @@ class Sana(Family):
         if text.shape[-1] != self.text_width(config):
             raise ValueError(
                 f"SANA reads text features of {self.text_width(config)} channels (Gemma-2-2B-it); this conditioning "
-                f"has {text.shape[-1]}, from another text encoder. Encode the prompt with DCGenSanaTextEncode."
+                f"has {text.shape[-1]}, from another text encoder. Encode the prompt with {self.text_node}."
             )
         super().check_text(text, cond, made_by, config)
         if made_by is None:
             raise ValueError(
                 "this conditioning was encoded without Gemma's final norm and SANA's instruction, which SANA was "
-                "trained with. Use DCGenSanaTextEncode in place of CLIPTextEncode, for the negative prompt too."
+                f"trained with. Use {self.text_node} in place of CLIP Text Encode, for the negative prompt too."
             )
         mask = cond.get("attention_mask")
         if mask is not None and mask.shape[-1] != text.shape[1]:

@@ -92,7 +92,7 @@ def _gemma(clip: comfy.sd.CLIP) -> tuple[str, Any]:
             return name, part
     raise ValueError(
         f"SANA reads text through Gemma-2-2B-it, and this CLIP is a {type(clip.cond_stage_model).__name__}. Load "
-        "gemma-2-2b-it with CLIPLoader (type lumina2), or a SANA release with DCGenReleaseLoader."
+        "gemma-2-2b-it with Load CLIP (type lumina2), or a SANA release with Load Release (DC-Gen)."
     )
 
 
