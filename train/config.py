@@ -118,6 +118,7 @@ FREE_FIELDS = {
     "preview_guidance",
     "preview_steps",
     "preview_seed",
+    "preview_base",
     "shard",
     "accumulate",
     "architecture",

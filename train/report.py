@@ -36,6 +36,7 @@ WORDS = {
 }
 
 PREVIEWS = 8  # of a stage; more are left out evenly
+BASE = "base"  # name of the preview that the base draws
 RESULT_KINDS = ("head", "finetune", "export")
 # Of a result: ending of its name, folder of ComfyUI that it goes to, node that loads it.
 USES = (
@@ -142,7 +143,7 @@ def _results(run: Path, recipe: dict[str, Any]) -> str:
 
 
 def _samples(run: Path, recipe: dict[str, Any]) -> str:
-    """Images of the whole run, then the previews of each stage in the order of its steps, newest last."""
+    """Images of the whole run, then the previews of each stage: the base's, DC-Gen's in the order of its steps."""
     parts = [_image(path.read_bytes(), path.stem) for path in sorted(run.glob("*.png"))]
     for name, config in recipe["stages"].items():
         previews = sorted((run / name / "previews").glob("*.png"))
@@ -150,15 +151,18 @@ def _samples(run: Path, recipe: dict[str, Any]) -> str:
         if previews:
             words = " | ".join(map(str, prompts)) if isinstance(prompts, list) else ""
             parts.append(f"<h3>{_text(name)}</h3><p>{_text(words)}</p>")
+        first = [path for path in previews if path.stem == BASE]
         parts += [
             f"<p>{_text(_caption(path.stem))}</p>{_image(path.read_bytes(), f'{name}, {path.stem}')}"
-            for path in _spread(previews, PREVIEWS)
+            for path in [*first, *_spread([path for path in previews if path not in first], PREVIEWS)]
         ]
     return f"<h2>Samples</h2>{''.join(parts)}" if parts else ""
 
 
 def _caption(stem: str) -> str:
     """The name of a preview file in words: NAME-00000250 -> NAME, step 250."""
+    if stem == BASE:
+        return "the base itself on its own latent: the same prompts, seeds and steps"
     name, _, step = stem.rpartition("-")
     return f"{name}, step {int(step)}" if re.fullmatch(r"[0-9]{1,18}", step) else stem
 

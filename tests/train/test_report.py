@@ -62,7 +62,7 @@ def test_the_report_holds_every_stage_its_numbers_and_pictures(debug_run, capsys
     recipe = json.loads((debug_run / "recipe.json").read_text())
     for name in recipe["stages"]:
         assert f"<h2>{name}</h2>" in page
-    assert len(re.findall("data:image/png;base64", page)) == 5  # head curves, finetune curves and 2 previews, gap
+    assert len(re.findall("data:image/png;base64", page)) == 6  # curves of head, finetune; base, 2 previews; gap
     least = json.loads((debug_run / "align" / "report.json").read_text())["least_loss"]
     assert f"{least:.5g}" in page
     assert not re.search(r"src=\"(?!data:)", page)  # nothing from outside
@@ -95,18 +95,22 @@ def test_previews_of_every_stage_stand_together_newest_last(debug_run, tmp_path)
     run = tmp_path / "run"
     shutil.copytree(debug_run, run)
     image = next((run / "finetune" / "previews").glob("*.png")).read_bytes()
+    base = (run / "finetune" / "previews" / "base.png").read_bytes()
     shutil.rmtree(run / "finetune" / "previews")
     for stage, steps in (("head", (2, 10)), ("finetune", range(100, 1300, 100))):
         (run / stage / "previews").mkdir(parents=True)
         for step in steps:
             (run / stage / "previews" / f"samples-{step:08d}.png").write_bytes(image)
+    (run / "finetune" / "previews" / "base.png").write_bytes(base)
     (run / "grid.png").write_bytes(image)
     write_report(run)
     samples = (run / "report.html").read_text().partition("<h2>Samples</h2>")[2].partition("<h2>")[0]
     shown = re.findall(r'alt="([^"]*)"', samples)
     assert shown[0] == "grid"
     assert [int(re.search(r"\d+", name)[0]) for name in shown[1:3]] == [2, 10]
-    steps = [int(re.search(r"\d+", name)[0]) for name in shown[3:]]
+    assert shown[3] == "finetune, base"
+    assert "the base itself on its own latent" in samples
+    steps = [int(re.search(r"\d+", name)[0]) for name in shown[4:]]
     assert len(steps) == 8
     assert steps == sorted(steps)
     assert steps[-1] == 1200
