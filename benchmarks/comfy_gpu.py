@@ -225,7 +225,7 @@ def main() -> None:
     with ComfyServer(comfy, cpu=given.cpu) as server:
         write_files(server.folder / "models", given.cpu)
         system = server.stats()
-        dynamic = "dynamic vram" in server.log.read_text(errors="replace").lower()
+        dynamic = "dynamic vram" in server.log.read_text(encoding="utf-8", errors="replace").lower()
         rows.append(Row("dynamic VRAM is on", dynamic or given.cpu, 0.0, "" if dynamic else "its log does not say so"))
         for name, job in jobs(given.cpu, given.turns).items():
             if time.monotonic() - started > given.minutes * 60:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import platform
 import sys
@@ -62,7 +63,7 @@ def main() -> None:
     diffusers_logging.set_verbosity_error()
     settings = {key: getattr(args, key) for key in SETTINGS}
     table = Table(args.out)
-    print(f"torch {torch.__version__}, {machine(args.device)}, load {os.getloadavg()[0]:.1f}, {settings}")
+    print(f"torch {torch.__version__}, {machine(args.device)}, load {load():.1f}, {settings}")
     print(COLUMNS.format(*HEADER))
     for name in args.variants:
         plan = [(direction, size) for direction in args.directions for size in args.sizes]
@@ -105,12 +106,17 @@ def machine(device: str) -> str:
     return f"{platform.machine()} with {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
 
 
+def load() -> float:
+    """How many processes waited for a core in the last minute; NaN on Windows, which does not count them."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
+
+
 class Table:
     """The rows so far, on screen and in a JSON file that is whole at any moment."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.rows: list[Row] = json.loads(path.read_text())["rows"] if path and path.is_file() else []
+        self.rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path and path.is_file() else []
 
     def has(self, name: str, direction: str, size: int, settings: dict[str, Any]) -> bool:
         wanted = {"variant": name, "direction": direction, "size": size, **settings}
@@ -120,12 +126,12 @@ class Table:
         return [{k: v for k, v in found.items() if not isinstance(v, dict)} for found in self.rows]
 
     def add(self, found: Row) -> None:
-        self.rows.append(found | {"load": round(os.getloadavg()[0], 2)})
+        self.rows.append(found | {"load": round(load(), 2)})
         show(found)
         if self.path:
             facts = {"torch": torch.__version__, "machine": platform.machine(), "cores": os.cpu_count()}
             part = self.path.with_name(self.path.name + ".part")
-            part.write_text(json.dumps(facts | {"rows": self.rows}, indent=1) + "\n")
+            part.write_text(json.dumps(facts | {"rows": self.rows}, indent=1) + "\n", encoding="utf-8")
             os.replace(part, self.path)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -23,6 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 from dcgen import schedule
 from train.batches import BatchPlan
@@ -153,10 +158,18 @@ def _memory_of(options: argparse.Namespace) -> float:
     (batch,) = BatchPlan(stage.buckets(), options.memory_batch, 0).micro_batches(
         0, rank=0, world=1, accumulate=1, device=CPU.device
     )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_megabytes()
     for _ in range(2):
         stage.loss(batch)[0].backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
+    return _peak_megabytes() - before
+
+
+def _peak_megabytes() -> float:
+    """The most memory that this process has held; NaN where the system does not say."""
+    if resource is None:
+        return math.nan
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size / (1e6 if sys.platform == "darwin" else 1000)  # bytes there, else kilobytes
 
 
 def finetune_stage(options: argparse.Namespace, *overrides: str) -> Any:

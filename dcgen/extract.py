@@ -13,6 +13,7 @@ from torch import Tensor
 from .adapter import Adapter, LoraPair
 from .backbones.keymap import describe_keys
 from .latent import LatentSpace
+from .precision import with_float64
 from .release import Model
 
 Progress = Callable[[int, int, str], None]
@@ -105,6 +106,7 @@ def factor(
     Singular values up to `floor` are dropped as noise. The share is measured with the factors as stored, including
     rounding.
     """
+    delta = with_float64(delta)
     U, S, V = _svd(delta, rank)
     total = delta.double().square().sum()
     # The error of float arithmetic, bounded as in numpy's matrix_rank.

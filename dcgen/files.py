@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import struct
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ DTYPES |= {name: getattr(torch, dtype) for name, dtype in NEWER.items() if hasat
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WRITE_BYTES = 64 << 20
 SUFFIXES = (".safetensors", ".sft")
+IN_USE = (5, 32, 33, 1224)  # of Windows: access denied, sharing violation, lock violation, mapped by a program
+REPLACE_PAUSES = (0.1, 0.3, 1.0, 3.0)  # seconds; virus scanners hold a new file for that long
 # One-byte floats lack reductions: dtype -> (mask without the sign bit, first pattern that is not finite).
 _NARROW = {torch.float8_e4m3fn: (0x7F, 0x7F), torch.float8_e5m2: (0x7F, 0x7C)}
 if hasattr(torch, "float8_e8m0fnu"):
@@ -125,12 +128,29 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.chmod(mode)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
+            replace(temporary, target)
             sync_folder(target.parent)
     except SafetensorError as error:  # safetensors raises this for a full disk
         raise OSError(f"{target} could not be written ({error}); is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """os.replace; on Windows, where a file that a program has open or mapped cannot be replaced, tried for a while."""
+    for pause in (*REPLACE_PAUSES, None):
+        try:
+            os.replace(source, target)
+            return
+        except OSError as error:
+            if getattr(error, "winerror", None) not in IN_USE:
+                raise
+            if pause is None:
+                raise OSError(
+                    f"{target} is in use by another program ({error}), such as a ComfyUI that has loaded it: close "
+                    "that program, or unload its models, and run the same command"
+                ) from error
+            time.sleep(pause)
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
@@ -174,7 +194,7 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             sync_tree(temporary)
             if target.exists():
                 shutil.rmtree(target)
-            os.replace(temporary, target)
+            replace(temporary, target)
             sync_folder(target.parent)
     except SafetensorError as error:  # raised by save_pretrained for a full disk
         raise OSError(f"{target} could not be written ({error}); is the disk full?") from error

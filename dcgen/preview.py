@@ -29,8 +29,8 @@ def fit_preview(
     xx, xy = torch.zeros(unknowns, unknowns, dtype=torch.float64), torch.zeros(unknowns, 3, dtype=torch.float64)
     yy, y, count = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 0
     for batch in images if images is not None else sample_images(space):
-        latent = space.normalize(encode(batch)).detach().double().cpu()
-        colour = F.avg_pool2d(batch.double().cpu(), space.spatial_factor).movedim(1, -1).reshape(-1, 3)
+        latent = space.normalize(encode(batch)).detach().cpu().double()
+        colour = F.avg_pool2d(batch.cpu().double(), space.spatial_factor).movedim(1, -1).reshape(-1, 3)
         feature = latent.movedim(1, -1).reshape(-1, space.channels)
         feature = torch.cat((feature, feature.new_ones(len(feature), 1)), dim=1)
         xx, xy = xx + feature.T @ feature, xy + feature.T @ colour

@@ -19,6 +19,13 @@ from dcgen.jsons import parse_object
 
 PACK = Path(__file__).resolve().parents[1]
 LINK = "ComfyUI-DC-Gen"
+PYTHONS = (
+    ".venv/bin/python",
+    "venv/bin/python",
+    ".venv/Scripts/python.exe",
+    "venv/Scripts/python.exe",
+    "../python_embeded/python.exe",
+)
 WAIT = 180.0  # seconds for the server to answer
 
 
@@ -35,11 +42,23 @@ def find_comfyui() -> Path | None:
 
 
 def interpreter(comfyui: Path) -> str:
-    """ComfyUI's own Python."""
-    for name in (".venv/bin/python", "venv/bin/python", ".venv/Scripts/python.exe", "venv/Scripts/python.exe"):
+    """ComfyUI's own Python; that of the portable ComfyUI for Windows lies beside its folder."""
+    for name in PYTHONS:
         if (comfyui / name).exists():
             return str(comfyui / name)
     return sys.executable
+
+
+def link_folder(link: Path, target: Path) -> None:
+    """A link to a folder. Windows lets only some users make symbolic links, and everybody a junction."""
+    try:
+        link.symlink_to(target, target_is_directory=True)
+    except OSError:
+        if sys.platform != "win32":
+            raise
+        import _winapi
+
+        _winapi.CreateJunction(str(target), str(link))
 
 
 class ComfyServer:
@@ -54,7 +73,7 @@ class ComfyServer:
         self.folder = Path(self._folder.name)
         for name in ("custom_nodes", "user", "models/model_patches"):
             (self.folder / name).mkdir(parents=True)
-        (self.folder / "custom_nodes" / LINK).symlink_to(PACK, target_is_directory=True)
+        link_folder(self.folder / "custom_nodes" / LINK, PACK)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -136,7 +155,7 @@ class ComfyServer:
         raise TimeoutError(f"ComfyUI did not answer within {WAIT:.0f} s:\n{self._tail()}")
 
     def _tail(self) -> str:
-        return self.log.read_text(errors="replace")[-3000:]
+        return self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
 
     def _get(self, path: str) -> dict[str, Any]:
         return parse_object(self._bytes(path), self.url + path)

@@ -32,16 +32,20 @@ class Ranks:
 
 
 def start(device: str = "auto") -> Ranks:
-    """Join the group that torchrun describes in RANK/WORLD_SIZE; without them, be a group of one."""
+    """Join the group that torchrun describes in RANK/WORLD_SIZE. One process needs no group, so it makes none."""
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(local)
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        store = None if "RANK" in os.environ else dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    if world > 1 and not dist.is_initialized():
+        if not use_cuda and not hasattr(torch.cpu.Stream, "record_event"):
+            raise RuntimeError(
+                f"{world} processes on the CPU need torch 2.8 or newer, this is {torch.__version__}: start one "
+                "process, without torchrun, or install a newer torch"
+            )
+        on_cuda = "nccl" if dist.is_nccl_available() else "gloo"  # Windows has no NCCL
+        dist.init_process_group(f"cpu:gloo,cuda:{on_cuda}" if use_cuda else "gloo", rank=rank, world_size=world)
     return Ranks(rank, world, local)
 
 

@@ -153,7 +153,7 @@ def _file(path: Path, name: str, status: os.stat_result) -> File:
 
 
 def _name(path: Path, root: Path) -> str:
-    return printable(str(path.relative_to(root)))
+    return printable(path.relative_to(root).as_posix())
 
 
 def _folder_key(path: Path) -> tuple[int, int]:

@@ -25,7 +25,7 @@ def text_identity(
 ) -> dict[str, Any]:
     """What decides the embeddings of text of that length: part of a cache's config_hash."""
     files = [file for part in parts if (base / part).is_dir() for file in _deciding_files(base / part)]
-    return {"tokens": tokens, "files": {str(file.relative_to(base)): digest(file) for file in files}}
+    return {"tokens": tokens, "files": {file.relative_to(base).as_posix(): digest(file) for file in files}}
 
 
 def text_files(base: Path, parts: Parts) -> list[Path]:

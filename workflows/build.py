@@ -261,7 +261,7 @@ def build_blueprints(url: str) -> None:
     with opened(url) as (page, kinds):
         for job in BLUEPRINTS:
             workflow = job()
-            (folder / f"{workflow.title}.json").write_text(as_text(blueprint(page, kinds, workflow)))
+            (folder / f"{workflow.title}.json").write_text(as_text(blueprint(page, kinds, workflow)), encoding="utf-8")
             print(workflow.title)
 
 
@@ -273,8 +273,8 @@ def build(url: str, names: list[str]) -> None:
     with opened(url) as (page, kinds):
         for name in names:
             ui, api = written(page, kinds, name)
-            (HERE / f"{name}.json").write_text(as_text(ui))
-            (HERE / "api" / f"{name}.json").write_text(as_text(api))
+            (HERE / f"{name}.json").write_text(as_text(ui), encoding="utf-8")
+            (HERE / "api" / f"{name}.json").write_text(as_text(api), encoding="utf-8")
             if name in SELF_CONTAINED:
                 _output_image(url, api, HERE / f"{name}.jpg")
             else:

@@ -162,12 +162,14 @@ def cut_short(models: Path) -> None:
 
 
 def web_page(models: Path) -> None:
-    _adapter(models, "page.safetensors").write_text("<!doctype html><html><body>Sign in</body></html>" * 20)
+    _adapter(models, "page.safetensors").write_text(
+        "<!doctype html><html><body>Sign in</body></html>" * 20, encoding="utf-8"
+    )
 
 
 def lfs_pointer(models: Path) -> None:
     text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 24000000000\n"
-    _adapter(models, "pointer.safetensors").write_text(text)
+    _adapter(models, "pointer.safetensors").write_text(text, encoding="utf-8")
 
 
 def adapter_as_lora(models: Path) -> None:
@@ -345,7 +347,7 @@ COMMANDS = (
     ),
     CommandMistake(
         "Train on an empty folder",
-        (r"images", r"(?i)no image|no samples", r"\.png"),
+        (r"images", r"no captioned image", r"\.png"),
         (*DRY, *FOLDER),
         lambda scratch: (scratch / "images").mkdir(),
     ),

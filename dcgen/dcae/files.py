@@ -196,7 +196,7 @@ def save_dcae(
     target = Path(path)
     if target.suffix != ".safetensors":
         with replacing(target / "config.json") as temporary:
-            temporary.write_text(json.dumps(config, indent=2) + "\n")
+            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         target = target / (WEIGHT_NAMES[0] if format == "diffusers" else WEIGHT_NAMES[1])
     with replacing(target) as temporary:
         save_file(state, temporary, metadata=notes)

@@ -181,8 +181,11 @@ def _segments(inputs: Sequence[LayerInput]) -> list[Sequence[LayerInput]]:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated on `device` now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type in ("cuda", "xpu"):
+        backend = getattr(torch, device.type)
+        return int(backend.mem_get_info(device)[0])
+    if device.type == "mps":  # what the system recommends to use at most, less what this process has
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     with contextlib.suppress(OSError, StopIteration):  # what Linux could free for us, not only what lies idle
         with open("/proc/meminfo", encoding="ascii") as lines:
             line = next(line for line in lines if line.startswith("MemAvailable:"))

@@ -7,10 +7,12 @@ import math
 
 from torch import Tensor
 
+from ..precision import with_float64
+
 
 def psnr(first: Tensor, second: Tensor, peak: float = 1.0) -> float:
     """Peak signal-to-noise ratio in dB of two tensors of one shape with values in 0..peak; inf when they are equal."""
-    error = (first.double() - second.double()).square().mean().item()
+    error = (with_float64(first).double() - with_float64(second).double()).square().mean().item()
     return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
 
 

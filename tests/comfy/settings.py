@@ -24,11 +24,9 @@ class Setting:
     @property
     def python(self) -> str:
         """ComfyUI's own interpreter."""
-        for name in (".venv", "venv"):
-            for tail in ("bin/python", "Scripts/python.exe"):
-                if (self.root / name / tail).exists():
-                    return str(self.root / name / tail)
-        return sys.executable
+        places = [f"{name}/{tail}" for name in (".venv", "venv") for tail in ("bin/python", "Scripts/python.exe")]
+        places.append("../python_embeded/python.exe")  # of the portable ComfyUI for Windows
+        return next((str(self.root / place) for place in places if (self.root / place).exists()), sys.executable)
 
 
 def is_comfyui(place: Path) -> bool:
