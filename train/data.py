@@ -68,7 +68,9 @@ def open_source(config: ToyData | FolderData | TarData | ParquetData, path: Path
     if isinstance(config, ToyData):
         return ToySource(config)
     if not path.exists():
-        raise FileNotFoundError(f"data path {path} does not exist; set data.path to where your images are ({config.type})")
+        raise FileNotFoundError(
+            f"data path {path} does not exist; set data.path to where your images are ({config.type})"
+        )
     source: Any = KINDS[type(config)](config)
     skipped = source.skipped.lines()
     if not len(source):
