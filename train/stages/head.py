@@ -119,11 +119,7 @@ class MovedStage(DenoisingStage):
         self.distilled = self.release.distilled
         self.base_weights = open_model(self.base).identity()
         self.frozen_dtype: torch.dtype = getattr(torch, c.dtype)
-        if self.context.rank == 0 and self._base_is_drawn():
-            try:
-                self._draw_base()
-            except torch.OutOfMemoryError:  # the training may fit all the same: its ranks can share the weights
-                print("the base's previews need more memory than this device has; going on without", file=sys.stderr)
+        self._preview_base()
         if c.start == KEEP:
             self._check_own_latent()
             self.model, self.moved_config = load_network(self.base, self.frozen_dtype, "cpu"), self.release.config
@@ -171,28 +167,30 @@ class MovedStage(DenoisingStage):
         """The same for all: prompts differ in nothing else."""
         return [self.config.preview_seed] * len(self.config.preview_prompts)
 
-    def _base_is_drawn(self) -> bool:
-        """Whether the base is to draw the preview prompts: on its own latent, where prompts are all that it takes."""
-        c = self.config
-        previews = c.preview_base and c.preview_every and c.preview_prompts and c.autoencoder and c.start != KEEP
-        return bool(previews) and not of_samples(self.family.fields) and not self.base_preview.is_file()
+    def _preview_base(self) -> None:
+        """Write previews/base.png, the base's images of the preview prompts, unless it is there or not wanted (rank 0).
 
-    @property
-    def base_preview(self) -> Path:
-        """The base's images of the preview prompts and seeds; report.html shows them first."""
-        return self.folder / "previews" / "base.png"
+        A base that already works on this latent has none, and one that takes more than prompts cannot be asked.
+        """
+        c, file = self.config, self.folder / "previews" / "base.png"
+        wanted = c.preview_base and c.preview_every and c.preview_prompts and c.autoencoder and c.start != KEEP
+        if self.context.rank or not wanted or of_samples(self.family.fields) or file.is_file():
+            return
+        try:
+            save_png(file, grid(self._base_images(), self.preview_columns))
+        except torch.OutOfMemoryError:  # the training may fit all the same: its ranks can share the weights
+            print("the base's previews need more memory than this device has; going on without", file=sys.stderr)
 
-    def _draw_base(self) -> None:
-        """Write `base_preview`. The base is gone again before the moved network is loaded: memory holds one of them."""
+    def _base_images(self) -> Tensor:
+        """(B,3,H,W) in -1..1. The base is gone again before the moved network is loaded: memory holds one of them."""
         c, prompts = self.config, list(self.config.preview_prompts)
         settings: dict[str, Any] = {"device": self.device, "dtype": self.frozen_dtype}
         pipeline = Pipeline(self.base, **settings, text_tokens=self.cache.text_tokens)
         height, width = self.cache.samples[self.cache.buckets()[0][0]]["size"]
-        images = pipeline.images(
+        return pipeline.images(
             prompts, self.preview_seeds(), height, width, steps=c.preview_steps, guidance=c.preview_guidance,
             cfg_w=0.0 if self.distilled else c.preview_guidance - 1,
         )  # fmt: skip
-        save_png(self.base_preview, grid(images, self.preview_columns))
 
     def adapter(self, weights: dict[str, Tensor], alpha: float) -> Adapter:
         """The trained weights as a DC-Gen adapter."""
