@@ -93,6 +93,25 @@ def test_a_device_without_room_for_the_base_trains_without(rerun, monkeypatch, c
     assert (folder / "adapter.safetensors").is_file()
 
 
+@pytest.mark.parametrize("name", ["debug", "debug-sana"])
+def test_in_bfloat16(name, tmp_path, request):
+    """As published recipes train: the image of float32, but for rounding."""
+    done = request.getfixturevalue("debug_run" if name == "debug" else "debug_sana")
+    overrides = [f"output={tmp_path}", f"base={done}/tiny/release", f"autoencoder={done}/tiny/dc-ae"]
+    overrides += [f"finetune.cache={done}/cache", f"finetune.start={done}/head", "finetune.preview_every=6"]
+    overrides += ["finetune.preview_prompts=[a, b]", "finetune.preview_steps=2", "finetune.steps=1"]
+    pixels = []
+    for dtype in ("float32", "bfloat16"):
+        recipe = load_recipe(name, [*overrides, f"output={tmp_path}/{dtype}", f"finetune.dtype={dtype}"])
+        for other in set(recipe.stages) - {"finetune"}:
+            recipe.stages.pop(other)
+        run_recipe(recipe)
+        image = Image.open(recipe.folder / "finetune" / "previews" / "base.png")
+        pixels.append(np.asarray(image, dtype=float))
+    assert pixels[0].std() > 2
+    assert np.corrcoef(*(image.ravel() for image in pixels))[0, 1] > 0.85  # random weights amplify rounding
+
+
 def test_it_is_drawn_once(rerun):
     folder = rerun("run")
     drawn = (folder / "previews" / "base.png").stat().st_mtime_ns

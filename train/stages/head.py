@@ -187,10 +187,12 @@ class MovedStage(DenoisingStage):
         settings: dict[str, Any] = {"device": self.device, "dtype": self.frozen_dtype}
         pipeline = Pipeline(self.base, **settings, text_tokens=self.cache.text_tokens)
         height, width = self.cache.samples[self.cache.buckets()[0][0]]["size"]
-        return pipeline.images(
-            prompts, self.preview_seeds(), height, width, steps=c.preview_steps, guidance=c.preview_guidance,
-            cfg_w=0.0 if self.distilled else c.preview_guidance - 1,
-        )  # fmt: skip
+        narrow = self.frozen_dtype != torch.float32
+        with torch.autocast(self.device.type, self.frozen_dtype if narrow else None, enabled=narrow):
+            return pipeline.images(
+                prompts, self.preview_seeds(), height, width, steps=c.preview_steps, guidance=c.preview_guidance,
+                cfg_w=0.0 if self.distilled else c.preview_guidance - 1,
+            )  # fmt: skip
 
     def adapter(self, weights: dict[str, Tensor], alpha: float) -> Adapter:
         """The trained weights as a DC-Gen adapter."""
