@@ -8,18 +8,20 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..fields import shown
+from ..files import Entry
 from ..jsons import parse_object
 from ..kinds import is_quantised, what_it_may_be
 from .config import MAX_STAGES, DCAEConfig, DCAEError
 from .keys import OUT, PROJ, listed
 from .variants import VARIANTS
 
+T = TypeVar("T")
 CONFIG_KEY = "dcgen.dcae"  # of the config in the metadata of a .safetensors file
 MARKS = {"diffusers": "decoder.conv_in.weight", "original": "decoder.project_in."}
 STAGE_KEY = re.compile(r"(encoder|decoder)\.(?:down_blocks|up_blocks|stages)\.(\d+)\.(?:op_list\.)?(\d+)\.(.+)")
@@ -39,9 +41,13 @@ class Identity:
     prefix: str
     config: DCAEConfig
 
+    def bare(self, tensors: Mapping[str, T]) -> dict[str, T]:
+        """Tensors of the file, or anything by their names, without the prefix."""
+        return {key.removeprefix(self.prefix): tensor for key, tensor in tensors.items()}
+
 
 def identify(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Entry | Tensor],
     metadata: Mapping[str, str],
     config_json: Mapping[str, Any] | None,
     stem: str,
@@ -55,7 +61,7 @@ def identify(
     format, prefix = _format(list(tensors))
     if is_quantised(tensors):
         raise DCAEError("a quantised DC-AE (its weights have scales beside them): take the plain one")
-    shapes = {key.removeprefix(prefix): tensor.shape for key, tensor in tensors.items()}
+    shapes = {key.removeprefix(prefix): torch.Size(tensor.shape) for key, tensor in tensors.items()}
     video = [key for key, shape in shapes.items() if len(shape) == 5]
     if video:
         raise DCAEError(f"a video autoencoder (DC-AE-V): {listed(video)} have 5 dimensions; this reads images")

@@ -39,22 +39,19 @@ class Weights:
 
 @torch.inference_mode(False)  # inference tensors cannot be trained through (TrainLoraNode)
 def load(
-    source: Model,
-    pixels: int | None = None,
-    options: Mapping[str, Any] | None = None,
-    disable_dynamic: bool = False,
+    source: Model, options: Mapping[str, Any] | None = None, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
     """A MODEL from weights in either naming, read one layer at a time: no weight is in memory twice.
 
-    source: its latent must be known; pixels: the image side that it was trained for, if known; options: dtype,
-    fp8_optimizations, custom_operations as in comfy.sd.load_diffusion_model. ValueError names what does not fit.
+    source: its latent must be known; options: dtype, fp8_optimizations, custom_operations as in
+    comfy.sd.load_diffusion_model. ValueError names what does not fit.
     """
     family = FAMILIES.get(source.backbone.name)
     if family is None:
         raise ValueError(f"{source.tensors.path} is a {source.backbone.name} model; this node loads {titles('and')}.")
     if source.latent is None or source.schedule is None:
         raise ValueError(f"{source.tensors.path} does not say which autoencoder its latents come from")
-    info = info_for(family, source.latent, source.patch_size, source.schedule, source.config, pixels)
+    info = info_for(family, source.latent, source.patch_size, source.schedule, source.config, source.native_pixels)
     return build(family, _plain_weights(source, family), info, options or {}, disable_dynamic)
 
 

@@ -39,9 +39,8 @@ SINCE = {
 }
 
 
-def is_quantized(path: Path) -> bool:
+def is_quantized(tensors: Tensors) -> bool:
     """Whether a file holds core's quantized layers."""
-    tensors = Tensors.open(path)
     return FORMAT_METADATA in tensors.metadata or any(key.endswith(QUANTIZED) for key in tensors.entries)
 
 
