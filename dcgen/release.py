@@ -163,6 +163,12 @@ class Model:
             rows = parts[0].shape[0] if rule.copied else sum(part.shape[0] for part in parts)
             yield rule, Entry(rule.original, parts[0].dtype, (rows, *parts[0].shape[1:]))
 
+    def get_original(self, rule: Rule) -> Tensor:
+        """The tensor of a rule from original_entries: read as it is from a file with original names, else joined."""
+        if self.backbone.is_original(self._bare):
+            return self._read(rule.original_key(self._bare))
+        return rule.join(self.get)
+
     native_entries = original_entries  # its former name, which scripts elsewhere call
 
 

@@ -75,7 +75,7 @@ def load_quantized(
     info = info_for(family, space, backbone.patch_size(config, space, str(path)), schedule, config)
     # The format tensors stay among the shapes: core chooses its operations by them.
     shapes = {**logical, **{key: value for key, value in tensors.items() if key.endswith(FORMAT_SUFFIX)}}
-    return build(family, Weights(path, shapes, _parts(tensors)), info, options, disable_dynamic)
+    return build(family, Weights(path, shapes, lambda _: _parts(tensors)), info, options, disable_dynamic)
 
 
 def _family(tensors: Mapping[str, Tensor], path: Path) -> Family:
