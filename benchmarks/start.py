@@ -4,9 +4,9 @@
 
 Measured in each ComfyUI (default: those that the tests use) by its own Python, on the CPU, in processes of their own.
 Starting: the process's own time that ComfyUI's loader of custom nodes takes for this pack beyond what it takes for an
-empty one, the median of the rounds. Listing: the names of 500 release folders, warm. Loading: a FLUX-shaped network of 0.8 GB in
-bfloat16 and the DC-AE f32c32 (0.6 GB), random weights, from the page cache; beside it the rate of one thread that only
-reads the same file into new memory, which is what the machine gives at most without a memory map. With dynamic VRAM
+empty one, the median of the rounds. Listing: the names of 500 release folders, warm. Loading: a FLUX-shaped network of
+1 GB in bfloat16 and the DC-AE f32c32 (0.6 GB), random weights, from the page cache; beside it the rate of one thread
+that only reads the same file into new memory, which is what the machine gives without a memory map. With dynamic VRAM
 (the default on NVIDIA GPUs) the network stays in a memory map. JSON is written after every ComfyUI.
 """
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..files import Entry, is_finite, replacing, weight_files
 from ..jsons import read_object
-from ..latent import METADATA_KEY, LatentSpace
 from ..tensors import PICKLES, Tensors
 from .config import DCAEConfig, DCAEError
 from .identify import CONFIG_KEY, identify
@@ -66,14 +65,13 @@ def load_dcae(
     with _naming(source.label):
         identity = identify(source.entries, source.metadata, source.config_json, source.stem, scaling_factor)
         table = stored_names(identity.bare(source.entries), identity.format, identity.config, _shapes(identity.config))
-        space = _stored_space(source.metadata, identity.config)
         state = from_stored(identity.bare(_read(source)), table)
         _check_finite(state)
     dtype = dtype or _compute_dtype(state["decoder.conv_in.weight"].dtype)
     model = DCAE(identity.config, operations=operations, dtype=dtype, device="meta")
     model.load_state_dict({key: _cast(tensor, dtype, device) for key, tensor in state.items()}, assign=True)
-    if space is not None and space.rgb_factors is not None:
-        model.rgb_factors, model.rgb_bias = space.rgb_factors, space.rgb_bias
+    if identity.stored_space is not None:
+        model.rgb_factors, model.rgb_bias = identity.stored_space.rgb_factors, identity.stored_space.rgb_bias
     return model.eval().requires_grad_(False)
 
 
@@ -156,22 +154,6 @@ def _check_finite(state: Mapping[str, Tensor]) -> None:
     broken = [key for key, tensor in state.items() if not is_finite(tensor)]
     if broken:
         raise DCAEError(f"damaged, NaN or infinite weights in {listed(broken)}; fetch it again")
-
-
-def _stored_space(metadata: Mapping[str, str], config: DCAEConfig) -> LatentSpace | None:
-    """The space with preview factors that the file's metadata holds, if it does."""
-    if METADATA_KEY not in metadata:
-        return None
-    try:
-        space = LatentSpace.from_metadata(metadata)
-    except ValueError as error:
-        raise DCAEError(str(error)) from error
-    if space.channels != config.latent_channels:
-        raise DCAEError(
-            f"its metadata speaks of {space.channels} latent channels, its config of {config.latent_channels}; fetch "
-            "it again"
-        )
-    return space
 
 
 def _compute_dtype(stored: torch.dtype) -> torch.dtype:

@@ -17,6 +17,7 @@ from ..fields import shown
 from ..files import Entry
 from ..jsons import parse_object
 from ..kinds import is_quantised, what_it_may_be
+from ..latent import METADATA_KEY, LatentSpace
 from .config import MAX_STAGES, DCAEConfig, DCAEError
 from .keys import OUT, PROJ, listed
 from .variants import VARIANTS
@@ -35,11 +36,15 @@ SCALE_LEAF = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """Format of the keys ("diffusers" or "original"), the prefix that a wrapper put before each, and the config."""
+    """Format of the keys ("diffusers" or "original"), the prefix that a wrapper put before each, and the config.
+
+    stored_space: the latent space in the file's metadata, which has the preview factors; None without one.
+    """
 
     format: str
     prefix: str
     config: DCAEConfig
+    stored_space: LatentSpace | None
 
     def bare(self, tensors: Mapping[str, T]) -> dict[str, T]:
         """Tensors of the file, or anything by their names, without the prefix."""
@@ -78,7 +83,24 @@ def identify(
     if scale is None:
         raise DCAEError(_ambiguity(variants))
     name = config.name if config.name in VARIANTS else _name(config, variants, scale, stem)
-    return Identity(format, prefix, dataclasses.replace(config, name=name, scaling_factor=float(scale)))
+    config = dataclasses.replace(config, name=name, scaling_factor=float(scale))
+    return Identity(format, prefix, config, _stored_space(metadata, config))
+
+
+def _stored_space(metadata: Mapping[str, str], config: DCAEConfig) -> LatentSpace | None:
+    """The latent space that the file's metadata holds, if it does."""
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        space = LatentSpace.from_metadata(metadata)
+    except ValueError as error:
+        raise DCAEError(str(error)) from error
+    if space.channels != config.latent_channels:
+        raise DCAEError(
+            f"its metadata speaks of {space.channels} latent channels, its config of {config.latent_channels}; fetch "
+            "it again"
+        )
+    return space
 
 
 def _format(keys: list[str]) -> tuple[str, str]:
