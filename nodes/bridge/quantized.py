@@ -39,9 +39,11 @@ SINCE = {
 }
 
 
-def is_quantized(tensors: Tensors) -> bool:
-    """Whether a file holds core's quantized layers."""
-    return FORMAT_METADATA in tensors.metadata or any(key.endswith(QUANTIZED) for key in tensors.entries)
+def quantized_file(tensors: Tensors) -> Path | None:
+    """The file of an opened network if that is one file with core's quantized layers; else None."""
+    files = {file for file, _ in tensors.places.values()}
+    quantized = FORMAT_METADATA in tensors.metadata or any(key.endswith(QUANTIZED) for key in tensors.entries)
+    return files.pop() if quantized and len(files) == 1 else None
 
 
 def load_quantized(

@@ -21,7 +21,7 @@ from .family import Family
 from .kl_vae import load_kl_vae
 from .listing import listed
 from .loader import load
-from .quantized import is_quantized, load_quantized
+from .quantized import load_quantized, quantized_file
 from .vae import make_vae
 
 FROM_FILE = "from the file"
@@ -77,10 +77,20 @@ def load_network(
 ) -> comfy.model_patcher.ModelPatcher:
     """MODEL of a release folder."""
     with reading(release.path):
-        model = _on_a_latent(model_of_release(release), autoencoder, release.path)
-        patcher = load(model, WEIGHT_DTYPES[weight_dtype], disable_dynamic)
+        patcher = _loaded(release.weights, release, weight_dtype, autoencoder, disable_dynamic)
     patcher.cached_patcher_init = (load_weights, (release.path, weight_dtype, autoencoder))
     return patcher
+
+
+def _loaded(
+    tensors: Tensors, release: Release | None, weight_dtype: str, autoencoder: str, disable_dynamic: bool
+) -> comfy.model_patcher.ModelPatcher:
+    """MODEL of an opened network, plain or quantized, in a release or on its own."""
+    options, file = WEIGHT_DTYPES[weight_dtype], quantized_file(tensors)
+    if file is not None:
+        return load_quantized(file, SPACES.get(autoencoder), options, disable_dynamic)
+    model = model_of_release(release) if release else model_of(tensors)
+    return load(_on_a_latent(model, autoencoder, release.path if release else tensors.path), options, disable_dynamic)
 
 
 def load_text(release: Release, family: Family | None = None, disable_dynamic: bool = False) -> comfy.sd.CLIP:
@@ -137,13 +147,8 @@ def load_weights(
     """MODEL of a release folder or a single file; core can load it again through cached_patcher_init."""
     if path.is_dir():
         return load_network(Release(path), weight_dtype, autoencoder, disable_dynamic)
-    options = WEIGHT_DTYPES[weight_dtype]
     with reading(path):
-        tensors = Tensors.open(path)
-        if is_quantized(tensors):
-            patcher = load_quantized(path, SPACES.get(autoencoder), options, disable_dynamic)
-        else:
-            patcher = load(_on_a_latent(model_of(tensors), autoencoder, path), options, disable_dynamic)
+        patcher = _loaded(Tensors.open(path), None, weight_dtype, autoencoder, disable_dynamic)
     patcher.cached_patcher_init = (load_weights, (path, weight_dtype, autoencoder))
     return patcher
 
