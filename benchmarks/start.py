@@ -75,14 +75,14 @@ def main() -> None:
 
 def version(comfyui: Path) -> str:
     """The version that a ComfyUI folder says it is."""
-    text = (comfyui / "comfyui_version.py").read_text()
+    text = (comfyui / "comfyui_version.py").read_text(encoding="utf-8")
     return text.partition('__version__ = "')[2].partition('"')[0]
 
 
 def write(out: Path, rows: dict[str, Any]) -> None:
     """The results so far."""
     with replacing(out) as temporary:
-        temporary.write_text(json.dumps(rows, indent=2) + "\n")
+        temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 def measured(comfyui: Path, part: str, work: Path, dynamic: bool = False) -> dict[str, Any]:
@@ -99,18 +99,18 @@ def measured(comfyui: Path, part: str, work: Path, dynamic: bool = False) -> dic
 def prepared(work: Path) -> Path:
     """A folder with an empty pack, many releases and files of random weights."""
     (work / "empty_pack").mkdir()
-    (work / "empty_pack" / "__init__.py").write_text(EMPTY)
+    (work / "empty_pack" / "__init__.py").write_text(EMPTY, encoding="utf-8")
     (work / "base" / "custom_nodes").mkdir(parents=True)
     for i in range(RELEASES):
         folder = work / "many" / f"release-{i:03}"
         for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
             (folder / part).mkdir(parents=True)
-        (folder / "model_index.json").write_text("{}")
+        (folder / "model_index.json").write_text("{}", encoding="utf-8")
     write_network(work)
     dcae = DCAE(VARIANTS[DCAE_NAME]).bfloat16()
     save_dcae(dcae, work / "checksum.safetensors")
     save_file(load_file(work / "checksum.safetensors"), work / "dcae.safetensors")
-    (work / "dcae.json").write_text(json.dumps(dcae.config.to_diffusers()))
+    (work / "dcae.json").write_text(json.dumps(dcae.config.to_diffusers()), encoding="utf-8")
     return work
 
 
@@ -125,7 +125,9 @@ def write_network(work: Path) -> None:
     release = work / "release"
     for name, values in (("transformer", config), ("vae", VARIANTS[LATENT].to_diffusers())):
         (release / name).mkdir(parents=True)
-        (release / name / "config.json").write_text(json.dumps({"_class_name": "AutoencoderDC", **values}))
+        (release / name / "config.json").write_text(
+            json.dumps({"_class_name": "AutoencoderDC", **values}), encoding="utf-8"
+        )
     state = {key: torch.randn(shape).bfloat16() for key, shape in flux.shapes(config).items()}
     save_file(state, release / "transformer" / "diffusion_pytorch_model.safetensors")
     pack_model(open_model(release), work / "network.safetensors")
