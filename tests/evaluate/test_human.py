@@ -45,9 +45,8 @@ def write(folder, records):
 def test_shares_are_counted_by_domain(study, tmp_path, capsys):
     path, key = study
     people = {"general": "AA", "person": "B=", "anime": "=B"}
-    folder = write(
-        tmp_path / "answers", [answers_of(key, f"r{k}", lambda pair: people[pair["domain"]]) for k in range(3)]
-    )
+    records = [answers_of(key, f"r{k}", lambda pair: people[pair["domain"]]) for k in range(3)]
+    folder = write(tmp_path / "answers", records)
     assert main(["human", "analyse", str(path), str(folder), "--out", str(tmp_path / "table4.json")]) == 0
     results = json.loads((tmp_path / "table4.json").read_text(encoding="utf-8"))
     assert list(results["rows"]) == ["anime", "general", "person", "All"]
@@ -115,7 +114,7 @@ def test_the_file_saved_last_counts_and_an_unfinished_one_is_said(study, tmp_pat
 )
 def test_answers_that_are_not_of_the_study_are_refused_by_name(study, tmp_path, change, said):
     _, key = study
-    folder = write(tmp_path / "answers", [answers_of(key, "r", lambda pair: "AA", **change)])
+    folder = write(tmp_path / "answers", [{**answers_of(key, "r", lambda pair: "AA"), **change}])
     with pytest.raises(ValueError, match=said) as refused:
         read_answers(key, [folder])
     assert "0.json" in str(refused.value)
@@ -132,7 +131,7 @@ def test_pairs_answered_twice_unknown_images_and_two_sessions_of_a_rater_are_ref
     with pytest.raises(ValueError, match="is neither of its images nor 'equal'"):
         read_answers(key, [write(tmp_path / "foreign", [foreign])])
     other = answers_of(key, "r", lambda pair: "BB", session="another")
-    with pytest.raises(ValueError, match="two sessions of 'r'"):
+    with pytest.raises(ValueError, match="two sessions of rater 'r'"):
         read_answers(key, [write(tmp_path / "two", [answers_of(key, "r", lambda pair: "AA"), other])])
     with pytest.raises(FileNotFoundError, match=r"no \.json file"):
         read_answers(key, [write(tmp_path / "empty", [])])
@@ -146,26 +145,19 @@ def test_the_page_is_made_of_plain_folders_with_prompts_too(tmp_path, capsys):
         for number in range(3):
             Image.new("RGB", (40, 30), (shade, number, 0)).save(tmp_path / folder / f"{number}.png", pnginfo=info)
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n", encoding="utf-8")
-    folders = [str(tmp_path / "first"), str(tmp_path / "second")]
-    assert (
-        main(["human", "page", *folders, "--out", str(tmp_path / "page"), "--prompts", str(tmp_path / "prompts.txt")])
-        == 0
-    )
+    given = ["human", "page", str(tmp_path / "first"), str(tmp_path / "second")]
+    given += ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "page")]
+    assert main(given) == 0
     key = read_key(tmp_path / "page-key.json")
     assert key["names"] == ["first", "second"]
     assert sorted(pair["prompt"] for pair in key["pairs"].values()) == ["one", "three", "two"]
     for path in (tmp_path / "page" / "images").iterdir():
         assert Image.open(path).info == {}
     assert "keep it to yourself" in capsys.readouterr().out
-    assert (
-        main(["human", "page", *folders, "--out", str(tmp_path / "page"), "--prompts", str(tmp_path / "prompts.txt")])
-        == 1
-    )
+    assert main(given) == 1
     assert "a study is not overwritten" in capsys.readouterr().err
     (tmp_path / "prompts.txt").write_text("one\n", encoding="utf-8")
-    assert (
-        main(["human", "page", *folders, "--out", str(tmp_path / "x"), "--prompts", str(tmp_path / "prompts.txt")]) == 1
-    )
+    assert main([*given[:-1], str(tmp_path / "x")]) == 1
     assert "holds 3 images, and there are 1 prompts" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 

@@ -24,8 +24,8 @@ SHARES = {"quality": {"A": 0.5, "B": 0.3, "=": 0.2}, "alignment": {"A": 0.2, "B"
 
 @pytest.fixture
 def study(tmp_path, draw_folder):
-    """(page folder, key file) of six pairs; the first model's images are dark, the second's bright."""
-    first, second = draw_folder(tmp_path / "dark", 40), draw_folder(tmp_path / "bright", 210)
+    """(page folder, key file) of five pairs; the first model's images are dark, the second's bright."""
+    first, second = draw_folder(tmp_path / "dark", 40, 5), draw_folder(tmp_path / "bright", 210, 5)
     key = make_page(first, second, tmp_path / "study", ("dark", "bright"), title="<b>Cats & dogs</b>")
     return tmp_path / "study", key
 
@@ -109,14 +109,14 @@ def test_what_twenty_raters_prefer_comes_out_as_it_went_in(study, browser, tmp_p
     answers, remarks = read_answers(key, [tmp_path / "answers"])
     assert remarks == []
     results = analyse(key, answers)
-    assert (results["raters"], results["answers"]) == (RATERS, RATERS * 6)
+    assert (results["raters"], results["answers"]) == (RATERS, RATERS * 5)
     for question, counts in truth.items():
         found = results["rows"]["All"][question]
         for name, letter in (("first", "A"), ("second", "B"), ("equal", "=")):
-            assert found[name]["value"] == pytest.approx(counts[letter] / (RATERS * 6))
+            assert found[name]["value"] == pytest.approx(counts[letter] / (RATERS * 5))
             assert found[name]["low"] <= found[name]["value"] <= found[name]["high"]
         assert abs(found["alpha"]) < 0.25  # each answer was drawn on its own
-    assert len(orders) > RATERS // 2  # of 720
+    assert len(orders) > RATERS // 2  # of 120
     assert 0.3 < lefts.count("A") / len(lefts) < 0.7  # 3.9 standard deviations and more on either side
 
 
@@ -139,7 +139,7 @@ def test_answers_survive_closing_the_page_and_can_be_changed(study, browser, tmp
         click(browser, "document.querySelector('label[for=quality-1]')")
         open_page(browser, url, "Zoë")  # after a reload
         second = shown(browser)
-        assert browser.js("$('count').textContent") == "2 of 6"
+        assert browser.js("$('count').textContent") == "2 of 5"
         assert browser.js("[$('quality-1').checked, $('alignment-1').checked]") == [True, False]
         press(browser, "Backspace")
         assert shown(browser) == first
@@ -156,7 +156,7 @@ def test_answers_survive_closing_the_page_and_can_be_changed(study, browser, tmp
     assert set(second).isdisjoint(first)
     answers, remarks = read_answers(read_key(key_file), [tmp_path / "part"])
     assert len(answers) == 1
-    assert "Zoë answered 1 of 6 pairs" in remarks[0]
+    assert "Zoë answered 1 of 5 pairs" in remarks[0]
 
 
 def test_zoom_shows_both_images_at_their_own_pixels_and_moves_them_together(tmp_path, draw_folder, browser):
@@ -193,7 +193,7 @@ def test_nothing_that_a_rater_gets_says_which_model_it_is(study):
     assert inside["title"] == "<b>Cats & dogs</b>"
     assert not re.search("dark|bright", json.dumps(inside) + " ".join(path.name for path in folder.rglob("*")))
     key = read_key(key_file)
-    assert len(list((folder / "images").iterdir())) == 12
+    assert len(list((folder / "images").iterdir())) == 10
     for pair in key["pairs"].values():
         shades = [np.asarray(Image.open(folder / "images" / f"{name}.png"))[20, 20, 0] for name in pair["images"]]
         assert shades == [40, 210]

@@ -17,8 +17,9 @@ from dcgen.tensors import Tensors
 from train.evaluate.images import Drawn, open_image
 from train.evaluate.measured import Column, Measured, batches, missing_files
 from train.evaluate.spec import Aesthetic, ClipScore
-from train.inputs import Read, one_file, one_part
+from train.inputs import PART, Read, one_file
 
+WEIGHTS = (*PART, ".bin")  # older CLIP folders have no .safetensors
 LAYER = re.compile(r"layers\.(\d{1,3})\.(?:weight|bias)")
 
 
@@ -49,6 +50,11 @@ class Clip:
         return F.normalize(self.model.text_projection(self.model.text_model(**tokens).pooler_output), dim=1)
 
 
+def clip_files(folder: Path) -> Read:
+    """What transformers may read of a CLIP folder."""
+    return Read(folder, tuple(sorted(path for path in folder.glob("*") if path.suffix in WEIGHTS)))
+
+
 class ClipScoreMetric:
     """100 cos(image, text), as torchmetrics counts it (arXiv:2104.08718 has 2.5 max(cos, 0) instead)."""
 
@@ -58,7 +64,7 @@ class ClipScoreMetric:
         self.config = config
 
     def reads(self) -> dict[str, Read]:
-        return {"model": one_part(Path(self.config.model))}
+        return {"model": clip_files(Path(self.config.model))}
 
     def check(self) -> list[str]:
         return missing_files({"metrics.clip.model": self.config.model}, folders=("metrics.clip.model",))
@@ -105,7 +111,7 @@ class AestheticMetric:
         self.config = config
 
     def reads(self) -> dict[str, Read]:
-        return {"model": one_part(Path(self.config.model)), "head": one_file(Path(self.config.head))}
+        return {"model": clip_files(Path(self.config.model)), "head": one_file(Path(self.config.head))}
 
     def check(self) -> list[str]:
         fields = {"metrics.aesthetic.model": self.config.model, "metrics.aesthetic.head": self.config.head}

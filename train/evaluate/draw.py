@@ -129,7 +129,9 @@ def draw(evaluation: Evaluation, name: str, prompts: Sequence[Prompt], ranks: Ra
     distributed.barrier()
     if ranks.first:
         write_index(folder, list_images(evaluation, folder, prompts))
-    distributed.barrier()
+    if ranks.device.type == "cuda":  # of this model, for the next one and the metrics
+        del painter
+        torch.cuda.empty_cache()
     return folder
 
 

@@ -20,7 +20,7 @@ th { border-bottom: 1px solid #bbb; vertical-align: bottom } td { border-bottom:
 td.n { font-variant-numeric: tabular-nums; white-space: nowrap } small { color: #777; display: block }
 pre { background: #f4f4f4; padding: .7em; white-space: pre-wrap; overflow-wrap: anywhere }
 .pair { margin: 1.6em 0 } .pair p { margin: .2em 0 .4em }
-.row { display: grid; gap: 8px; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)) }
+.row { display: grid; gap: 8px; grid-template-columns: repeat(var(--columns), minmax(0, 512px)) }
 figure { margin: 0 } figure img { width: 100%; display: block; border-radius: 4px; background: #ddd }
 figcaption { color: #777; font-size: .9em }
 """
