@@ -259,3 +259,21 @@ def test_the_list_names_the_tables(capsys):
     listed = capsys.readouterr().out
     assert all(f"{number}" in listed for number in ("table1", "table2", "table3", "table4", "table6", "toy"))
     assert find_table("toy").name == "toy.yaml"
+
+
+def test_what_does_not_fit_is_said_before_anything_is_drawn(root, tmp_path, capsys):
+    table = toy_table(root, tmp_path / "run")
+    toy = root / "toy"
+    wrong = {
+        f"models.dc-gen.adapter={toy}/adapter/toy-sana-dcgen.safetensors": "models.dc-gen: .*adapter",
+        f"models.dc-gen.autoencoder={toy}/flux-base/vae": "models.dc-gen: .*does not belong to this adapter",
+        "sampling.width=100": "models.base: .*needs multiples of 8.*models.dc-gen: .*needs multiples of 32",
+        "sampling.sampler=ddpm": "models.base: sampler ddpm is for models trained by DDPM",
+        f"prompts.path={tmp_path}": "prompts: .*captions.json",
+        f"models.base={{images: {tmp_path / 'nothing'}}}": "models.base.images .*nothing is no folder",
+    }
+    for override, said in wrong.items():
+        assert main([table, override]) == 1
+        error = capsys.readouterr().err
+        assert re.search(said, error, re.DOTALL), error
+        assert not (tmp_path / "run").exists()

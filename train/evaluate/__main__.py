@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from train.evaluate import human
+from train.evaluate.check import plan
 from train.evaluate.images import read_folder
+from train.evaluate.metrics import METRICS
 from train.evaluate.prompts import PromptSet
-from train.evaluate.run import METRICS, evaluate, plan
+from train.evaluate.run import evaluate
 from train.evaluate.spec import list_tables, load_evaluation
 from train.evaluate.table import table
 from train.run import exit_code

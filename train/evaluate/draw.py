@@ -52,9 +52,6 @@ class Painter:
                 dtype=dtype,
                 text_tokens=model.text_tokens,
             )
-            if self.sampling.sampler == "ddpm" and not self._pipeline.family.denoises:
-                title = self._pipeline.family.backbone.title
-                raise RecipeError(f"models.{self.name}: sampler ddpm is for models trained by DDPM, {title} was not")
         return self._pipeline
 
     def images(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:

@@ -38,8 +38,13 @@ class Drawn:
 
     @property
     def name(self) -> str:
-        """What it has in common with the other models' images of the same prompt and seed."""
+        """Its file's name, which the same prompt and seed have in another folder of ours."""
         return self.path.stem
+
+    @property
+    def key(self) -> tuple[int, str, int]:
+        """What it has in common with other models' images of the same prompt and seed, whatever they are called."""
+        return self.index, self.prompt.text, self.seed
 
 
 def file_name(index: int, seed: int) -> str:

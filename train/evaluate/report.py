@@ -84,14 +84,14 @@ def _weights(results: Mapping[str, Any]) -> str:
 def _gallery(folder: Path, images: Mapping[str, Sequence[Drawn]], count: int) -> str:
     """The models' images of the same prompt side by side, of at most `count` prompts spread over the set."""
     first = next(iter(images.values()))
-    names = {model: {image.name: image for image in drawn} for model, drawn in images.items()}
+    models = {model: {image.key: image for image in drawn} for model, drawn in images.items()}
     seed = first[0].seed
     chosen = [image for image in first if image.seed == seed]
     if count < len(chosen):
         chosen = [chosen[k * len(chosen) // count] for k in range(count)]
     parts = []
     for image in chosen:
-        figures = [_figure(folder, model, found[image.name]) for model, found in names.items() if image.name in found]
+        figures = [_figure(folder, model, found[image.key]) for model, found in models.items() if image.key in found]
         words = f"<p>{_text(image.prompt.text)} <small>{_text(image.prompt.domain)}</small></p>"
         parts.append(f"<div class=pair>{words}<div class=row>{''.join(figures)}</div></div>")
     return f"<h2>Images</h2><div style='--columns: {len(images)}'>{''.join(parts)}</div>" if parts else ""

@@ -14,32 +14,20 @@ from typing import Any
 import torch
 
 from train import distributed
-from train.config import RecipeError, nearest
+from train.config import RecipeError
 from train.distributed import Ranks
-from train.evaluate.clip import AestheticMetric, ClipScoreMetric
+from train.evaluate.check import problems_of
 from train.evaluate.draw import MADE_OF, SPEED, draw, list_images
-from train.evaluate.geneval import GenEvalMetric
 from train.evaluate.images import Drawn, read_folder
-from train.evaluate.inception import FidMetric, InceptionScoreMetric
 from train.evaluate.measured import Measured, Metric
+from train.evaluate.metrics import chosen_metrics
 from train.evaluate.prompts import Prompt
 from train.evaluate.report import write_report
-from train.evaluate.spec import Evaluation, Metrics
+from train.evaluate.spec import Evaluation
 from train.evaluate.table import Row, results_of, table
-from train.evaluate.toy import JudgeMetric
 from train.files import digest_json, read_json, write_atomically, write_json
 from train.inputs import Digests, identity
 from train.lock import locked, sweep
-from train.models import read_base
-
-METRICS: dict[str, Any] = {
-    "clip": ClipScoreMetric,
-    "aesthetic": AestheticMetric,
-    "fid": FidMetric,
-    "inception_score": InceptionScoreMetric,
-    "geneval": GenEvalMetric,
-    "judge": JudgeMetric,
-}
 
 
 def evaluate(evaluation: Evaluation, only: Collection[str] = (), command: Sequence[str] = ()) -> dict[str, Any]:
@@ -48,7 +36,7 @@ def evaluate(evaluation: Evaluation, only: Collection[str] = (), command: Sequen
     only: of its metrics, these. Every rank must call it. RecipeError lists what is missing before anything is drawn.
     """
     metrics = chosen_metrics(evaluation.metrics, only)
-    problems = check(evaluation, metrics)
+    problems = problems_of(evaluation, metrics)
     if problems:
         raise RecipeError("cannot evaluate:\n  " + "\n  ".join(problems))
     prompts = evaluation.prompts.read()
@@ -67,43 +55,6 @@ def evaluate(evaluation: Evaluation, only: Collection[str] = (), command: Sequen
         write_atomically(evaluation.folder / "table.md", lambda path: path.write_text(words + "\n", encoding="utf-8"))
         write_report(evaluation.folder, results, {row.name: row.images for row in rows if row is not None})
     return results
-
-
-def chosen_metrics(config: Metrics, only: Collection[str] = ()) -> dict[str, Metric]:
-    """The metrics of an evaluation by name, with their settings; RecipeError for one in `only` that it lacks."""
-    given = {name: getattr(config, name) for name in METRICS if getattr(config, name) is not None}
-    for name in only:
-        if name not in METRICS:
-            raise RecipeError(f"no metric {name!r}{nearest(name, METRICS)}")
-        if name not in given:
-            raise RecipeError(f"the table has no settings for metric {name}: set metrics.{name}.FIELD=...")
-    return {name: METRICS[name](settings) for name, settings in given.items() if not only or name in only}
-
-
-def check(evaluation: Evaluation, metrics: dict[str, Metric]) -> list[str]:
-    """What is missing, a line each: prompts, models, metrics' files and packages."""
-    problems = []
-    for name, model in evaluation.models.items():
-        for field in ("base", "autoencoder", "images"):
-            path = getattr(model, field)
-            if path and not Path(path).is_dir():
-                problems.append(f"models.{name}.{field} {path} is no folder")
-        if model.adapter and not Path(model.adapter).is_file():
-            problems.append(f"models.{name}.adapter {model.adapter} is no file")
-        if model.base and Path(model.base).is_dir():
-            problems += _refused(lambda base=model.base: read_base(base), f"models.{name}.base: ")
-    problems += _refused(evaluation.prompts.read, "")
-    for metric in metrics.values():
-        problems += metric.check()
-    return problems
-
-
-def _refused(read: Any, where: str) -> list[str]:
-    try:
-        read()
-    except (ValueError, OSError) as error:
-        return [f"{where}{error}"]
-    return []
 
 
 def _row(
@@ -166,24 +117,3 @@ def _origin(command: Sequence[str]) -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {"command": shlex.join(command), "versions": versions}
-
-
-def plan(evaluation: Evaluation, only: Collection[str] = ()) -> tuple[list[str], list[str]]:
-    """(what would be done, what is missing), a line each."""
-    metrics = chosen_metrics(evaluation.metrics, only)
-    problems = check(evaluation, metrics)
-    lines = [f"{evaluation.name}: {evaluation.about}", f"  output {evaluation.folder}"]
-    prompts = evaluation.prompts.read() if not _refused(evaluation.prompts.read, "") else []
-    count = len(prompts) * len(evaluation.seeds)
-    lines.append(f"  {len(prompts)} prompts ({evaluation.prompts.kind}), seeds {', '.join(map(str, evaluation.seeds))}")
-    for name, model in evaluation.models.items():
-        folder = evaluation.folder / name / "images"
-        if model.images:
-            lines.append(f"  {name}: images of {model.images}")
-            continue
-        there = sum(image.path.is_file() for image in list_images(evaluation, folder, prompts))
-        s = evaluation.sampling_of(name)
-        how = f"{s.steps} steps ({s.sampler}) at g = {s.guidance:g}, {s.height}x{s.width}"
-        lines.append(f"  {name}: {how}; {there} of {count} images are drawn")
-    lines.append(f"  metrics: {', '.join(metrics) or 'none'}; {evaluation.speed.images} images timed")
-    return lines, problems

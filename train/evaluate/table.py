@@ -91,15 +91,15 @@ def _cell(evaluation: Evaluation, row: Row, values: Measured) -> dict[str, Any]:
 
 
 def _difference(evaluation: Evaluation, key: str, row: Row, first: Row) -> dict[str, Any] | None:
-    """The mean of this row's value less the first row's, over images of the same name."""
+    """The mean of this row's value less the first row's, over images of the same prompt and seed."""
     own, other = row.measured[key].each, first.measured[key].each if key in first.measured else None
     if own is None or other is None:
         return None
-    values = {image.name: value for image, value in zip(first.images, other, strict=True)}
-    pairs = [(image, value) for image, value in zip(row.images, own, strict=True) if image.name in values]
+    values = {image.key: value for image, value in zip(first.images, other, strict=True)}
+    pairs = [(image, value) for image, value in zip(row.images, own, strict=True) if image.key in values]
     if not pairs:
         return None
-    differences = [value - values[image.name] for image, value in pairs]
+    differences = [value - values[image.key] for image, value in pairs]
     prompts = [image.index for image, _ in pairs]
     return cluster_bootstrap(differences, prompts, resamples=evaluation.resamples).as_dict()
 
