@@ -1,6 +1,7 @@
 """Metrics against references: FID and Inception score in float64 numpy, CLIP against torchmetrics and transformers."""
 
 import functools
+import importlib.util
 import json
 import shutil
 import sys
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from train.evaluate.clip import AestheticMetric, ClipScoreMetric, load_head
+from train.evaluate.clip import AestheticMetric, Clip, ClipScoreMetric, load_head
 from train.evaluate.geneval import GenEvalMetric
 from train.evaluate.images import Drawn, file_name, pixels
 from train.evaluate.inception import FidMetric, InceptionScoreMetric, load_inception
@@ -19,7 +20,9 @@ from train.evaluate.prompts import Prompt
 from train.evaluate.spec import Aesthetic, ClipScore, Fid, GenEval, InceptionScore
 
 CPU = torch.device("cpu")
-pytest.importorskip("torchmetrics", reason="torchmetrics is not installed (the extra `eval`)")
+needs_torchmetrics = pytest.mark.skipif(
+    importlib.util.find_spec("torchmetrics") is None, reason="torchmetrics is not installed (the extra `eval`)"
+)
 
 
 def noise_images(folder, count, seed, level=128.0, seeds=(0,), domain=""):
@@ -76,6 +79,7 @@ def features_of(network, images):
         return network(stack, return_features=True).double().numpy()
 
 
+@needs_torchmetrics
 def test_fid_equals_the_reference_for_images_and_for_statistics(tmp_path, inception):
     file, network = inception
     images = noise_images(tmp_path / "drawn", 40, 1, seeds=(0, 3))
@@ -96,6 +100,7 @@ def test_fid_equals_the_reference_for_images_and_for_statistics(tmp_path, incept
     assert [read.files for read in metric.reads().values()] == [(file,), (tmp_path / "adm.npz",)]
 
 
+@needs_torchmetrics
 def test_fid_on_features_as_wide_as_inceptions_agrees_to_a_thousandth(tmp_path):
     from train.evaluate.inception import fid, statistics_of
 
@@ -107,6 +112,7 @@ def test_fid_on_features_as_wide_as_inceptions_agrees_to_a_thousandth(tmp_path):
     assert fid(first, statistics_of(second)) == pytest.approx(expected, abs=1e-3)
 
 
+@needs_torchmetrics
 def test_inception_score_equals_its_definition(tmp_path, inception):
     file, network = inception
     images = noise_images(tmp_path / "drawn", 30, 3)
@@ -126,6 +132,7 @@ def test_inception_score_equals_its_definition(tmp_path, inception):
     assert f"{scores.std(ddof=1):.2f} over 3 splits" in first.note
 
 
+@needs_torchmetrics
 def test_files_that_are_no_inception_and_no_statistics_are_refused_by_name(tmp_path, inception):
     file, _ = inception
     torch.save({"Conv2d_1a_3x3.conv.weight": torch.zeros(2)}, tmp_path / "weights.pth")
@@ -191,12 +198,27 @@ def test_clip_score_is_the_cosine_of_the_whole_model(tmp_path, clip_folder):
     assert {path.name for path in metric.reads()["model"].files} >= {"config.json", "model.safetensors"}
 
 
+def test_a_long_prompt_is_cut_before_its_end_token(clip_folder):
+    from transformers import CLIPModel, CLIPTokenizer
+
+    tokenizer, model = CLIPTokenizer.from_pretrained(clip_folder), CLIPModel.from_pretrained(clip_folder)
+    prompt = "red square on a blue background " * 5
+    tokens = tokenizer(prompt)["input_ids"]
+    assert len(tokens) > 12
+    cut = torch.tensor([[*tokens[:11], tokenizer.eos_token_id]])
+    with torch.no_grad():
+        pooled = model.text_model(input_ids=cut).pooler_output
+        expected = torch.nn.functional.normalize(model.text_projection(pooled), dim=1)
+    torch.testing.assert_close(Clip(clip_folder, CPU).texts([prompt]), expected)
+
+
 def bare_features(get_features, *inputs):
     """The tensor that transformers 5 gives inside of an output, which torchmetrics 1.9 does not expect."""
     found = get_features(*inputs)
     return getattr(found, "pooler_output", found)
 
 
+@needs_torchmetrics
 def test_clip_score_equals_that_of_torchmetrics(tmp_path, clip_folder):
     from torchmetrics.functional.multimodal.clip_score import _clip_score_update
     from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
