@@ -15,7 +15,7 @@ from train.evaluate.images import read_folder
 from train.evaluate.measured import Metric
 from train.evaluate.metrics import chosen_metrics
 from train.evaluate.prompts import Prompt
-from train.evaluate.spec import Evaluation
+from train.evaluate.spec import SEED_STEP, Evaluation
 from train.models import read_base
 
 
@@ -24,6 +24,8 @@ def problems_of(evaluation: Evaluation, metrics: Mapping[str, Metric]) -> list[s
     found: list[str] = []
     prompts: list[Prompt] = []
     found += complaints("prompts", lambda: prompts.extend(evaluation.prompts.read()))
+    if len(evaluation.seeds) > 1 and len(prompts) > SEED_STEP:
+        found.append(f"{len(prompts)} prompts with several seeds: beyond {SEED_STEP} their noise would be the same")
     for name, model in evaluation.models.items():
         where = f"models.{name}"
         missing = [
