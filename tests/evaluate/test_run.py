@@ -119,13 +119,13 @@ def test_only_what_is_missing_is_drawn_and_measured_again(toy_run, tmp_path, mon
         path.unlink()
     (images / ".000004-s0.png.77.tmp").write_bytes(b"half")  # of a killed run
     drawn = []
-    paint = draw.Painter.images
+    paint = draw.ImageGenerator.images
 
     def painted(self, prompts, seeds):
         drawn.append((self.name, seeds))
         return paint(self, prompts, seeds)
 
-    monkeypatch.setattr(draw.Painter, "images", painted)
+    monkeypatch.setattr(draw.ImageGenerator, "images", painted)
     monkeypatch.setattr(JudgeMetric, "measure", lambda *given: pytest.fail("measured again"))
     again = evaluate(load_evaluation(table, [f"output={folder}"]))
     assert drawn == [("base", [100_001, 100_004])]

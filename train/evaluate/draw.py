@@ -30,7 +30,7 @@ MADE_OF = "made_of.json"
 SPEED = "speed.json"
 
 
-class Painter:
+class ImageGenerator:
     """A model of an evaluation, loaded when it is first needed."""
 
     def __init__(self, evaluation: Evaluation, name: str, device: torch.device) -> None:
@@ -114,20 +114,20 @@ def draw(evaluation: Evaluation, name: str, prompts: Sequence[Prompt], ranks: Ra
     if ranks.first:
         _settle(evaluation, name, prompts)
     todo = distributed.from_first(_missing(evaluation, folder, prompts) if ranks.first else None, ranks)
-    painter = Painter(evaluation, name, ranks.device)
+    generator = ImageGenerator(evaluation, name, ranks.device)
     mine = todo[ranks.rank :: ranks.world]
     bar = tqdm(total=len(mine), desc=name, unit="image", disable=not ranks.first or not mine)
     for start in range(0, len(mine), evaluation.batch):
-        _draw_batch(painter, folder, mine[start : start + evaluation.batch], prompts)
+        _draw_batch(generator, folder, mine[start : start + evaluation.batch], prompts)
         bar.update(min(evaluation.batch, len(mine) - start))
     bar.close()
     if ranks.first:
-        _time(painter, folder.parent / SPEED, [prompt.text for prompt in prompts])
+        _time(generator, folder.parent / SPEED, [prompt.text for prompt in prompts])
     distributed.barrier()
     if ranks.first:
         write_index(folder, list_images(evaluation, folder, prompts))
     if ranks.device.type == "cuda":  # of this model, for the next one and the metrics
-        del painter
+        del generator
         torch.cuda.empty_cache()
     return folder
 
@@ -148,12 +148,14 @@ def _missing(evaluation: Evaluation, folder: Path, prompts: Sequence[Prompt]) ->
     return [(image.index, image.seed) for image in images if image.path.name not in there]
 
 
-def _draw_batch(painter: Painter, folder: Path, batch: Sequence[tuple[int, int]], prompts: Sequence[Prompt]) -> None:
+def _draw_batch(
+    generator: ImageGenerator, folder: Path, batch: Sequence[tuple[int, int]], prompts: Sequence[Prompt]
+) -> None:
     noise = [SEED_STEP * (seed + 1) + index for index, seed in batch]
-    images = painter.images([prompts[index].text for index, _ in batch], noise)
+    images = generator.images([prompts[index].text for index, _ in batch], noise)
     for (index, seed), image in zip(batch, images, strict=True):
         path = folder / file_name(index, seed)
-        if painter.evaluation.exact:
+        if generator.evaluation.exact:
             write_tensors(path.with_suffix(EXACT), {"image": image.float()})
         save_png(path, image / 2 + 0.5)
 
@@ -199,33 +201,33 @@ def _settle(evaluation: Evaluation, name: str, prompts: Sequence[Prompt]) -> Non
         )
 
 
-def _time(painter: Painter, path: Path, prompts: Sequence[str]) -> None:
+def _time(generator: ImageGenerator, path: Path, prompts: Sequence[str]) -> None:
     """Write speed.json, unless it is there with the same settings, or nothing is to be timed."""
-    settings = painter.evaluation.speed.model_dump(mode="json")
-    if not painter.evaluation.speed.images or (path.is_file() and read_json(path).get("settings") == settings):
+    settings = generator.evaluation.speed.model_dump(mode="json")
+    if not generator.evaluation.speed.images or (path.is_file() and read_json(path).get("settings") == settings):
         return
-    write_json(path, {"settings": settings, **time_model(painter, prompts)})
+    write_json(path, {"settings": settings, **time_model(generator, prompts)})
 
 
-def time_model(painter: Painter, prompts: Sequence[str]) -> dict[str, Any]:
+def time_model(generator: ImageGenerator, prompts: Sequence[str]) -> dict[str, Any]:
     """Seconds of an image and of a network pass at batch 1, images a minute at speed.batch, and peak memory in GiB.
 
     An image is text encoding, sampling and decoding. Every time is kept; peak memory is CUDA's own count of its
     allocations at batch 1, None on other devices.
     """
-    speed, device = painter.evaluation.speed, painter.device
+    speed, device = generator.evaluation.speed, generator.device
     if speed.compile:
-        painter.compile()
+        generator.compile()
 
     def image(count: int = 1) -> None:
         texts = [prompts[number % len(prompts)] for number in range(count)]
-        painter.images(texts, list(range(count)))
+        generator.images(texts, list(range(count)))
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds = _times(image, speed.images, speed.warmup, device)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    steps = _times(painter.step(prompts), speed.images, speed.warmup, device)
+    steps = _times(generator.step(prompts), speed.images, speed.warmup, device)
     batches = seconds if speed.batch == 1 else _times(lambda: image(speed.batch), speed.images, speed.warmup, device)
     return {
         "seconds": seconds,
@@ -236,7 +238,7 @@ def time_model(painter: Painter, prompts: Sequence[str]) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "compiled": speed.compile,
-        "tokens": painter.pipeline.tokens(painter.sampling.height, painter.sampling.width),
+        "tokens": generator.pipeline.tokens(generator.sampling.height, generator.sampling.width),
     }
 
 

@@ -44,7 +44,6 @@ def make_page(
     title: str = "Image comparison",
     per_domain: int | None = None,
     embed: bool = False,
-    secret: str | None = None,
 ) -> Path:
     """Write OUT/index.html with OUT/images (embed: with the images inside it) and OUT-key.json; returns the key's path.
 
@@ -58,7 +57,7 @@ def make_page(
         if there.exists():
             raise FileExistsError(f"{there} is there: a study is not overwritten; name another --out")
     pairs = _chosen(_pairs(first, second), per_domain)
-    secret = secret or secrets.token_hex(16)
+    secret = secrets.token_hex(16)
     study = {"format": FORMAT, "study": _hidden(secret, "study", "")[:10]}
     key = {**study, "names": list(names), "pairs": _key_pairs(secret, pairs)}
     files = {name: image.path for pair in pairs for name, image in zip(_ids(secret, pair), pair, strict=True)}

@@ -15,7 +15,6 @@ import torch
 
 from train import distributed
 from train.config import RecipeError
-from train.distributed import Ranks
 from train.evaluate.check import problems_of
 from train.evaluate.draw import MADE_OF, SPEED, draw, list_images
 from train.evaluate.images import Drawn, read_folder
@@ -44,34 +43,29 @@ def evaluate(evaluation: Evaluation, only: Collection[str] = (), command: Sequen
     with locked(evaluation.folder) if ranks.first else contextlib.nullcontext():
         if ranks.first:
             sweep([evaluation.folder])
-        rows = [_row(evaluation, name, prompts, metrics, ranks) for name in evaluation.models]
-        if not ranks.first:
+        for name, model in evaluation.models.items():
+            if model.base:
+                draw(evaluation, name, prompts, ranks)
+        if not ranks.first:  # the first rank measures, and none waits for it
             return {}
+        rows = [_row(evaluation, name, prompts, metrics) for name in evaluation.models]
         columns = {key: column for metric in metrics.values() for key, column in metric.columns.items()}
-        results = results_of(evaluation, [row for row in rows if row is not None], columns, len(prompts))
+        results = results_of(evaluation, rows, columns, len(prompts))
         results["run"] = _origin(command)
         write_json(evaluation.folder / "results.json", results)
         words = table(results)
         write_atomically(evaluation.folder / "table.md", lambda path: path.write_text(words + "\n", encoding="utf-8"))
-        write_report(evaluation.folder, results, {row.name: row.images for row in rows if row is not None})
+        write_report(evaluation.folder, results, {row.name: row.images for row in rows})
     return results
 
 
-def _row(
-    evaluation: Evaluation, name: str, prompts: Sequence[Prompt], metrics: dict[str, Metric], ranks: Ranks
-) -> Row | None:
-    """A model's row; None on ranks other than the first."""
-    model = evaluation.models[name]
-    if model.base:
-        draw(evaluation, name, prompts, ranks)
-    if not ranks.first:
-        return None
-    folder = evaluation.folder / name
+def _row(evaluation: Evaluation, name: str, prompts: Sequence[Prompt], metrics: dict[str, Metric]) -> Row:
+    """A model's row, from its images."""
+    model, folder = evaluation.models[name], evaluation.folder / name
     if model.base:
         images = list_images(evaluation, folder / "images", prompts)
-        made_of, speed = read_json(folder / MADE_OF), None
-        if evaluation.speed.images:
-            speed = read_json(folder / SPEED)
+        made_of = read_json(folder / MADE_OF)
+        speed = read_json(folder / SPEED) if evaluation.speed.images else None
     else:
         images = read_folder(Path(model.images), prompts)
         made_of, speed = {"images": digest_json([_stamp(image) for image in images])}, None
