@@ -203,6 +203,21 @@ def test_a_class_conditional_model_is_sampled_by_ddpm(tmp_path):
     images = pipeline.autoencoder.decode(space.denormalize(latents))
     assert torch.equal(torch.stack([exact(image.path) for image in guided]), images)
 
+    overrides = ["dtype=bfloat16", f"output={tmp_path / 'narrow'}"]
+    evaluate(load_evaluation(str(tmp_path / "classes.yaml"), overrides))
+    narrow = torch.stack([exact(image.path) for image in read_folder(tmp_path / "narrow" / "cfg" / "images")])
+    assert 0 < (narrow - images).abs().mean() < 0.1
+
+
+def test_a_model_in_bfloat16_draws_about_what_it_draws_in_float32(root, toy_run, tmp_path):
+    _, folder, _ = toy_run
+    settings = {"dtype": "bfloat16", "metrics": {}, "speed": {"images": 1}}
+    evaluate(load_evaluation(toy_table(root, tmp_path / "run", **settings)))
+    for name in ("base", "dc-gen"):
+        pairs = zip(read_folder(folder / name / "images"), read_folder(tmp_path / "run" / name / "images"), strict=True)
+        differences = [(exact(one.path) - exact(other.path)).abs().mean().item() for one, other in pairs]
+        assert 0 < max(differences) < 0.05
+
 
 def test_a_folder_of_images_is_a_row(root, toy_run, tmp_path):
     _, folder, results = toy_run

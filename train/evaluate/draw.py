@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import time
@@ -58,7 +59,9 @@ class ImageGenerator:
         """(B,3,H,W) in -1..1; `seeds` are those of the noise."""
         s = self.sampling
         space = self.pipeline.autoencoder.space
-        return self.pipeline.autoencoder.decode(space.denormalize(self._latents(prompts, seeds, s)))
+        with self.products():
+            latents = self._latents(prompts, seeds, s)
+        return self.pipeline.autoencoder.decode(space.denormalize(latents))
 
     def _latents(self, prompts: Sequence[str], seeds: Sequence[int], s: Sampling) -> Tensor:
         if s.sampler == "flow":
@@ -68,7 +71,7 @@ class ImageGenerator:
         shape = (space.channels, *space.latent_size(s.height, s.width))
 
         def output(x: Tensor, step: Tensor, cond: Any) -> Tensor:
-            return pipeline.family.raw_output(pipeline.model, x.to(pipeline.dtype), step, cond)
+            return pipeline.family.raw_output(pipeline.model, x, step, cond)
 
         return ddpm_sample(
             output,
@@ -82,7 +85,6 @@ class ImageGenerator:
             device=self.device,
         )
 
-    @torch.no_grad()
     def step(self, prompts: Sequence[str]) -> Callable[[], Tensor]:
         """One pass of the network at batch 1, as a sampling step makes it."""
         pipeline, s = self.pipeline, self.sampling
@@ -91,14 +93,25 @@ class ImageGenerator:
         cond = pipeline.text(prompts[:1])
         sigma = torch.full((1,), 0.5, device=self.device)
         scale = torch.full_like(sigma, s.guidance) if pipeline.distilled else None
-        return torch.no_grad()(lambda: pipeline.velocity(x, sigma, cond, scale))
+
+        def work() -> Tensor:
+            with torch.no_grad(), self.products():
+                return pipeline.velocity(x, sigma, cond, scale)
+
+        return work
+
+    def products(self) -> contextlib.AbstractContextManager[Any]:
+        """Latents and times stay float32; the network's matrix products are computed in the evaluation's dtype."""
+        if self.pipeline.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.pipeline.dtype)
 
     def compile(self) -> None:
         """Compile the network."""
         self.pipeline.model = torch.compile(self.pipeline.model)  # type: ignore[assignment]
 
 
-def guidance(pipeline: Pipeline, sampling: Sampling) -> dict[str, float]:
+def guidance(pipeline: Pipeline, sampling: Sampling) -> dict[str, Any]:
     """Arguments of Pipeline.latents for a guidance g: the embedding's where there is one, else true CFG (Eq. 4)."""
     if pipeline.distilled:
         return {"guidance": sampling.guidance}
@@ -178,7 +191,8 @@ def made_of(evaluation: Evaluation, name: str, prompts: Sequence[Prompt]) -> dic
 
 def model_files(model: Model) -> dict[str, Read]:
     """The files of a model, by field."""
-    reads = {"base": tree(Path(model.base), suffixes=PART)}
+    base = tree(Path(model.base))
+    reads = {"base": Read(base.root, tuple(file for file in base.files if file.suffix in PART))}
     if model.adapter:
         reads["adapter"] = one_file(Path(model.adapter))
     if model.autoencoder:

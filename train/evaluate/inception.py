@@ -164,7 +164,7 @@ class FidMetric:
 
     def reads(self) -> dict[str, Read]:
         reference = Path(self.config.reference)
-        read = one_file(reference) if reference.is_file() else tree(reference, suffixes=SUFFIXES)
+        read = one_file(reference) if reference.is_file() else Read(reference, images_below(reference))
         return {"inception": one_file(Path(self.config.inception)), "reference": read}
 
     def check(self) -> list[str]:
@@ -185,11 +185,16 @@ class FidMetric:
         path = Path(self.config.reference)
         if path.is_file():
             return read_statistics(path)
-        files = tree(path, suffixes=SUFFIXES).files  # MJHQ-30K has a folder for each category
+        files = images_below(path)
         if not files:
             raise ValueError(f"{path} holds no image ({', '.join(SUFFIXES)})")
         images = [Drawn(file, Prompt(""), number) for number, file in enumerate(files)]
         return statistics_of(outputs(network, images, self.config.batch, device))
+
+
+def images_below(folder: Path) -> tuple[Path, ...]:
+    """The image files of a folder and those in it: MJHQ-30K has one for each category."""
+    return tuple(file for file in tree(folder).files if file.suffix.lower() in SUFFIXES)
 
 
 class InceptionScoreMetric:
