@@ -229,6 +229,23 @@ def test_a_folder_of_images_is_a_row(root, toy_run, tmp_path):
     assert not (tmp_path / "run" / "base" / "images").exists()
 
 
+def test_markup_in_prompts_and_names_is_shown_as_text(root, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"<script>alert({number})</script>", encoding="utf-8")
+    table = toy_table(
+        root, tmp_path / "run", about="<b>x</b>", metrics={}, models={"one": {"images": str(folder), "about": "<i>"}}
+    )
+    evaluate(load_evaluation(table, ["gallery=2"]))
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert page.count("&lt;script&gt;alert(") == 2
+    assert "<script" not in page
+    assert "<b>x" not in page
+    assert "<i>" not in page
+
+
 @pytest.mark.parametrize("name", list_tables())
 def test_every_table_that_comes_with_the_project_is_valid(name):
     evaluation = load_evaluation(name)

@@ -29,7 +29,7 @@ class Sampling(Strict):
 class Model(Strict):
     """A row of the table: a release, a release moved by an adapter, or a folder of images drawn elsewhere."""
 
-    about: str = Field("", description="column of its own, such as the autoencoder")
+    about: str = Field("", description="words for its row, such as its autoencoder")
     base: str = Field("", description="release folder")
     adapter: str = Field("", description="DC-Gen adapter; needs `autoencoder`")
     autoencoder: str = Field("", description="folder of the autoencoder, where the release does not bring it")

@@ -122,7 +122,7 @@ def table(results: Mapping[str, Any]) -> str:
     about = any(row["about"] for row in results["rows"])
     heads = [
         "Model",
-        *(["Autoencoder"] if about else []),
+        *(["About"] if about else []),
         *(c["title"] + ARROWS[c["better"]] for c in columns.values()),
     ]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
