@@ -122,10 +122,10 @@ def pointwise(layer: Any, x: Tensor) -> Tensor:
     if not plain(layer):
         return finite(layer(x))
     weight = layer.weight.flatten(1)
-    if x.shape[0] > 1 or x.requires_grad or weight.requires_grad:
+    if x.shape[0] > 1 or x.dtype != weight.dtype or x.requires_grad or weight.requires_grad:
         return finite(F.linear(x.movedim(1, -1), weight, layer.bias)).movedim(-1, 1)
     out = with_spare_rows((1, len(weight), *x.shape[2:]), x)
-    tokens, result = (part.movedim(1, -1).reshape(-1, part.shape[1]) for part in (x, out))
+    tokens, result = x.movedim(1, -1).reshape(-1, x.shape[1]), out.movedim(1, -1).view(-1, out.shape[1])
     if layer.bias is None:
         torch.mm(tokens, weight.T, out=result)
     else:
