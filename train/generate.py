@@ -14,7 +14,7 @@ from dcgen.folder import VAE
 from dcgen.release import open_model
 from train.autoencoders import Autoencoder, load_autoencoder
 from train.conditioning import Cond, of_samples, trim
-from train.models import load_network, moved_network, read_base
+from train.models import load_network, moved_network, products_in, read_base
 from train.sample import euler, seeded_noise
 from train.text import load_text
 
@@ -83,8 +83,9 @@ class Pipeline:
         return trim(self.encode(prompts), self.family.ragged)
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, scale: Tensor | None) -> Tensor:
-        """The network's velocity in model space."""
-        return self.family.velocity(self.model, x, sigma, cond, scale)
+        """The network's velocity (B,C,h,w) in model space, float32, computed as in training (train.models.products_in)."""
+        with products_in(self.dtype, self.device):
+            return self.family.velocity(self.model, x, sigma, cond, scale).float()
 
     @torch.no_grad()
     def latents(

@@ -15,6 +15,7 @@ from dcgen.backbones import Backbone
 from dcgen.folder import TRANSFORMER, VAE, autoencoder_space
 from dcgen.latent import LatentSpace
 from dcgen.spaces import SPACES
+from train.autoencoders import same_autoencoder
 from train.config import nearest
 from train.cost import forward_work, hours_line, sample_flops
 from train.disk import checkpoint_bytes, size_text
@@ -174,7 +175,9 @@ def plan_cache(context: Context, config: Any) -> list[str]:
         return [geo]
     pixels, images = pixels_of(config.data), images_of(context, config.data)
     width = 4 if config.store == "float32" else 2
-    spaces = {geo.source, geo.target}
+    folder = context.resolve(config.teacher) if config.teacher else context.resolve(config.base) / VAE
+    one = same_autoencoder(folder, context.resolve(config.autoencoder))
+    spaces = [geo.source] if one else [geo.source, geo.target]
     values = sum(s.channels * (pixels // s.spatial_factor) ** 2 for s in spaces)
     lines = [f"teacher {_space(geo.source)}, student {_space(geo.target)}, {pixels}x{pixels} px"]
     if images is None:

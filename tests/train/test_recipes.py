@@ -31,7 +31,7 @@ def test_one_step_of_every_stage(name, releases, debug_run, tmp_path):
     stages = {}
     for stage, config in published.stages.items():
         fields = config.model_dump(mode="json")
-        fields |= {"dtype": "float32", "shard": 0}
+        fields |= {"shard": 0}
         if config.kind == "cache":
             data = {"type": "folder", "path": str(debug_run / "tiny" / "pictures"), "pixels": 64, "multiple": 16}
             fields |= {"data": data, "batch": 4, "text_tokens": 8, "store": "float32"}
@@ -62,7 +62,7 @@ def test_the_base_draws_its_own_training_pictures(name, releases, tmp_path, caps
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red square\na blue square\n")
     fields = load_recipe(name).stages["synthesize"].model_dump(mode="json")
-    fields |= {"base": str(releases[name.partition("-")[2]]["base"]), "prompts": str(prompts), "dtype": "float32"}
+    fields |= {"base": str(releases[name.partition("-")[2]]["base"]), "prompts": str(prompts)}
     fields |= {"pixels": 64, "multiple": 16, "sampling_steps": 1}
     recipe = parse_recipe({"name": name, "output": str(tmp_path / "run"), "stages": {"synthesize": fields}})
     assert dry_run(recipe) == 0

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +22,7 @@ from train.conditioning import Cond, trim
 from train.config import StageConfig
 from train.family import Family, RawOutput, TextEncoder
 from train.inputs import Read
-from train.models import network_files, network_of
+from train.models import network_files, network_of, products_in
 from train.objective import Objective, objective_loss
 from train.sample import euler, grid, seeded_noise
 from train.stages.base import CachedStage
@@ -102,7 +101,7 @@ class DenoisingStage(CachedStage):
 
     def velocity_of(self, model: nn.Module, x: Tensor, sigma: Tensor, cond: Cond, scale: Tensor | None) -> Tensor:
         """Velocity (B,C,h,w) of a network of the family, float32."""
-        with self._autocast():
+        with products_in(self.autocast_dtype, self.device):
             return self.family.velocity(model, x, sigma, cond, scale).float()
 
     @property
@@ -111,7 +110,7 @@ class DenoisingStage(CachedStage):
         return self._raw_output if self.family.denoises else None
 
     def _raw_output(self, x: Tensor, step: Tensor, cond: Cond) -> Tensor:
-        with self._autocast():
+        with products_in(self.autocast_dtype, self.device):
             return self.family.raw_output(self.model, x, step, cond)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float | Tensor]]:
@@ -178,8 +177,3 @@ class DenoisingStage(CachedStage):
 
     def _to_device(self, cond: Cond) -> Cond:
         return {name: value.to(self.device) for name, value in cond.items()}
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)

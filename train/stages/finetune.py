@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from dcgen.folder import TRANSFORMER, VAE
 from train.config import Optimizer
 from train.files import write_folder
-from train.inputs import Read, one_part, tree
+from train.inputs import Read, one_part
 from train.lora import inject_lora, scale_lora
 from train.plan import plan_moved
-from train.release import check_parts, release_parts
+from train.release import check_parts, release_files, release_parts
 from train.stages.base import complaints
 from train.stages.head import MovedConfig, MovedStage
 
@@ -69,7 +69,9 @@ class FinetuneStage(MovedStage):
         reads = super().reads()
         if self.config.train == "full" and self.config.autoencoder:
             reads["autoencoder"] = one_part(self.context.resolve(self.config.autoencoder))
-            reads["rest of the base"] = tree(self.context.resolve(self.config.base), without=(TRANSFORMER, VAE))
+            reads["rest of the base"] = release_files(
+                self.context.resolve(self.config.base), without=(TRANSFORMER, VAE)
+            )
         return reads
 
     def result_bytes(self, trained: int) -> int:

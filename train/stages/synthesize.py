@@ -23,8 +23,9 @@ from train.config import RecipeError, StageConfig
 from train.data import bucket_sizes
 from train.files import digest_json, read_json, write_atomically, write_json
 from train.generate import Pipeline
-from train.inputs import PART, Digests, Read, changes, check_record, tree
+from train.inputs import Digests, Read, changes, check_record
 from train.models import read_base
+from train.release import release_files
 from train.stages.base import Stage, complaints
 
 
@@ -73,7 +74,7 @@ class SynthesizeStage(Stage):
     def reads(self) -> dict[str, Read]:
         prompts = self.context.resolve(self.config.prompts)
         return {
-            "base": tree(self.context.resolve(self.config.base), suffixes=PART),
+            "base": release_files(self.context.resolve(self.config.base)),
             "prompts": Read(prompts, (prompts,)),
         }
 
