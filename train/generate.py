@@ -83,7 +83,7 @@ class Pipeline:
         return trim(self.encode(prompts), self.family.ragged)
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, scale: Tensor | None) -> Tensor:
-        """The network's velocity (B,C,h,w) in model space, float32, computed as in training (train.models.products_in)."""
+        """The network's velocity (B,C,h,w) in model space, float32, computed as in training."""
         with products_in(self.dtype, self.device):
             return self.family.velocity(self.model, x, sigma, cond, scale).float()
 
