@@ -16,18 +16,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcgen import schedule
 from train.batches import BatchPlan
 from train.config import Recipe, load_recipe
+from train.cost import forward_work
 from train.distributed import Ranks
+from train.family import Family
 from train.files import read_json, write_json
 from train.loop import train_stage
 from train.run import make_stage, run_recipe
@@ -273,17 +276,26 @@ def gpu(options: argparse.Namespace) -> dict[str, float]:
 
     torch.cuda.reset_peak_memory_stats()
     ms = _median_ms(step, STEPS)
-    linear = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "lora" not in n and "norm" not in n)
-    attention = 2 * sum(blocks) * (tokens + text) * 3072
-    # forward 2 FLOP a weight and token; backward of frozen weights needs the input gradient only: another 2
-    flops = 4 * batch * (tokens + text) * (linear + attention)
-    rate = flops / ms * 1000
+    with torch.device("meta"):
+        bare = flux.network_class().from_config(small)
+    rate = batch * lora_step_flops(flux, bare, small, (tokens, text), 256) / ms * 1000
     return {
         "tokens/s": batch * tokens / ms * 1000,
         "TFLOP/s": rate / 1e12,
         "peak GB": torch.cuda.max_memory_allocated() / 1e9,
         "MFU of 989 TFLOP/s": rate / 989e12,
     }
+
+
+def lora_step_flops(
+    family: Family, model: nn.Module, config: dict[str, Any], tokens: tuple[int, int], rank: int
+) -> float:
+    """FLOPs of one image of (image, text) tokens in a step that trains LoRA alone, nothing recomputed.
+
+    model: the network without LoRA, which may be on the meta device.
+    """
+    work = forward_work(family, model, config, tokens, rank)
+    return work.forward + replace(work, ends=0.0).backward(full=False)
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +99,8 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
                     bar.set_postfix(loss=f"{row['loss']:.4g}", grad=f"{row['grad_norm']:.3g}", img_s=f"{speed:.3g}")
                     totals, timed, clock = {}, 0, time.perf_counter()
                 if config.preview_every and done % config.preview_every == 0:
-                    log.images(done, stage.preview(done))
+                    with _averaged(state):
+                        log.images(done, stage.preview(done))
                 stopping = distributed.any_true(signals.received is not None, ranks)
                 if stopping or done % config.checkpoint_every == 0 or done == config.steps:
                     log.sync()
@@ -161,6 +164,27 @@ def _update_ema(state: TrainState, config: StageConfig, step: int) -> None:
         decay *= 1.0 - math.exp(-(step + 1) / config.ema_warmup)
     averages = list(state.ema.values())
     torch._foreach_lerp_(averages, [p.data for p in state.parameters.values()], 1.0 - decay)
+
+
+@contextlib.contextmanager
+def _averaged(state: TrainState) -> Iterator[None]:
+    """The moving average's weights in the module, where one is kept; the trained ones are back afterwards, bit for bit.
+
+    Both are exchanged one parameter at a time, so this takes the memory of the largest.
+    """
+    _exchange(state)
+    try:
+        yield
+    finally:
+        _exchange(state)
+
+
+@torch.no_grad()
+def _exchange(state: TrainState) -> None:
+    for name, average in (state.ema or {}).items():
+        held = average.clone()
+        average.copy_(state.parameters[name])
+        state.parameters[name].copy_(held)
 
 
 def _learning_rate(config: StageConfig, step: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_the_base_draws_its_own_training_pictures(name, releases, tmp_path, caps
 
 def test_the_guide_names_recipes_and_switches_that_exist():
     guide = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
-    commands = [words.split() for words in re.findall(r"train\.run ([^`#\n]+)", guide)]
+    commands = [shlex.split(words) for words in re.findall(r"train\.run ([^`#\n]+)", guide)]
     named = [words for words in commands if not words[0].startswith(("-", "yours", "RECIPE"))]
     for name, *rest in named:
         load_recipe(name, [word for word in rest if "=" in word])
