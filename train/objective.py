@@ -29,7 +29,9 @@ class Timesteps(Strict):
     mean: float = Field(0.0, description="of the normal before the sigmoid")
     std: float = Field(1.0, gt=0)
     rule: str = Field(
-        LINEAR, description="none, or a rule of dcgen.schedule: the draw is shifted by it at the NEW token count"
+        LINEAR,
+        description="none, or a rule of dcgen.schedule: the draw is shifted by it at the NEW token count; flux = FLUX.1's "
+        "calculate_shift (released training guide), flux2 = that of released inference at 512 px and 1K",
     )
     shift: float | None = Field(None, gt=0, description="the ratio itself; needed by rule static, overrides the others")
 
