@@ -22,6 +22,7 @@ from train.disk import check_space, checkpoint_bytes, folder_bytes
 from train.distributed import Ranks
 from train.log import Log
 from train.stages.base import Stage
+from train.trackers import tracker_of
 
 
 class NonFinite(RuntimeError):
@@ -55,7 +56,7 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
     if ranks.first:
         _check_room(stage, state, folder, start)
     distributed.barrier()
-    log = Log(stage.folder, start, ranks.first)
+    log = Log(stage.folder, start, ranks.first, tracker_of(stage) if ranks.first else None)
     bar = tqdm(
         total=config.steps,
         initial=start,
@@ -101,6 +102,8 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
                 if config.preview_every and done % config.preview_every == 0:
                     with _averaged(state):
                         log.images(done, stage.preview(done))
+                if stage.validates and (done % config.validation_every == 0 or done == config.steps):
+                    log.validation(done, _validation(stage, state))
                 stopping = distributed.any_true(signals.received is not None, ranks)
                 if stopping or done % config.checkpoint_every == 0 or done == config.steps:
                     log.sync()
@@ -185,6 +188,15 @@ def _exchange(state: TrainState) -> None:
         held = average.clone()
         average.copy_(state.parameters[name])
         state.parameters[name].copy_(held)
+
+
+def _validation(stage: Stage, state: TrainState) -> dict[str, float]:
+    """What is measured with the weights as trained, and as ema_NAME with their average where one is kept."""
+    numbers = stage.validate()
+    if state.ema is not None:
+        with _averaged(state):
+            numbers |= {f"ema_{name}": value for name, value in stage.validate().items()}
+    return numbers
 
 
 def _learning_rate(config: StageConfig, step: int) -> float:

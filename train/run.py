@@ -32,6 +32,7 @@ from train.lock import InUse, locked, sweep, sweep_files
 from train.loop import NonFinite, Stopped, train_stage
 from train.report import write_report
 from train.stages.base import Stage
+from train.trackers import check_trackers
 
 FULL_DISK = "; what was finished before is intact: free disk space and run the same command"
 ROOM = "free disk space, or name an output= on a larger disk"
@@ -88,6 +89,7 @@ def run_recipe(
     command: arguments of the interpreter that started this, for the report.
     """
     names = chosen(recipe, only)
+    check_trackers(recipe)
     ranks = distributed.start(recipe.device)
     with locked(recipe.folder) if ranks.first else contextlib.nullcontext():
         if ranks.first:

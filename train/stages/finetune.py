@@ -59,6 +59,8 @@ class FinetuneStage(MovedStage):
             problems.append("train: full writes a release and needs `autoencoder`")
         if self.config.train == "full" and not self.context.pending(self.config.base):
             problems += complaints(check_parts, self.context.resolve(self.config.base))
+        if self.config.alpha_warmup and self.config.compile:
+            problems.append("alpha_warmup changes what is compiled in each step: set compile: false")
         if self.config.alpha_warmup > self.config.steps:
             problems.append(f"alpha_warmup {self.config.alpha_warmup} is longer than the {self.config.steps} steps")
         return problems

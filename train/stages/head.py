@@ -17,6 +17,7 @@ from dcgen.schedule import LINEAR, Schedule
 from train.alignment import NormalEquations
 from train.autoencoders import check_autoencoder
 from train.batches import Batch, BatchPlan
+from train.compilation import Backend, compile_blocks
 from train.conditioning import Cond
 from train.config import Optimizer, ScheduleField
 from train.ddpm import ddpm_terms
@@ -45,6 +46,10 @@ class MovedConfig(DenoisingConfig):
         Schedule(LINEAR), description="sampling schedule written into the adapter and used for previews"
     )
     gradient_checkpointing: bool = Field(False, description="recompute blocks in backward: less memory, 4/3 the time")
+    compile: bool = Field(False, description="torch.compile each block; the first steps take minutes")
+    compile_backend: Backend = Field("inductor", description="aot_eager checks on a CPU what would be compiled")
+
+    later_fields = ("compile", "compile_backend")
 
 
 class MovedStage(DenoisingStage):
@@ -121,6 +126,8 @@ class MovedStage(DenoisingStage):
         if c.gradient_checkpointing:
             network: Any = self.model
             network.enable_gradient_checkpointing()
+        if c.compile:
+            compile_blocks(self.family.blocks(self.model), c.compile_backend)
         self.model.train()
         self.prepare_text()
         return self.model
