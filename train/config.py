@@ -15,9 +15,11 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
 )
 from pydantic.fields import FieldInfo
 
@@ -69,6 +71,12 @@ class Optimizer(Strict):
     decay: Literal["constant", "cosine"] = Field("constant", description="after warm-up; the paper states none")
     final_lr: float = Field(0.0, ge=0, le=1, description="fraction of lr reached at the end of a cosine decay")
     clip: float | None = Field(None, gt=0, description="gradient norm limit; None measures without clipping")
+    state: Literal["32bit", "8bit"] = Field("32bit", description="of the moments; 8bit is torchao's, on one rank")
+
+    @model_serializer(mode="wrap")
+    def _without_new_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """`state` is newer than runs which exist: at its default it is no part of their settings."""
+        return {name: value for name, value in serialize(self).items() if (name, value) != ("state", "32bit")}
 
 
 class StageConfig(Strict):
@@ -130,6 +138,8 @@ FREE_FIELDS = {
     "architecture",
     "compile",
     "compile_backend",
+    "offload_blocks",
+    "offload_activations",
 }
 
 

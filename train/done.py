@@ -18,7 +18,7 @@ from train.inputs import Digests, Record, changes, check_record, identity, missi
 from train.stages.base import Context, Stage, stage_of
 
 WATCH_FIELDS = {"checkpoint_every", "keep_checkpoints", "log_every", "preview_every", "shard", "architecture"}
-WATCH_FIELDS |= {"compile", "compile_backend", "validation_every"}
+WATCH_FIELDS |= {"compile", "compile_backend", "offload_blocks", "offload_activations", "validation_every"}
 DONE_FIELDS: dict[str, Check] = {"config_hash": text(100), "settings": mapping, "numbers": mapping}
 NEW_FIELDS: dict[str, Check] = {"run": text(100)}  # that runs of before lack
 # What a finished stage may be given anew without being trained anew.

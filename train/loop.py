@@ -21,6 +21,7 @@ from train.config import FREE_FIELDS, StageConfig
 from train.disk import check_space, checkpoint_bytes, folder_bytes
 from train.distributed import Ranks
 from train.log import Log
+from train.optimizer import make_optimizer, set_learning_rate
 from train.stages.base import Stage
 from train.trackers import tracker_of
 
@@ -47,7 +48,7 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
     _check_division(config, ranks)
     module.to(ranks.device)
     distributed.shard_module(module, stage.shard_units(), ranks, config.shard, stage.forward_methods)
-    state = _train_state(stage, module)
+    state = _train_state(stage, module, ranks)
     plan = BatchPlan(stage.buckets(), config.batch, seed)
     settings = {**config.settings(), "seed": seed}
     folder = stage.folder / "checkpoints"
@@ -73,8 +74,7 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
                 torch.manual_seed(plan.seed + step)
                 stage.before_step(step)
                 rate = _learning_rate(config, step)
-                for group in state.optimizer.param_groups:
-                    group["lr"] = rate * group["scale"]
+                set_learning_rate(state.optimizer, rate)
 
                 batches = plan.micro_batches(
                     step, rank=ranks.rank, world=ranks.world, accumulate=config.accumulate, device=ranks.device
@@ -120,7 +120,7 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
     return checkpoint.full_weights(state.ema if state.ema is not None else state.parameters)
 
 
-def _train_state(stage: Stage, module: nn.Module) -> TrainState:
+def _train_state(stage: Stage, module: nn.Module, ranks: Ranks) -> TrainState:
     config = stage.config
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not parameters:
@@ -134,8 +134,7 @@ def _train_state(stage: Stage, module: nn.Module) -> TrainState:
     for name, parameter in parameters.items():
         by_scale.setdefault(stage.lr_scale(name), []).append(parameter)
     groups: list[dict[str, Any]] = [{"params": group, "scale": scale} for scale, group in by_scale.items()]
-    o = config.optimizer
-    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
+    optimizer = make_optimizer(groups, config.optimizer, ranks.world)
     ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else None
     return TrainState(parameters, optimizer, ema)
 

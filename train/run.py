@@ -30,6 +30,7 @@ from train.files import mark, remove_marked, write_json
 from train.inputs import STORE
 from train.lock import InUse, locked, sweep, sweep_files
 from train.loop import NonFinite, Stopped, train_stage
+from train.optimizer import check_optimizers
 from train.report import write_report
 from train.stages.base import Stage
 from train.trackers import check_trackers
@@ -90,6 +91,7 @@ def run_recipe(
     """
     names = chosen(recipe, only)
     check_trackers(recipe)
+    check_optimizers(recipe)
     ranks = distributed.start(recipe.device)
     with locked(recipe.folder) if ranks.first else contextlib.nullcontext():
         if ranks.first:

@@ -59,6 +59,8 @@ class FinetuneStage(MovedStage):
             problems.append("train: full writes a release and needs `autoencoder`")
         if self.config.train == "full" and not self.context.pending(self.config.base):
             problems += complaints(check_parts, self.context.resolve(self.config.base))
+        if self.config.train == "full" and (self.config.frozen_store == "int8" or self.config.offload_blocks):
+            problems.append("train: full has no frozen weights: leave out frozen_store and offload_blocks")
         if self.config.alpha_warmup and self.config.compile:
             problems.append("alpha_warmup changes what is compiled in each step: set compile: false")
         if self.config.alpha_warmup > self.config.steps:
