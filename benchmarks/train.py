@@ -2,8 +2,8 @@
 
 On the toy release: closed form against AdamW on Eq. 1; the fine-tuning step against the same step written plainly with
 diffusers and peft; the price of Eq. 7's empty branch; the loader against the step; peak memory with and without
-recomputation. Times on a CPU are the process's own, so that a busy machine counts less. On a GPU also tokens a second
-and MFU at FLUX's width with fewer blocks.
+recomputation. Times on a CPU are the process's own, so that a busy machine counts less. Tokens a second and MFU at
+FLUX's width, which need a GPU: `python -m benchmarks.gpu --parts training`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dcgen import schedule
 from train.batches import BatchPlan
 from train.config import Recipe, load_recipe
-from train.cost import forward_work
 from train.distributed import Ranks
-from train.family import Family
 from train.files import read_json, write_json
 from train.generate import Pipeline
 from train.loop import train_stage
@@ -57,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_recipe(recipe, only=stage)
     path = options.out / "results.json"
     machine = {"torch": torch.__version__, "threads": options.threads, "cores": os.cpu_count()}
-    for part in options.parts or [part for part in PARTS if part != "gpu" or torch.cuda.is_available()]:
+    for part in options.parts or PARTS:
         found = {part: PARTS[part](options)}
         write_json(path, {**(read_json(path) if path.is_file() else {}), **machine, **found})
     print(table(read_json(path)))
@@ -254,40 +251,6 @@ def _median_ms(step: Callable[[], None], count: int) -> float:
     return 1000 * median(times[WARM:])
 
 
-def gpu(options: argparse.Namespace) -> dict[str, float]:
-    """Tokens a second and model FLOP utilisation of a LoRA step at FLUX's width, bfloat16, on the first GPU."""
-    blocks, tokens, text, batch = (2, 4), 1024, 512, 4
-    from train.families import ARCHITECTURES
-    from train.lora import inject_lora
-
-    flux, published = ARCHITECTURES["dc-gen-flux-f32"]
-    small = {**published.config, "num_layers": blocks[0], "num_single_layers": blocks[1]}
-    with torch.device("cuda"):
-        model = flux.network_class().from_config(small).to(torch.bfloat16).requires_grad_(False)
-        inject_lora(model, flux, 256, 256.0, seed=0)
-        side = int(tokens**0.5)
-        x, sigma = torch.randn(batch, 32, side, side), torch.rand(batch)
-        cond = {"prompt_embeds": torch.randn(batch, text, 4096), "pooled": torch.randn(batch, 768)}
-        scale = torch.full((batch,), 3.5)
-
-    def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            flux.velocity(model, x, sigma, cond, scale).float().square().mean().backward()
-        torch.cuda.synchronize()
-
-    torch.cuda.reset_peak_memory_stats()
-    ms = _median_ms(step, STEPS)
-    with torch.device("meta"):
-        bare = flux.network_class().from_config(small)
-    rate = batch * lora_step_flops(flux, bare, small, (tokens, text), 256) / ms * 1000
-    return {
-        "tokens/s": batch * tokens / ms * 1000,
-        "TFLOP/s": rate / 1e12,
-        "peak GB": torch.cuda.max_memory_allocated() / 1e9,
-        "MFU of 989 TFLOP/s": rate / 989e12,
-    }
-
-
 def merge_rounding(options: argparse.Namespace) -> dict[str, float]:
     """What storing a merged model in bfloat16, as export does over a bfloat16 base, changes in its velocity.
 
@@ -338,17 +301,6 @@ def dit_positions(options: argparse.Namespace) -> dict[str, float]:
     return found
 
 
-def lora_step_flops(
-    family: Family, model: nn.Module, config: dict[str, Any], tokens: tuple[int, int], rank: int
-) -> float:
-    """FLOPs of one image of (image, text) tokens in a step that trains LoRA alone, nothing recomputed.
-
-    model: the network without LoRA, which may be on the meta device.
-    """
-    work = forward_work(family, model, config, tokens, rank)
-    return work.forward + replace(work, ends=0.0).backward(full=False)
-
-
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "alignment": alignment,
     "step": step_against_plain,
@@ -357,7 +309,6 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "memory": memory,
     "merge rounding": merge_rounding,
     "DiT positions": dit_positions,
-    "gpu": gpu,
 }
 
 
