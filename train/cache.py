@@ -1,6 +1,7 @@
 """The cache: latents of both autoencoders and conditioning in safetensors shards, with checksums and a config_hash.
 
-index.json   format, config_hash, latent spaces, ragged text, captions, samples, shards (file, sha256, bytes, count),
+index.json   format, config_hash, latent spaces, ragged text, captions, samples (each with its caption's number, or with
+             `captions`, numbers and weights, where it has several), shards (file, sha256, bytes, count),
              text_tokens (length that captions are embedded at in training, where none are stored)
 shards/      latent-HxW-00000.safetensors: teacher, student (n,C,h,w) raw latents of samples of one bucket; where the
              family conditions on samples, teacher.NAME and student.NAME (n,...), too. Where both sides have the same
@@ -148,6 +149,7 @@ class Cache:
                 if not (
                     0 <= sample["row"] < counts[sample["shard"]]
                     and 0 <= sample["caption"] < len(index["captions"])
+                    and all(0 <= n < len(index["captions"]) and w > 0 for n, w in sample.get("captions", ()))
                     and height * width > 0
                 ):
                     raise ValueError(f"sample {shown(sample)} has no such place")
@@ -217,6 +219,19 @@ class Cache:
     def caption_numbers(self, indices: Sequence[int]) -> list[int]:
         """Which caption each sample has."""
         return [self.samples[index]["caption"] for index in indices]
+
+    def drawn_captions(self, indices: Sequence[int], shares: Tensor) -> list[int]:
+        """The caption that each sample takes: of several one by their weights, at a share (B,) in 0..1 of their sum."""
+        return [self._drawn(self.samples[index], float(share)) for index, share in zip(indices, shares, strict=True)]
+
+    @staticmethod
+    def _drawn(sample: dict[str, Any], share: float) -> int:
+        left = share * sum(weight for _, weight in sample.get("captions", ()))
+        for number, weight in sample.get("captions", ()):
+            left -= weight
+            if left < 0:
+                return int(number)
+        return int(sample["caption"])
 
     def describe(self, indices: Sequence[int]) -> list[str]:
         """Names of samples, for messages."""

@@ -238,3 +238,49 @@ def test_latents_of_one_autoencoder_are_stored_once_and_take_the_bytes_of_the_pl
         sizes[name] = size_text(sum(t.nbytes for shard in tensors for t in shard.values()))
         assert torch.equal(cache.latents([3, 1], "student"), cache.latents([3, 1], "teacher"))
     assert sizes == planned == {"one": "3.07 kB", "two": "6.14 kB"}
+
+
+@pytest.mark.parametrize("text", ["cache", "online"])
+def test_each_step_takes_one_of_several_captions_by_weight(debug_run, tmp_path, text):
+    tiny, pictures = debug_run / "tiny", tmp_path / "pictures"
+    shutil.copytree(tiny / "pictures", pictures)
+    several = ["a red square", {"text": "a dark square on the left", "weight": 3}]
+    for number in range(4):
+        (pictures / f"{number:03d}.txt").unlink()
+        (pictures / f"{number:03d}.json").write_text(json.dumps({"caption": several}))
+    stages = _stages(tiny / "release", tiny / "dc-ae", pictures, text=text, text_tokens=8)
+    stages["cache"]["data"]["captions"] = "all"
+    recipe = parse_recipe({"name": "x", "output": str(tmp_path / "run"), "stages": stages})
+    run_recipe(recipe, only="cache")
+    stage = make_stage(recipe, "finetune", CPU)
+    stage.setup()
+    cache = stage.cache
+    index = next(i for i, sample in enumerate(cache.samples) if sample["name"].startswith("000"))
+    alone = next(i for i, sample in enumerate(cache.samples) if sample["name"].startswith("007"))
+    drawn = []
+    for step in range(400):
+        batch = Batch(0, step, (0, 1), (index, alone), CPU.device)
+        numbers = cache.drawn_captions(batch.indices, batch.uniform("caption"))
+        drawn.append(cache.captions[numbers[0]])
+        assert cache.captions[numbers[1]] == (pictures / "007.txt").read_text()
+    assert set(drawn) == {"a red square", "a dark square on the left"}
+    assert drawn.count("a dark square on the left") / 400 == pytest.approx(0.75, abs=0.07)
+    first = drawn.index("a dark square on the left")
+    batch = Batch(0, first, (0,), (index,), CPU.device)
+    found = stage.samples(batch)[1]["prompt_embeds"]
+    encode = stage.family.text_encoder(tiny / "release", "cpu", torch.float32, 8)
+    wanted = encode(["a dark square on the left"])["prompt_embeds"]
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)  # stored in bfloat16
+    assert (found - encode(["a red square"])["prompt_embeds"]).abs().max() > 0.1
+
+
+def test_weights_of_captions_are_part_of_the_cache(debug_run, tmp_path):
+    pictures = shutil.copytree(debug_run / "tiny" / "pictures", tmp_path / "pictures")
+    (pictures / "000.txt").unlink()
+    digests = set()
+    for weight in (1, 2):
+        (pictures / "000.json").write_text(json.dumps({"caption": ["a", {"text": "b", "weight": weight}]}))
+        config = FolderData(type="folder", path="", pixels=64, multiple=16, captions="all")
+        digests.add(json.dumps(open_source(config, pictures).identity()["captions"]))
+    assert len(digests) == 2
+    assert "captions" not in FolderData(type="folder", path="").model_dump()

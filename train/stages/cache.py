@@ -16,6 +16,7 @@ from dcgen.folder import TRANSFORMER, VAE, autoencoder_space
 from train import distributed
 from train.autoencoders import autoencoder_identity, load_autoencoder, same_autoencoder
 from train.cache import CacheWriter
+from train.captions import weight_of
 from train.conditioning import Cond, of_samples, pack
 from train.config import StageConfig
 from train.data import DataConfig, data_files, open_source
@@ -92,7 +93,8 @@ class CacheStage(Stage):
         self.dtype = getattr(torch, self.config.dtype)
 
     def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
-        captions = ["", *sorted({self.source.caption(i) for i in range(len(self.source))} - {""})]
+        every = {str(text) for i in range(len(self.source)) for text in self.source.captions(i)}
+        captions = ["", *sorted(every - {""})]
         jobs = [*self._latent_jobs(), *self._text_jobs(captions)]
         encoders: dict[str, Any] = {}
         mine = jobs[self.context.rank :: self.context.world]
@@ -180,6 +182,8 @@ class CacheStage(Stage):
             for row, index in enumerate(numbers if kind == "latent" else ()):
                 caption = place[self.source.caption(index)]
                 sample = {"name": self.source.name(index), "size": self.source.size(index), "caption": caption}
+                if len(several := self.source.captions(index)) > 1:
+                    sample["captions"] = [[place[text], weight_of(text)] for text in several]
                 samples.append({**sample, "shard": record["file"], "row": row})
         spaces = {"teacher": autoencoder_space(self.teacher), "student": autoencoder_space(self.student)}
         tokens = self.config.text_tokens if self.config.text == "online" else None

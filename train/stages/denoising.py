@@ -189,7 +189,7 @@ class DenoisingStage(CachedStage):
     def samples(self, batch: Batch) -> tuple[Tensor, Cond]:
         """Latents (B,C,h,w) of a batch and their conditioning."""
         latents = self.cache.latents(batch.indices, self.side).to(self.device)
-        text = self._text(self.cache.caption_numbers(batch.indices))
+        text = self._text(self.cache.drawn_captions(batch.indices, batch.uniform("caption")))
         return latents, self._to_device(text | self.cache.of_samples(batch.indices, self.side))
 
     def tokens(self, latents: Tensor) -> int:
