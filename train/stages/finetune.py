@@ -89,7 +89,7 @@ class FinetuneStage(MovedStage):
         super().prepare()
         if self.config.train == "full":
             self.model.float().requires_grad_(True)
-        self.depth = _depths(self.model, self.family.blocks(self.model))
+        self.depth = depths(self.model, self.family.blocks(self.model))
 
     def before_step(self, step: int) -> None:
         if self.config.alpha_warmup:
@@ -120,7 +120,7 @@ class FinetuneStage(MovedStage):
         network.save_pretrained(folder / TRANSFORMER)
 
 
-def _depths(model: nn.Module, blocks: list[nn.Module]) -> dict[str, int]:
+def depths(model: nn.Module, blocks: list[nn.Module]) -> dict[str, int]:
     """Name prefix of each block -> its place."""
     names = {id(module): name for name, module in model.named_modules()}
     return {f"{names[id(block)]}.": place for place, block in enumerate(blocks)}
