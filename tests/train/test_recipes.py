@@ -82,4 +82,4 @@ def test_the_guide_names_recipes_and_switches_that_exist():
     switches = re.findall(r"`((?:head|finetune|align|cache)\.\S+=\S+)`", guide)
     for switch in switches:
         load_recipe("flux-512", [switch.replace('""', "").replace("STEPS", "100")])
-    assert len(switches) == 7
+    assert len(switches) == 8

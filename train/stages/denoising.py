@@ -96,6 +96,11 @@ class DenoisingStage(CachedStage):
         raise NotImplementedError
 
     @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass computes blocks again."""
+        return False
+
+    @property
     def text_dtype(self) -> torch.dtype:
         """The type that text encoders run in."""
         return torch.float32
@@ -245,7 +250,10 @@ class DenoisingStage(CachedStage):
         return {name: value.to(self.device) for name, value in cond.items()}
 
     def _attention(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
-        """On the CPU, plain attention for short sequences: flash attention in bfloat16 takes 5x longer back."""
-        if self.device.type == "cpu" and self.tokens(x) <= PLAIN_ATTENTION_TOKENS:
+        """On the CPU, plain attention for short sequences: flash attention in bfloat16 takes 5x longer back.
+
+        Not where blocks are computed again in the backward pass, which happens outside of this context.
+        """
+        if self.device.type == "cpu" and self.tokens(x) <= PLAIN_ATTENTION_TOKENS and not self.recomputes:
             return sdpa_kernel(SDPBackend.MATH)
         return contextlib.nullcontext()

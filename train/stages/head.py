@@ -186,6 +186,10 @@ class MovedStage(DenoisingStage):
         return None if self.frozen_dtype == torch.float32 else self.frozen_dtype
 
     @property
+    def recomputes(self) -> bool:
+        return self.config.gradient_checkpointing
+
+    @property
     def text_dtype(self) -> torch.dtype:
         return self.frozen_dtype
 
