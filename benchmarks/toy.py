@@ -364,7 +364,7 @@ def draw(pipeline: Pipeline, judge: Judge, pairs: Sequence[Pair], seed: int, two
     two_passes: by true CFG (Eq. 4), as ever for a model without guidance embedding.
     """
     two_passes = two_passes or not pipeline.distilled
-    how = {"guidance": 1.0, "cfg_w": GUIDANCE - 1} if two_passes else {"guidance": GUIDANCE}
+    how: dict[str, Any] = {"guidance": 1.0, "cfg_w": GUIDANCE - 1} if two_passes else {"guidance": GUIDANCE}
     images = []
     for start in range(0, len(pairs), 32):
         part = pairs[start : start + 32]

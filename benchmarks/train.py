@@ -34,6 +34,7 @@ from train.batches import BatchPlan
 from train.config import Recipe, load_recipe
 from train.distributed import Ranks
 from train.files import read_json, write_json
+from train.generate import Pipeline
 from train.loop import train_stage
 from train.run import make_stage, run_recipe
 
@@ -263,12 +264,64 @@ def _median_ms(step: Callable[[], None], count: int) -> float:
     return 1000 * median(times[WARM:])
 
 
+def merge_rounding(options: argparse.Namespace) -> dict[str, float]:
+    """What storing a merged model in bfloat16, as export does over a bfloat16 base, changes in its velocity.
+
+    On the toy: relative distance to the same model merged in float32, and that distance over the LoRA's own effect.
+    """
+    toy, sigma = Path("toy"), torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.97])
+    parts: dict[str, Any] = {
+        "adapter": toy / "adapter" / "toy-flux-dcgen.safetensors",
+        "autoencoder": toy / "dc-ae-f32",
+    }
+    pipeline = Pipeline(toy / "flux-base", **parts)
+    cond = pipeline.text(["dog face on a white background"] * len(sigma))
+    channels = pipeline.autoencoder.space.channels
+    x = torch.randn(len(sigma), channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    call = (x, sigma, cond, torch.full_like(sigma, 3.5))
+    with torch.no_grad():
+        exact = pipeline.velocity(*call)
+        for parameter in pipeline.model.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+        rounded = pipeline.velocity(*call)
+        without = Pipeline(toy / "flux-base", **parts, strength=0.0).velocity(*call)
+    distance = (rounded - exact).norm()
+    return {
+        "of the velocity": float(distance / exact.norm()),
+        "of the LoRA's effect": float(distance / (exact - without).norm()),
+    }
+
+
+def dit_positions(options: argparse.Namespace) -> dict[str, float]:
+    """Distance of a moved DiT-XL's position embeddings to the base's, pooled to its grid, in their variance.
+
+    Rescaled: over the base's range, as here. Restarted: 0, 1, ..., as in the released code. A constant is left out,
+    because the embedder's bias learns it; the rest no linear embedder can.
+    """
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    def positions(grid: int, base: int) -> Tensor:
+        flat = get_2d_sincos_pos_embed(1152, (grid, grid), base_size=base, interpolation_scale=1, output_type="pt")
+        return flat.double().reshape(grid, grid, -1)
+
+    found = {}
+    for pixels, tokens in ((256, 16), (512, 32)):
+        pooled = positions(tokens, tokens).unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).mean((1, 3))
+        variance = (pooled - pooled.mean((0, 1))).square().mean()
+        for name, base in (("rescaled", tokens), ("restarted", tokens // 2)):
+            off = positions(tokens // 2, base) - pooled
+            found[f"{pixels} px, {name}"] = float((off - off.mean((0, 1))).square().mean() / variance)
+    return found
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "alignment": alignment,
     "step": step_against_plain,
     "empty branch": empty_branch,
     "loader": loader,
     "memory": memory,
+    "merge rounding": merge_rounding,
+    "DiT positions": dit_positions,
 }
 
 

@@ -66,6 +66,11 @@ def check_autoencoder(folder: str | Path) -> None:
     _weights(Path(folder))
 
 
+def same_autoencoder(teacher: Path, student: Path) -> bool:
+    """Whether both sides of a cache are one autoencoder, whose latents are stored once; the folders may be absent."""
+    return teacher.resolve() == student.resolve()
+
+
 def autoencoder_identity(folder: str | Path, digest: Callable[[Path], str] = sha256) -> dict[str, Any]:
     """What decides its latents: part of a cache's config_hash."""
     files = _weights(Path(folder))

@@ -1,8 +1,11 @@
 """The cache: latents of both autoencoders and conditioning in safetensors shards, with checksums and a config_hash.
 
-index.json   format, config_hash, latent spaces, ragged text, captions, samples, shards (file, sha256, bytes, count)
+index.json   format, config_hash, latent spaces, ragged text, captions, samples (each with its caption's number, or with
+             `captions`, numbers and weights, where it has several), shards (file, sha256, bytes, count),
+             text_tokens (length that captions are embedded at in training, where none are stored)
 shards/      latent-HxW-00000.safetensors: teacher, student (n,C,h,w) raw latents of samples of one bucket; where the
-             family conditions on samples, teacher.NAME and student.NAME (n,...), too
+             family conditions on samples, teacher.NAME and student.NAME (n,...), too. Where both sides have the same
+             autoencoder, those of the teacher alone
              text-00000.safetensors: one tensor (n,...) per conditioning name; caption 0 is the empty prompt. Of ragged
              text NAME has the tokens of all captions one after the other (m,D), NAME.lengths (n,) how many each has
 """
@@ -20,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dcgen.fields import Check, check_fields, items, mapping, shown, text, whole
+from dcgen.fields import Check, check_fields, items, mapping, optional, shown, text, whole
 from dcgen.latent import LatentSpace
 from train.conditioning import LENGTHS, Cond, pad
 from train.files import read_json, sha256, write_json, write_tensors
@@ -28,7 +31,7 @@ from train.files import read_json, sha256, write_json, write_tensors
 FORMAT = 2
 READ = (1, 2)  # 1: without ragged text; its config_hash is called fingerprint
 INDEX = "index.json"
-SIDES = ("teacher", "student")
+TEACHER, STUDENT = SIDES = ("teacher", "student")
 HASH, OLD_HASH = "config_hash", "fingerprint"
 IMAGES = "images"
 
@@ -45,6 +48,7 @@ INDEX_FIELDS: dict[str, Check] = {
     "spaces": mapping,
     "ragged": mapping,
     "captions": items(text(1 << 20), 1, 1 << 31),
+    "text_tokens": optional(whole(1, 1 << 20)),
     "samples": items(mapping, 0, 1 << 31),
     "shards": items(mapping, 0, 1 << 24),
 }
@@ -99,10 +103,12 @@ class CacheWriter:
         samples: Sequence[dict[str, Any]],
         shards: Sequence[dict[str, Any]],
         ragged: Mapping[str, str],
+        text_tokens: int | None = None,
     ) -> None:
         """Write index.json: after this the cache is complete.
 
-        parts: what the config_hash was made of; ragged: text field -> its mask, see train.conditioning.
+        parts: what the config_hash was made of; ragged: text field -> its mask, see train.conditioning; text_tokens:
+        length of text that is embedded in training (that of stored text is in `parts`).
         """
         index = {
             "format": FORMAT,
@@ -113,6 +119,7 @@ class CacheWriter:
             "captions": list(captions),
             "samples": list(samples),
             "shards": list(shards),
+            **({} if text_tokens is None else {"text_tokens": text_tokens}),
         }
         write_json(self.folder / INDEX, index)
 
@@ -131,7 +138,7 @@ class Cache:
         if index["format"] == 1:
             index = {HASH: index.get(OLD_HASH), "ragged": {}, **index}
         try:
-            check_fields(index, INDEX_FIELDS, needed=tuple(INDEX_FIELDS))
+            check_fields(index, INDEX_FIELDS, needed=tuple(set(INDEX_FIELDS) - {"text_tokens"}))
             for name, mask in index["ragged"].items():
                 text(100)(f"ragged.{name}", mask)
             for record in index["shards"]:
@@ -142,6 +149,7 @@ class Cache:
                 if not (
                     0 <= sample["row"] < counts[sample["shard"]]
                     and 0 <= sample["caption"] < len(index["captions"])
+                    and all(0 <= n < len(index["captions"]) and w > 0 for n, w in sample.get("captions", ()))
                     and height * width > 0
                 ):
                     raise ValueError(f"sample {shown(sample)} has no such place")
@@ -151,6 +159,7 @@ class Cache:
         self.config_hash: str = index[HASH]
         self.ragged: dict[str, str] = index["ragged"]
         self.made_of: dict[str, Any] = index["made_of"]
+        self._online_tokens: int | None = index.get("text_tokens")
         self.captions: list[str] = index["captions"]
         self.samples: list[dict[str, Any]] = index["samples"]
         self.shards: dict[str, dict[str, Any]] = {record["file"]: record for record in index["shards"]}
@@ -170,9 +179,9 @@ class Cache:
 
     @property
     def text_tokens(self) -> int | None:
-        """Length that captions were embedded at; None = what the release says."""
+        """Length that captions were embedded at, or are to be in training; None = what the release says."""
         settings = self.made_of["text"]
-        return settings["tokens"] if isinstance(settings, dict) else None
+        return settings["tokens"] if isinstance(settings, dict) else self._online_tokens
 
     def buckets(self) -> list[list[int]]:
         """Sample numbers by image size."""
@@ -183,7 +192,7 @@ class Cache:
 
     def latents(self, indices: Sequence[int], side: str) -> Tensor:
         """(B,C,h,w) float32 model-space latents of samples of one bucket; side "teacher" or "student"."""
-        rows = [self._row(self.samples[i]["shard"], side, self.samples[i]["row"]) for i in indices]
+        rows = [self._latent(self.samples[i]["shard"], side)[self.samples[i]["row"]] for i in indices]
         return self.spaces[side].normalize(torch.stack(rows).float())
 
     def text(self, captions: Sequence[int]) -> Cond:
@@ -202,7 +211,7 @@ class Cache:
     def of_samples(self, indices: Sequence[int], side: str) -> Cond:
         """Conditioning (B,...) that belongs to samples, as the model on that side takes it; {} where there is none."""
         places = [(self.samples[index]["shard"], self.samples[index]["row"]) for index in indices]
-        prefix = f"{side}."
+        prefix = f"{self._stored_side(places[0][0], side)}."
         names = [name for name in self._tensors(places[0][0]) if name.startswith(prefix)]
         cond = {name: torch.stack([self._row(file, name, row) for file, row in places]) for name in names}
         return {name.removeprefix(prefix): _floats(value) for name, value in cond.items()}
@@ -211,9 +220,32 @@ class Cache:
         """Which caption each sample has."""
         return [self.samples[index]["caption"] for index in indices]
 
+    def drawn_captions(self, indices: Sequence[int], shares: Tensor) -> list[int]:
+        """The caption that each sample takes: of several one by their weights, at a share (B,) in 0..1 of their sum."""
+        return [self._drawn(self.samples[index], float(share)) for index, share in zip(indices, shares, strict=True)]
+
+    @staticmethod
+    def _drawn(sample: dict[str, Any], share: float) -> int:
+        left = share * sum(weight for _, weight in sample.get("captions", ()))
+        for number, weight in sample.get("captions", ()):
+            left -= weight
+            if left < 0:
+                return int(number)
+        return int(sample["caption"])
+
     def describe(self, indices: Sequence[int]) -> list[str]:
         """Names of samples, for messages."""
         return [self.samples[index]["name"] for index in indices]
+
+    def _latent(self, file: str, side: str) -> Tensor:
+        """(n,C,h,w): the raw latents of one side in a shard."""
+        return self._tensors(file)[self._stored_side(file, side)]
+
+    def _stored_side(self, file: str, side: str) -> str:
+        """Under which side a shard has a side's latents: the teacher's where both are by one autoencoder."""
+        if side in self._tensors(file) or self.spaces[side] != self.spaces[TEACHER]:
+            return side
+        return TEACHER
 
     def _row(self, file: str, name: str, row: int) -> Tensor:
         return self._tensors(file)[name][row]

@@ -26,6 +26,17 @@ BOMS = (  # the longer first: UTF-32's begins with UTF-16's
 Encoding = Literal["utf-8", "cp1250", "cp1251", "cp1252", "latin-1", "shift_jis", "euc_kr", "big5", "gb18030"]
 
 
+class Weighted(str):
+    """A caption that is one of several of an image, taken with a probability in proportion to its weight."""
+
+    weight: float = 1.0
+
+
+def weight_of(caption: str) -> float:
+    """The weight of a caption: 1 unless its file says another."""
+    return caption.weight if isinstance(caption, Weighted) else 1.0
+
+
 def encoding_of(data: bytes, default: str = "utf-8") -> str:
     """The encoding that a byte-order mark at the beginning of `data` names, else `default`."""
     return next((name for mark, name in BOMS if data.startswith(mark)), default)
@@ -58,13 +69,13 @@ def captions_of(value: Any) -> list[str]:
     """The captions that a value of JSON or of a table stands for: none, one, or alternatives.
 
     null stands for none, a text for itself without spaces around it (an empty one is the empty caption), a whole number
-    for a class, a list of texts for alternatives. Anything else, half a character, a NUL, and more than
-    MAX_CHARACTERS are a ValueError.
+    for a class, a list for alternatives, each a text or {"text": ..., "weight": ...}. Anything else, half a character,
+    a NUL, and more than MAX_CHARACTERS are a ValueError.
     """
     if value is None:
         return []
     if isinstance(value, list):
-        return [_checked(str(item) if _is_number(item) else item) for item in value]
+        return [_alternative(str(item) if _is_number(item) else item) for item in value]
     return [_checked(str(value) if _is_number(value) else value)]
 
 
@@ -109,6 +120,19 @@ def read_lines(path: Path) -> list[str]:
     with sample(printable(str(path))), open(path, "rb") as file:
         lines = text_of(read_bounded(file, MAX_LINES_BYTES)).replace("\r", "\n").split("\n")
         return [_checked(line) for line in lines if line.strip()]
+
+
+def _alternative(item: Any) -> str:
+    if not isinstance(item, dict):
+        return _checked(item)
+    weight = item.get("weight", 1.0)
+    if set(item) - {"text", "weight"} or "text" not in item:
+        raise ValueError(f'a caption of several is {shown(item)}, expected a text or {{"text": ..., "weight": ...}}')
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e9:
+        raise ValueError(f"the weight of a caption is {shown(weight)}, expected a number above 0")
+    caption = Weighted(_checked(item["text"]))
+    caption.weight = float(weight)
+    return caption
 
 
 def _is_number(value: Any) -> bool:

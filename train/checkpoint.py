@@ -22,6 +22,7 @@ from dcgen.files import sync_folder
 from train.distributed import Ranks, barrier, fill, whole
 from train.files import read_json, write_folder, write_json, write_tensors
 from train.inputs import Record, changes, check_record, without_places
+from train.optimizer import empty_slot, stored_moments, targets
 
 FORMAT = 1
 RECORD_FIELDS: dict[str, fields.Check] = {
@@ -45,7 +46,7 @@ class TrainState:
     """What must survive a kill: named parameters, their optimizer and their moving average."""
 
     parameters: dict[str, torch.nn.Parameter]
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     ema: dict[str, Tensor] | None
 
 
@@ -70,8 +71,7 @@ def save(
         slot = state.optimizer.state.get(parameter)
         if slot:
             steps[name] = int(slot["step"].item())
-            moments[f"{name}.exp_avg"] = whole(slot["exp_avg"])
-            moments[f"{name}.exp_avg_sq"] = whole(slot["exp_avg_sq"])
+            moments |= stored_moments(name, slot)
     tensors = {"weights": full_weights(state.parameters), "optimizer": moments}
     if state.ema is not None:
         tensors["ema"] = full_weights(state.ema)
@@ -172,14 +172,13 @@ def _load(
         print(f"{path}: made by a version that did not record what it read; not compared", file=sys.stderr, flush=True)
     parameters = {name: parameter.data for name, parameter in state.parameters.items()}
     _read(path / "weights.safetensors", parameters)
-    moments = {}
+    moments: dict[str, Tensor] = {}
     for name, parameter in state.parameters.items():
         if name not in record["adam_steps"]:
             continue
-        step = torch.tensor(float(record["adam_steps"][name]), dtype=torch.float32, device=parameter.device)
-        slot = {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        slot = empty_slot(state.optimizer, parameter, float(record["adam_steps"][name]))
         state.optimizer.state[parameter] = slot
-        moments[f"{name}.exp_avg"], moments[f"{name}.exp_avg_sq"] = slot["exp_avg"], slot["exp_avg_sq"]
+        moments |= targets(name, slot)
     _read(path / "optimizer.safetensors", moments)
     if state.ema is not None:
         _read(path / "ema.safetensors", state.ema)

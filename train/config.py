@@ -15,9 +15,11 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
 )
 from pydantic.fields import FieldInfo
 
@@ -69,6 +71,12 @@ class Optimizer(Strict):
     decay: Literal["constant", "cosine"] = Field("constant", description="after warm-up; the paper states none")
     final_lr: float = Field(0.0, ge=0, le=1, description="fraction of lr reached at the end of a cosine decay")
     clip: float | None = Field(None, gt=0, description="gradient norm limit; None measures without clipping")
+    state: Literal["32bit", "8bit"] = Field("32bit", description="of the moments; 8bit is torchao's, on one rank")
+
+    @model_serializer(mode="wrap")
+    def _without_new_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """`state` is newer than runs which exist: at its default it is no part of their settings."""
+        return {name: value for name, value in serialize(self).items() if (name, value) != ("state", "32bit")}
 
 
 class StageConfig(Strict):
@@ -85,16 +93,22 @@ class StageConfig(Strict):
     keep_checkpoints: int = Field(2, ge=1)
     log_every: int = Field(10, ge=1, description="steps between rows in log.csv and TensorBoard")
     preview_every: int = Field(0, ge=0, description="steps between previews; 0 = none")
+    validation_every: int = Field(500, ge=1, description="steps between measurements on what is held out")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights and of activations")
     shard: int = Field(0, ge=0, description="ranks that share one copy (FSDP2); 0 = all of them, 1 = replicate (DDP)")
 
     later_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that are newer than runs which exist: at their default they are no part of settings()."""
+    """Fields that are newer than runs which exist: at their default they are no part of settings(). A subclass names
+    its own; those of the classes that it inherits from stay."""
 
     def settings(self, without: Iterable[str] = ()) -> dict[str, Any]:
         """The fields as JSON, for the records and digests of what a result was made with."""
         fields = type(self).model_fields
-        unchanged = {name for name in self.later_fields if getattr(self, name) == fields[name].default}
+        later = {
+            "validation_every",
+            *(name for cls in type(self).__mro__ for name in vars(cls).get("later_fields", ())),
+        }
+        unchanged = {name for name in later if getattr(self, name) == fields[name].default}
         return self.model_dump(mode="json", exclude={*without, *unchanged})
 
     @field_validator("*")
@@ -113,6 +127,7 @@ FREE_FIELDS = {
     "checkpoint_every",
     "keep_checkpoints",
     "log_every",
+    "validation_every",
     "preview_every",
     "preview_prompts",
     "preview_guidance",
@@ -122,6 +137,10 @@ FREE_FIELDS = {
     "shard",
     "accumulate",
     "architecture",
+    "compile",
+    "compile_backend",
+    "offload_blocks",
+    "offload_activations",
 }
 
 
@@ -135,6 +154,7 @@ class Recipe(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ranks: int = Field(1, ge=1, description="processes --dry-run plans for; the run takes what torchrun gives")
     memory_gb: float | None = Field(None, gt=0, description="of one rank's device; --dry-run refuses what needs more")
+    wandb: Name | Literal[""] = Field("", description="project of Weights & Biases to log to; empty = none")
     defaults: dict[str, Any] = {}
     stages: dict[Name, Any] = Field(description="stage name -> its config, a subclass of StageConfig")
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -83,6 +83,17 @@ def sample_flops(
     """
     branch = work.forward * (2 if checkpointing else 1) + work.backward(full)
     return branch + uncond * (branch if uncond_grad else work.forward)
+
+
+def lora_step_flops(
+    family: Family, model: nn.Module, config: Mapping[str, Any], tokens: tuple[int, int], rank: int
+) -> float:
+    """FLOPs of one image of (image, text) tokens in a step that trains LoRA alone, nothing recomputed: those of MFU.
+
+    model: the network without LoRA, which may be on the meta device.
+    """
+    work = forward_work(family, model, config, tokens, rank)
+    return work.forward + replace(work, ends=0.0).backward(full=False)
 
 
 def gpu_hours(flops: float, card: Card, mfu: float = MFU) -> float:

@@ -73,9 +73,13 @@ def ddpm_terms(
     cond: Cond,
     empty: Cond,
     dropout: float,
+    step: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(the model's output, the noise it should name, the noised latents, their steps (B,), dropped rows (B,))."""
-    step = batch.integers("step", STEPS)
+    """(the model's output, the noise it should name, the noised latents, their steps (B,), dropped rows (B,)).
+
+    step: (B,) whole steps instead of drawn ones.
+    """
+    step = batch.integers("step", STEPS) if step is None else step
     noise = batch.normal("noise", latents.shape[1:])
     cond, dropped = drop_captions(batch, cond, empty, dropout)
     level = _at(alphas_cumprod(), step)

@@ -17,15 +17,9 @@ from train.files import digest_json, read_json
 from train.inputs import Digests, Record, changes, check_record, identity, missing, without_places
 from train.stages.base import Context, Stage, stage_of
 
-WATCH_FIELDS = {
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-    "preview_every",
-    "preview_base",
-    "shard",
-    "architecture",
-}
+WATCH_FIELDS = {"checkpoint_every", "keep_checkpoints", "log_every", "preview_every", "preview_base", "shard"}
+WATCH_FIELDS |= {"architecture", "compile", "compile_backend", "offload_blocks", "offload_activations"}
+WATCH_FIELDS |= {"validation_every"}
 DONE_FIELDS: dict[str, Check] = {"config_hash": text(100), "settings": mapping, "numbers": mapping}
 NEW_FIELDS: dict[str, Check] = {"run": text(100)}  # that runs of before lack
 # What a finished stage may be given anew without being trained anew.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from dcgen.folder import VAE
 from dcgen.release import open_model
 from train.autoencoders import Autoencoder, load_autoencoder
 from train.conditioning import Cond, of_samples, trim
-from train.models import load_network, moved_network, read_base
-from train.sample import euler, seeded_noise
+from train.models import load_network, moved_network, products_in, read_base
+from train.sample import EULER, SOLVERS, seeded_noise
 from train.text import load_text
 
 
@@ -83,28 +84,33 @@ class Pipeline:
         return trim(self.encode(prompts), self.family.ragged)
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, scale: Tensor | None) -> Tensor:
-        """The network's velocity in model space."""
-        return self.family.velocity(self.model, x, sigma, cond, scale)
+        """The network's velocity (B,C,h,w) in model space, float32, computed as in training."""
+        with products_in(self.dtype, self.device):
+            return self.family.velocity(self.model, x, sigma, cond, scale).float()
 
     @torch.no_grad()
     def latents(
         self, prompts: Sequence[str], seeds: Sequence[int], height: int, width: int, *, steps: int, guidance: float,
-        cfg_w: float = 0.0,
+        cfg_w: float = 0.0, solver: str = EULER,
     ) -> Tensor:  # fmt: skip
-        """Model-space latents (B,C,h,w). guidance: g = 1 + w of the embedding; cfg_w > 0: true CFG (Eq. 4) on top."""
+        """Model-space latents (B,C,h,w). guidance: g = 1 + w of the embedding; cfg_w > 0: true CFG (Eq. 4) on top.
+
+        solver: a key of train.sample.SOLVERS.
+        """
         space = self.autoencoder.space
         shape = (space.channels, *space.latent_size(height, width))
         sigmas = self.schedule.sigmas(steps, tokens=self.tokens(height, width), channels=shape[0])
         noise = seeded_noise(seeds, shape).to(self.device)
         scale = guidance if self.distilled else None
         empty = self.text([""]) if cfg_w > 0 else None
-        return euler(self.velocity, noise, sigmas, self.text(prompts), scale=scale, empty=empty, w=cfg_w)
+        return SOLVERS[solver](self.velocity, noise, sigmas, self.text(prompts), scale=scale, empty=empty, w=cfg_w)
 
     @torch.no_grad()
     def images(
         self, prompts: Sequence[str], seeds: Sequence[int], height: int, width: int, *, steps: int, guidance: float,
-        cfg_w: float = 0.0,
+        cfg_w: float = 0.0, solver: str = EULER,
     ) -> Tensor:  # fmt: skip
         """(B,3,H,W) in -1..1; one prompt and one seed per image; the rest as for latents()."""
-        latents = self.latents(prompts, seeds, height, width, steps=steps, guidance=guidance, cfg_w=cfg_w)
+        how: dict[str, Any] = {"steps": steps, "guidance": guidance, "cfg_w": cfg_w, "solver": solver}
+        latents = self.latents(prompts, seeds, height, width, **how)
         return self.autoencoder.decode(self.autoencoder.space.denormalize(latents))

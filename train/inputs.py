@@ -57,14 +57,12 @@ def part_files(folder: Path) -> list[Path]:
     return sorted(f for f in files if f.suffix in PART and f.name[0] != "." and f.is_file())
 
 
-def tree(root: Path, without: Collection[str] = (), suffixes: Collection[str] = ()) -> Read:
-    """Every file below a folder (with one of these suffixes) but hidden ones and the subfolders `without`."""
+def tree(root: Path, without: Collection[str] = ()) -> Read:
+    """Every file below a folder but hidden ones and the subfolders `without`."""
     files = []
     for place, folders, names in os.walk(root):
         folders[:] = [f for f in folders if f[0] != "." and not (Path(place) == root and f in without)]
         files += [Path(place) / name for name in names if name[0] != "."]
-    if suffixes:
-        files = [file for file in files if file.suffix in suffixes]
     return Read(root, tuple(sorted(files)))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from train.config import FREE_FIELDS, StageConfig
 from train.disk import check_space, checkpoint_bytes, folder_bytes
 from train.distributed import Ranks
 from train.log import Log
+from train.optimizer import make_optimizer, set_learning_rate
 from train.stages.base import Stage
+from train.trackers import tracker_of
 
 
 class NonFinite(RuntimeError):
@@ -44,7 +48,7 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
     _check_division(config, ranks)
     module.to(ranks.device)
     distributed.shard_module(module, stage.shard_units(), ranks, config.shard, stage.forward_methods)
-    state = _train_state(stage, module)
+    state = _train_state(stage, module, ranks)
     plan = BatchPlan(stage.buckets(), config.batch, seed)
     settings = {**config.settings(), "seed": seed}
     folder = stage.folder / "checkpoints"
@@ -53,7 +57,7 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
     if ranks.first:
         _check_room(stage, state, folder, start)
     distributed.barrier()
-    log = Log(stage.folder, start, ranks.first)
+    log = Log(stage.folder, start, ranks.first, tracker_of(stage) if ranks.first else None)
     bar = tqdm(
         total=config.steps,
         initial=start,
@@ -70,8 +74,7 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
                 torch.manual_seed(plan.seed + step)
                 stage.before_step(step)
                 rate = _learning_rate(config, step)
-                for group in state.optimizer.param_groups:
-                    group["lr"] = rate * group["scale"]
+                set_learning_rate(state.optimizer, rate)
 
                 batches = plan.micro_batches(
                     step, rank=ranks.rank, world=ranks.world, accumulate=config.accumulate, device=ranks.device
@@ -97,7 +100,10 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
                     bar.set_postfix(loss=f"{row['loss']:.4g}", grad=f"{row['grad_norm']:.3g}", img_s=f"{speed:.3g}")
                     totals, timed, clock = {}, 0, time.perf_counter()
                 if config.preview_every and done % config.preview_every == 0:
-                    log.images(done, stage.preview(done))
+                    with _averaged(state):
+                        log.images(done, stage.preview(done))
+                if stage.validates and (done % config.validation_every == 0 or done == config.steps):
+                    log.validation(done, _validation(stage, state))
                 stopping = distributed.any_true(signals.received is not None, ranks)
                 if stopping or done % config.checkpoint_every == 0 or done == config.steps:
                     log.sync()
@@ -114,7 +120,7 @@ def train_stage(stage: Stage, module: nn.Module, ranks: Ranks, seed: int) -> dic
     return checkpoint.full_weights(state.ema if state.ema is not None else state.parameters)
 
 
-def _train_state(stage: Stage, module: nn.Module) -> TrainState:
+def _train_state(stage: Stage, module: nn.Module, ranks: Ranks) -> TrainState:
     config = stage.config
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not parameters:
@@ -128,8 +134,7 @@ def _train_state(stage: Stage, module: nn.Module) -> TrainState:
     for name, parameter in parameters.items():
         by_scale.setdefault(stage.lr_scale(name), []).append(parameter)
     groups: list[dict[str, Any]] = [{"params": group, "scale": scale} for scale, group in by_scale.items()]
-    o = config.optimizer
-    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
+    optimizer = make_optimizer(groups, config.optimizer, ranks.world)
     ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else None
     return TrainState(parameters, optimizer, ema)
 
@@ -161,6 +166,36 @@ def _update_ema(state: TrainState, config: StageConfig, step: int) -> None:
         decay *= 1.0 - math.exp(-(step + 1) / config.ema_warmup)
     averages = list(state.ema.values())
     torch._foreach_lerp_(averages, [p.data for p in state.parameters.values()], 1.0 - decay)
+
+
+@contextlib.contextmanager
+def _averaged(state: TrainState) -> Iterator[None]:
+    """The moving average's weights in the module, where one is kept; the trained ones are back afterwards, bit for bit.
+
+    Both are exchanged one parameter at a time, so this takes the memory of the largest.
+    """
+    _exchange(state)
+    try:
+        yield
+    finally:
+        _exchange(state)
+
+
+@torch.no_grad()
+def _exchange(state: TrainState) -> None:
+    for name, average in (state.ema or {}).items():
+        held = average.clone()
+        average.copy_(state.parameters[name])
+        state.parameters[name].copy_(held)
+
+
+def _validation(stage: Stage, state: TrainState) -> dict[str, float]:
+    """What is measured with the weights as trained, and as ema_NAME with their average where one is kept."""
+    numbers = stage.validate()
+    if state.ema is not None:
+        with _averaged(state):
+            numbers |= {f"ema_{name}": value for name, value in stage.validate().items()}
+    return numbers
 
 
 def _learning_rate(config: StageConfig, step: int) -> float:

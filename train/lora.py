@@ -24,6 +24,11 @@ def inject_lora(model: nn.Module, family: Family, rank: int, alpha: float, seed:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "cast_input_dtype_enabled"):
+            # products run under autocast: a cast to float32 before it changes no bit and takes memory and time
+            layer.cast_input_dtype_enabled = False
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()

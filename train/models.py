@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,17 @@ def load_network(base: str | Path, dtype: torch.dtype, device: torch.device | st
     folder = part(base, TRANSFORMER)
     model = family.network_class().from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
     return family.prepare(model).to(device).requires_grad_(False)
+
+
+def products_in(dtype: torch.dtype | None, device: torch.device | str) -> contextlib.AbstractContextManager[Any]:
+    """Where a network of such weights is called with float32 inputs: its matrix products are computed in `dtype`.
+
+    None and float32 change nothing. What a family computes around the network (time steps, the path of DDPM) stays
+    float32, which a cast of all inputs would lose.
+    """
+    if dtype is None or dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype)
 
 
 def embedder_only(base: str | Path) -> tuple[Family, nn.Module, Config]:

@@ -16,7 +16,7 @@ from dcgen.schedule import LINEAR, RULES, Schedule, shifted
 from train.batches import Batch, drop_captions, losses_by_caption
 from train.conditioning import Cond, under_empty
 from train.config import Strict, one_of
-from train.ddpm import ddpm_loss
+from train.ddpm import STEPS, ddpm_loss, ddpm_terms
 from train.family import RawOutput
 
 Velocity = Callable[[Tensor, Tensor, Cond, Tensor | None], Tensor]
@@ -29,7 +29,9 @@ class Timesteps(Strict):
     mean: float = Field(0.0, description="of the normal before the sigmoid")
     std: float = Field(1.0, gt=0)
     rule: str = Field(
-        LINEAR, description="none, or a rule of dcgen.schedule: the draw is shifted by it at the NEW token count"
+        LINEAR,
+        description="none, or a rule of dcgen.schedule that shifts the draw at the NEW token count; flux = FLUX.1's "
+        "calculate_shift (released training guide), flux2 = that of released inference at 512 px and 1K",
     )
     shift: float | None = Field(None, gt=0, description="the ratio itself; needed by rule static, overrides the others")
 
@@ -55,6 +57,16 @@ class Timesteps(Strict):
             sigma = batch.uniform("sigma")
         else:
             sigma = torch.sigmoid(self.mean + self.std * batch.normal("sigma", ()))
+        return self._shifted(sigma, tokens, channels)
+
+    def quantiles(self, count: int, tokens: int, channels: int) -> Tensor:
+        """(count,) sigma, rising: the middles of equal shares of what draw() draws."""
+        share = (torch.arange(count) + 0.5) / count
+        if self.distribution == "logit-normal":
+            share = torch.sigmoid(self.mean + self.std * torch.special.ndtri(share))
+        return self._shifted(share, tokens, channels)
+
+    def _shifted(self, sigma: Tensor, tokens: int, channels: int) -> Tensor:
         if self.schedule is None:
             return sigma
         return shifted(sigma, self.schedule.ratio(tokens=tokens, channels=channels))
@@ -113,6 +125,37 @@ def objective_loss(
     return errors.mean(), losses_by_caption(errors, dropped)
 
 
+@torch.no_grad()
+def objective_errors(
+    objective: Objective,
+    velocity: Velocity,
+    batch: Batch,
+    latents: Tensor,
+    text: Cond,
+    empty: Cond,
+    *,
+    tokens: int,
+    distilled: bool,
+    raw: RawOutput | None = None,
+    levels: int,
+    level: int,
+) -> Tensor:
+    """(B,) the loss of each row at one of `levels` fixed noise levels, no caption dropped: for validation.
+
+    Of loss ddpm the error of the noise alone, at fixed steps.
+    """
+    objective = objective.model_copy(update={"caption_dropout": 0.0})
+    if objective.loss == "ddpm" and raw is not None:
+        at = torch.full((len(batch),), int((level + 0.5) / levels * STEPS), device=latents.device)
+        output, noise, *_ = ddpm_terms(raw, batch, latents, text, empty, 0.0, at)
+        return (output[:, : latents.shape[1]] - noise).square().flatten(1).mean(1)
+    sigma = objective.timesteps.quantiles(levels, tokens, latents.shape[1])[level].to(latents).expand(len(batch))
+    corrected, target, _ = objective_terms(
+        objective, velocity, batch, latents, text, empty, tokens=tokens, distilled=distilled, sigma=sigma
+    )
+    return (corrected.float() - target).square().flatten(1).mean(1)
+
+
 def objective_terms(
     objective: Objective,
     velocity: Velocity,
@@ -123,13 +166,16 @@ def objective_terms(
     *,
     tokens: int,
     distilled: bool,
+    sigma: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What Eq. 2 or Eq. 7 compare: (the model's corrected velocity, noise - data (B,C,h,w), dropped rows (B,)).
 
+    sigma: (B,) noise levels instead of drawn ones.
     The correction is linear in what `velocity` gives, so that may as well be (B,D,h,w) features under a linear head.
     """
     noise = batch.normal("noise", latents.shape[1:])
-    sigma = objective.timesteps.draw(batch, tokens, latents.shape[1])
+    if sigma is None:
+        sigma = objective.timesteps.draw(batch, tokens, latents.shape[1])
     text, dropped = drop_captions(batch, text, empty, objective.caption_dropout)
     noised = guidance.interpolate(latents, noise, sigma)
     target = guidance.velocity_target(latents, noise)

@@ -15,6 +15,7 @@ from dcgen.backbones import Backbone
 from dcgen.folder import TRANSFORMER, VAE, autoencoder_space
 from dcgen.latent import LatentSpace
 from dcgen.spaces import SPACES
+from train.autoencoders import same_autoencoder
 from train.config import nearest
 from train.cost import forward_work, hours_line, sample_flops
 from train.disk import checkpoint_bytes, size_text
@@ -27,6 +28,7 @@ from train.stages.base import Context
 # both MLP sides. Counted over a block with a stream for text; within a factor of 1.3 for other blocks.
 ACTIVATIONS = 34
 SLACK = 1.15  # allocator and temporary buffers
+EIGHT_BIT = 2 * (1 + 4 / 256)  # bytes of both moments a value: a byte, and a scale for each block of 256
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Counts:
     lora: int
     blocks: int
     width: int
+    linear: int  # in the linear layers of blocks
 
 
 def count(geo: Geometry, rank: int) -> Counts:
@@ -118,7 +121,9 @@ def count(geo: Geometry, rank: int) -> Counts:
             lora += rank * (weight.shape[0] + weight[0].numel())
     total = sum(p.numel() for p in model.parameters())
     width = model.get_submodule(ends.embedder).weight.shape[0]
-    return Counts(total, trained, lora, len(geo.family.blocks(model)), width)
+    blocks = geo.family.blocks(model)
+    layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
+    return Counts(total, trained, lora, len(blocks), width, sum(layer.weight.numel() for layer in layers))
 
 
 @dataclass(frozen=True)
@@ -136,20 +141,44 @@ class Load:
     checkpointing: bool
     passes: int  # forward passes whose activations are kept (Eq. 7 with both gradients: 2)
     shards: int
+    linear: int = 0  # values in the linear layers of blocks, which train.frozen can store otherwise
+    int8: bool = False
+    offloaded: int = 0  # blocks whose linear layers are in RAM
+    ram_activations: bool = False
+    moments: float = 8  # bytes of AdamW's two, per value
 
     def gigabytes(self) -> dict[str, float]:
         """Memory of one rank in GB by use; an estimate."""
-        state = 4 + 4 + 8 + (4 if self.ema else 0)  # weight, gradient, AdamW's two moments, EMA in float32
-        kept = self.rows * self.tokens * self.width
-        one = ACTIVATIONS * kept * self.passes
-        activations = one * self.blocks
-        if self.checkpointing:
-            activations = one + self.passes * 2 * kept * self.blocks
+        state = 4 + 4 + self.moments + (4 if self.ema else 0)  # weight, gradient, moments, EMA
+        one, between = self._activations()
         return {
-            "frozen weights": self.frozen_bytes * self.weights / self.shards / 1e9,
+            "frozen weights": self._frozen() / 1e9,
             "trained, gradients, AdamW, EMA": state * self.trained / self.shards / 1e9,
-            "activations": SLACK * activations * (self.frozen_bytes / 2) / 1e9,
+            "activations": (one if self.ram_activations else one + between) / 1e9,
         }
+
+    def in_ram(self) -> float:
+        """GB that one rank moves to RAM: frozen weights of blocks, and what recomputation starts from."""
+        weights = self._linear_bytes() * self.offloaded / self.blocks
+        return (weights + (self._activations()[1] if self.ram_activations else 0)) / 1e9
+
+    def _linear_bytes(self) -> float:
+        return (1 if self.int8 else self.frozen_bytes) * self.linear
+
+    def _frozen(self) -> float:
+        """Bytes of frozen weights on the device. What train.frozen stores is not divided among ranks."""
+        other = self.frozen_bytes * (self.weights - self.linear) / self.shards
+        if not (self.int8 or self.offloaded):
+            return other + self._linear_bytes() / self.shards
+        on_the_way = 2 if self.offloaded else 0  # blocks: the one at work and the one that is fetched
+        return other + self._linear_bytes() * min(1.0, (self.blocks - self.offloaded + on_the_way) / self.blocks)
+
+    def _activations(self) -> tuple[float, float]:
+        """Bytes within blocks, and of the inputs of blocks that recomputation starts from."""
+        kept = SLACK * self.rows * self.tokens * self.width * self.passes * (self.frozen_bytes / 2)
+        if not self.checkpointing:
+            return ACTIVATIONS * kept * self.blocks, 0.0
+        return ACTIVATIONS * kept, 2 * kept * self.blocks
 
     def total(self) -> float:
         """GB of one rank."""
@@ -174,7 +203,9 @@ def plan_cache(context: Context, config: Any) -> list[str]:
         return [geo]
     pixels, images = pixels_of(config.data), images_of(context, config.data)
     width = 4 if config.store == "float32" else 2
-    spaces = {geo.source, geo.target}
+    folder = context.resolve(config.teacher) if config.teacher else context.resolve(config.base) / VAE
+    one = same_autoencoder(folder, context.resolve(config.autoencoder))
+    spaces = [geo.source] if one else [geo.source, geo.target]
     values = sum(s.channels * (pixels // s.spatial_factor) ** 2 for s in spaces)
     lines = [f"teacher {_space(geo.source)}, student {_space(geo.target)}, {pixels}x{pixels} px"]
     if images is None:
@@ -226,7 +257,8 @@ def plan_moved(context: Context, config: Any, rank: int, full: bool = False) -> 
         f"trains {words}: {trained:,} of {counts.total:,} parameters",
         f"{recipe.ranks} ranks: {load.total():.1f} GB a rank ("
         + ", ".join(f"{name} {size:.1f}" for name, size in load.gigabytes().items())
-        + f"), {load.rows} samples a micro-batch",
+        + f"), {load.rows} samples a micro-batch"
+        + (f", {load.in_ram():.1f} GB in RAM" if load.in_ram() else ""),
         f"checkpoint {size_text(checkpoint_bytes(trained, config.ema is not None))}, {config.keep_checkpoints} kept",
     ]
     images = images_of(context, cache.data)
@@ -235,6 +267,17 @@ def plan_moved(context: Context, config: Any, rank: int, full: bool = False) -> 
     lines.append(hours_line(stage_flops(geo, config, rank, full, (new, text)), load.total()))
     problem = remedy(load, recipe.memory_gb, changes) if recipe.memory_gb else None
     return lines, [problem] if problem else []
+
+
+def load_of(context: Context, config: Any, rank: int, full: bool = False) -> Load:
+    """What one rank of a head or finetune stage holds; ValueError where its geometry is not known."""
+    cache = context.recipe.stages[config.cache]
+    geo = geometry(context, config.base, cache.autoencoder, config.architecture, config.patch_size)
+    if isinstance(geo, str):
+        raise ValueError(geo)
+    counts, (_, new) = count(geo, rank), geo.tokens(pixels_of(cache.data))
+    trained = counts.total if full else counts.ends + (counts.lora if rank else 0)
+    return _loads(config, context.recipe.ranks, counts, trained, new + (cache.text_tokens or geo.text_tokens))[0]
 
 
 def stage_flops(geo: Geometry, config: Any, rank: int, full: bool, tokens: tuple[int, int]) -> float:
@@ -270,16 +313,25 @@ def _loads(config: Any, ranks: int, counts: Counts, trained: int, tokens: int) -
         "checkpointing": config.gradient_checkpointing,
         "passes": 2 if distilled and config.objective.uncond_grad else 1,
         "shards": shards,
+        "linear": counts.linear,
+        "int8": config.frozen_store == "int8",
+        "offloaded": min(config.offload_blocks, counts.blocks),
+        "ram_activations": config.offload_activations,
+        "moments": EIGHT_BIT if config.optimizer.state == "8bit" else 8,
     }
     changes: list[tuple[str, Load]] = []
     words: list[str] = []
     rows, share = fields["rows"], config.batch // ranks
-    for setting, change in (
+    settings: list[tuple[str, dict[str, Any]]] = [
         ("dtype: bfloat16", {"frozen_bytes": 2}),
         ("gradient_checkpointing: true", {"checkpointing": True}),
         (f"accumulate: {share}", {"rows": 1}),
         ("shard: 0", {"shards": ranks}),
-    ):
+        *([("optimizer.state: 8bit", {"moments": EIGHT_BIT})] if ranks == 1 else []),
+        *([("frozen_store: int8", {"int8": True})] if trained < counts.total else []),
+        *([(f"offload_blocks: {counts.blocks}", {"offloaded": counts.blocks})] if trained < counts.total else []),
+    ]
+    for setting, change in settings:
         if all((fields | {"rows": rows})[key] == value for key, value in change.items()):
             continue
         fields_after = {**(changes[-1][1].__dict__ if changes else fields), **change}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from dcgen.folder import SCHEDULER, TRANSFORMER, VAE
 from dcgen.release import open_model
 from dcgen.schedule import DYNAMIC, LINEAR, SCHEDULE_KEY, Schedule
 from train.files import read_json, write_folder, write_json
+from train.inputs import Read, tree
+
+BESIDE = (".json", ".md", ".txt", "")  # endings of the texts of a release outside of its folders; "" is LICENSE
 
 
 def write_release(out: Path, merged: Path, base: Path, autoencoder: Path, adapter: Adapter) -> Path:
@@ -27,6 +31,21 @@ def write_release(out: Path, merged: Path, base: Path, autoencoder: Path, adapte
         shutil.rmtree(parts)
 
 
+def release_files(base: Path, without: Collection[str] = ()) -> Read:
+    """The files of a release: what model_index.json names, itself, and texts beside it (licence, model card).
+
+    A download may hold more, such as FLUX.1's 24 GB again as one file and pictures; those are no part of a release.
+    without: folders to leave out. Nothing where there is no model_index.json.
+    """
+    index = base / "model_index.json"
+    if not index.is_file():
+        return Read(base, ())
+    named = [name for name, value in read_json(index).items() if isinstance(value, list) and name not in without]
+    files = [file for name in named if (base / name).is_dir() for file in tree(base / name).files]
+    beside = [f for f in base.iterdir() if f.suffix in BESIDE and f.name[0] != "." and f.is_file()]
+    return Read(base, tuple(sorted([*files, *beside])))
+
+
 def check_parts(base: Path) -> None:
     """An error that names the file of a base which release_parts would miss."""
     read_json(base / "model_index.json")
@@ -35,13 +54,10 @@ def check_parts(base: Path) -> None:
 
 def release_parts(folder: Path, base: Path, autoencoder: Path, name: str, schedule: Schedule) -> None:
     """Fill `folder` with everything of a release but the network; `name` is the autoencoder's."""
-    for item in base.iterdir():
-        if item.name not in (TRANSFORMER, VAE) and not item.name.startswith("."):
-            target = folder / item.name
-            if item.is_dir():
-                shutil.copytree(item, target)
-            else:
-                shutil.copy2(item, target)
+    for file in release_files(base, without=(TRANSFORMER, VAE)).files:
+        target = folder / file.relative_to(base)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, target)
     shutil.copytree(autoencoder, folder / VAE)
     config = read_json(autoencoder / "config.json")
     # the folder is called vae from now on, so the name must be in the file

@@ -33,8 +33,10 @@ from train.files import mark, remove_marked, write_json
 from train.inputs import STORE
 from train.lock import InUse, locked, sweep, sweep_files
 from train.loop import NonFinite, Stopped, train_stage
+from train.optimizer import check_optimizers
 from train.report import write_report
 from train.stages.base import Stage
+from train.trackers import check_trackers
 
 FULL_DISK = "; what was finished before is intact: free disk space and run the same command"
 ROOM = "free disk space, or name an output= on a larger disk"
@@ -91,6 +93,8 @@ def run_recipe(
     command: arguments of the interpreter that started this, for the report.
     """
     names = chosen(recipe, only)
+    check_trackers(recipe)
+    check_optimizers(recipe)
     ranks = distributed.start(recipe.device)
     with locked(recipe.folder) if ranks.first else contextlib.nullcontext():
         if ranks.first:

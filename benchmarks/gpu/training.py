@@ -5,13 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.report import Job, Row
+from train.cost import lora_step_flops
 from train.families import ARCHITECTURES
 from train.lora import inject_lora
 
@@ -58,23 +58,12 @@ def step(device: Device, compiled: bool) -> Iterator[Row]:
 
     call()
     ms, gib = device.milliseconds(call), device.peak_gib(call)
-    flops = operations(config, model, batch, side**2 + text)
+    with torch.device("meta"):
+        bare = flux.network_class().from_config(config)
+    flops = int(batch * lora_step_flops(flux, bare, config, (side**2, text), rank))
     finite = all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
     how = "compiled by block" if compiled else "eager"
     yield Row(
         PART, f"FLUX {double}+{single} blocks, LoRA r={rank}, {how}", ok=finite, ms=ms, gib=gib,
         roof=device.roof(flops, ms), note=f"{batch * side**2 / ms * 1000:.0f} image tokens/s; roof is the MFU",
     )  # fmt: skip
-
-
-def operations(config: dict[str, Any], model: torch.nn.Module, batch: int, tokens: int) -> int:
-    """Model operations of a step: forward, and the gradient of the activations (frozen weights need no other)."""
-    linear = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and _counts(name))
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    attention = 2 * sum(BLOCKS) * tokens * width
-    return int(4 * batch * tokens * (linear + attention))
-
-
-def _counts(name: str) -> bool:
-    """Whether a weight multiplies every token: not the modulation's, and LoRA is left out of model operations."""
-    return "blocks." in name and "lora" not in name and "norm" not in name

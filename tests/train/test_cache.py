@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import diffusers
@@ -11,8 +12,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from train.batches import Batch
 from train.cache import Cache, CacheError
+from train.config import parse_recipe
 from train.data import FolderData, open_source
+from train.disk import size_text
+from train.distributed import Ranks
+from train.run import dry_run, make_stage, run_recipe
+
+CPU = Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -176,3 +184,103 @@ def test_the_index_of_a_stranger_is_checked(debug_run, tmp_path, change, words):
     path.write_text(json.dumps(index))
     with pytest.raises(CacheError, match=rf"index\.json is not the index of a cache .*{words}"):
         Cache(tmp_path / "cache")
+
+
+def _stages(base, autoencoder, pictures, **cache):
+    """A recipe of a cache and a fine-tuning on it."""
+    data = {"type": "folder", "path": str(pictures), "pixels": 64, "multiple": 16}
+    both = {"base": str(base), "autoencoder": str(autoencoder)}
+    finetune = {**both, "start": "", "steps": 1, "batch": 2, "rank": 2, "alpha": 2}
+    return {"cache": {**both, "data": data, "batch": 4, **cache}, "finetune": finetune}
+
+
+def test_text_that_is_embedded_in_training_has_the_length_of_the_recipe(debug_run, tmp_path):
+    tiny = debug_run / "tiny"
+    shapes = {}
+    for name, tokens in (("short", 7), ("release's own", None)):
+        stages = _stages(tiny / "release", tiny / "dc-ae", tiny / "pictures", text="online", text_tokens=tokens)
+        recipe = parse_recipe({"name": "x", "output": str(tmp_path / name), "stages": stages})
+        run_recipe(recipe, only="cache")
+        assert Cache(tmp_path / name / "cache").text_tokens == tokens
+        stage = make_stage(recipe, "finetune", CPU)
+        stage.setup()
+        batch = Batch(0, 0, (0, 1), (0, 1), CPU.device)
+        shapes[name] = stage.samples(batch)[1]["prompt_embeds"].shape[1], stage.empty["prompt_embeds"].shape[1]
+    assert shapes == {"short": (7, 7), "release's own": (16, 16)}
+
+
+def test_another_length_of_text_in_training_encodes_no_image_again(debug_run, tmp_path):
+    tiny = debug_run / "tiny"
+    stages = _stages(tiny / "release", tiny / "dc-ae", tiny / "pictures", text="online", text_tokens=7)
+    run_recipe(parse_recipe({"name": "x", "output": str(tmp_path), "stages": stages}), only="cache")
+    shard = next((tmp_path / "cache" / "shards").glob("*.safetensors"))
+    before = shard.stat().st_mtime_ns
+    (tmp_path / "cache" / "done.json").unlink()
+    stages["cache"]["text_tokens"] = 9
+    run_recipe(parse_recipe({"name": "x", "output": str(tmp_path), "stages": stages}), only="cache")
+    assert Cache(tmp_path / "cache").text_tokens == 9
+    assert shard.stat().st_mtime_ns == before
+
+
+def test_latents_of_one_autoencoder_are_stored_once_and_take_the_bytes_of_the_plan(debug_run, tmp_path, capsys):
+    """flux-1k and flux-4k keep their base's latent."""
+    release, pictures = debug_run / "export" / "release", debug_run / "tiny" / "pictures"
+    sizes, planned = {}, {}
+    for name, autoencoder in (("one", release / "vae"), ("two", shutil.copytree(release / "vae", tmp_path / "ae"))):
+        stages = _stages(release, autoencoder, pictures, text="online", text_tokens=7)
+        recipe = parse_recipe({"name": "x", "output": str(tmp_path / name), "stages": stages})
+        run_recipe(recipe, only="cache")
+        cache = Cache(tmp_path / name / "cache")
+        capsys.readouterr()
+        dry_run(recipe, only="cache")
+        planned[name] = re.search(r"12 images; latents (.*)", capsys.readouterr().out)[1]
+        tensors = [load_file(cache.folder / file) for file in cache.shards]
+        sizes[name] = size_text(sum(t.nbytes for shard in tensors for t in shard.values()))
+        assert torch.equal(cache.latents([3, 1], "student"), cache.latents([3, 1], "teacher"))
+    assert sizes == planned == {"one": "3.07 kB", "two": "6.14 kB"}
+
+
+@pytest.mark.parametrize("text", ["cache", "online"])
+def test_each_step_takes_one_of_several_captions_by_weight(debug_run, tmp_path, text):
+    tiny, pictures = debug_run / "tiny", tmp_path / "pictures"
+    shutil.copytree(tiny / "pictures", pictures)
+    several = ["a red square", {"text": "a dark square on the left", "weight": 3}]
+    for number in range(4):
+        (pictures / f"{number:03d}.txt").unlink()
+        (pictures / f"{number:03d}.json").write_text(json.dumps({"caption": several}))
+    stages = _stages(tiny / "release", tiny / "dc-ae", pictures, text=text, text_tokens=8)
+    stages["cache"]["data"]["captions"] = "all"
+    recipe = parse_recipe({"name": "x", "output": str(tmp_path / "run"), "stages": stages})
+    run_recipe(recipe, only="cache")
+    stage = make_stage(recipe, "finetune", CPU)
+    stage.setup()
+    cache = stage.cache
+    index = next(i for i, sample in enumerate(cache.samples) if sample["name"].startswith("000"))
+    alone = next(i for i, sample in enumerate(cache.samples) if sample["name"].startswith("007"))
+    drawn = []
+    for step in range(400):
+        batch = Batch(0, step, (0, 1), (index, alone), CPU.device)
+        numbers = cache.drawn_captions(batch.indices, batch.uniform("caption"))
+        drawn.append(cache.captions[numbers[0]])
+        assert cache.captions[numbers[1]] == (pictures / "007.txt").read_text()
+    assert set(drawn) == {"a red square", "a dark square on the left"}
+    assert drawn.count("a dark square on the left") / 400 == pytest.approx(0.75, abs=0.07)
+    first = drawn.index("a dark square on the left")
+    batch = Batch(0, first, (0,), (index,), CPU.device)
+    found = stage.samples(batch)[1]["prompt_embeds"]
+    encode = stage.family.text_encoder(tiny / "release", "cpu", torch.float32, 8)
+    wanted = encode(["a dark square on the left"])["prompt_embeds"]
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)  # stored in bfloat16
+    assert (found - encode(["a red square"])["prompt_embeds"]).abs().max() > 0.1
+
+
+def test_weights_of_captions_are_part_of_the_cache(debug_run, tmp_path):
+    pictures = shutil.copytree(debug_run / "tiny" / "pictures", tmp_path / "pictures")
+    (pictures / "000.txt").unlink()
+    digests = set()
+    for weight in (1, 2):
+        (pictures / "000.json").write_text(json.dumps({"caption": ["a", {"text": "b", "weight": weight}]}))
+        config = FolderData(type="folder", path="", pixels=64, multiple=16, captions="all")
+        digests.add(json.dumps(open_source(config, pictures).identity()["captions"]))
+    assert len(digests) == 2
+    assert "captions" not in FolderData(type="folder", path="").model_dump()

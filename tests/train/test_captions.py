@@ -194,3 +194,23 @@ def test_names_can_be_shown_and_stored(name):
     assert len(shown) <= 300
     if name.isprintable() and len(name) <= 300:
         assert shown == name
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ([{"text": " a ", "weight": 3}, "b"], [("a", 3.0), ("b", 1.0)]),
+        ([{"text": ""}], [("", 1.0)]),
+    ],
+)
+def test_alternatives_have_weights(value, found):
+    assert [(str(text), captions.weight_of(text)) for text in captions.captions_of(value)] == found
+
+
+@pytest.mark.parametrize(
+    "item", [{"text": "a", "weight": 0}, {"text": "a", "weight": "3"}, {"text": "a", "weight": True}, {"weight": 1},
+             {"text": "a", "score": 1}, {"text": 5}, {"text": "a", "weight": float("nan")}],
+)  # fmt: skip
+def test_alternatives_that_are_none_are_refused(item):
+    with pytest.raises(ValueError, match="caption"):
+        captions.captions_of(["x", item])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import diffusers
@@ -18,6 +19,7 @@ from train.config import load_recipe, parse_recipe
 from train.distributed import Ranks
 from train.families import FAMILIES
 from train.generate import Pipeline
+from train.inputs import tree
 from train.run import make_stage, run_recipe
 
 CPU = Ranks(0, 1, torch.device("cpu"))
@@ -213,3 +215,25 @@ def test_batches_of_training_are_those_of_the_plan(debug_run):
     again, _ = stage.loss(batch)
     assert loss.item() == again.item()
     assert set(metrics) == {"loss_cond", "loss_uncond"}
+
+
+def test_what_lies_beside_a_release_is_neither_copied_nor_read(debug_run, tmp_path):
+    """FLUX.1-Krea-dev comes with its 24 GB a second time as one file, and with pictures."""
+    tiny = debug_run / "tiny"
+    base = shutil.copytree(tiny / "release", tmp_path / "base")
+    for name in ("flux1-krea-dev.safetensors", "teaser.jpg", ".cache/huggingface/x.lock", "extra/weights.safetensors"):
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_bytes(bytes(1 << 20))
+    (base / "LICENSE.md").write_text("a licence")
+    overrides = [f"output={tmp_path / 'run'}", f"base={base}", f"autoencoder={tiny / 'dc-ae'}"]
+    recipe = load_recipe("debug", [*overrides, f"export.adapter={debug_run / 'finetune'}"])
+    stage = make_stage(recipe, "export", CPU)
+    planned = stage.result_bytes(0)
+    run_recipe(recipe, only="export")
+    written = {file.relative_to(stage.folder / "release").as_posix() for file in tree(stage.folder / "release").files}
+    own = {file.relative_to(base).as_posix() for file in tree(base).files}
+    assert own - written == {"flux1-krea-dev.safetensors", "teaser.jpg", "extra/weights.safetensors"}
+    assert written - own == set()
+    assert planned == pytest.approx(tree(stage.folder).size, rel=0.02)
+    read = {path.relative_to(base).as_posix() for path in stage.reads()["base"].files}
+    assert read == {name for name in own & written if not name.startswith("vae/")}

@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from train import checkpoint
@@ -265,3 +266,31 @@ def test_random_numbers_differ_by_step_slot_and_purpose():
 def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
     with pytest.raises(ValueError, match="batch=4 is not a multiple"):
         train(make(tmp_path, accumulate=3))
+
+
+class Shown(Line):
+    """Keeps the weights that previews are drawn with."""
+
+    def preview(self, step):
+        self.shown = {**getattr(self, "shown", {}), step: self.net.weight.detach().clone()}
+        return {}
+
+
+def test_previews_are_drawn_with_the_average_and_change_nothing(tmp_path):
+    weights = {}
+    for name, every in (("with", 3), ("without", 0)):
+        stage = make(tmp_path / name, steps=9, ema=0.8, preview_every=every, checkpoint_every=3, keep_checkpoints=9)
+        stage.__class__ = Shown
+        train(stage)
+        folder = tmp_path / name / "line" / "checkpoints"
+        weights[name] = {
+            (step, file): load_file(folder / f"step-{step:08d}" / f"{file}.safetensors")["weight"]
+            for step in (3, 6, 9)
+            for file in ("weights", "ema")
+        }
+        if every:
+            assert list(stage.shown) == [3, 6, 9]
+            for step, shown in stage.shown.items():
+                assert torch.equal(shown, weights[name][step, "ema"])
+                assert not torch.equal(shown, weights[name][step, "weights"])
+    assert all(torch.equal(value, weights["without"][key]) for key, value in weights["with"].items())

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from train.batches import Batch
+from train.config import load_recipe
 from train.objective import Objective, Timesteps, objective_loss
 
 CHANNELS, SIDE, TOKENS = 3, 2, 4
@@ -194,3 +195,17 @@ def test_eq7_is_under_determined_without_dropout():
 
     assert losses(5.0, 0.0)[0] == pytest.approx(losses(0.0, 0.0)[0], rel=1e-4)
     assert losses(5.0, 0.3)[1] > losses(0.0, 0.3)[1] + 10
+
+
+@pytest.mark.parametrize(("tokens", "flux", "flux2"), [(256, 1.65, 1.41), (1024, 1.88, 2.83)])
+def test_the_shifts_of_the_released_training_guide_and_of_released_inference(tokens, flux, flux2):
+    """FLUX at 512 px and 1K on f32c32; calculate_shift by diffusers."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    found = {rule: Timesteps(rule=rule).schedule.ratio(tokens=tokens, channels=32) for rule in ("flux", "flux2")}
+    assert found["flux"] == pytest.approx(math.exp(calculate_shift(tokens)))
+    assert found == {"flux": pytest.approx(flux, abs=0.005), "flux2": pytest.approx(flux2, abs=0.005)}
+    for name in ("flux-512", "flux-1k"):
+        objective = load_recipe(name).stages["finetune"].objective
+        assert objective.timesteps.rule == "flux2"
+        load_recipe(name, ["finetune.objective.timesteps.rule=flux"])

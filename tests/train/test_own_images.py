@@ -58,7 +58,7 @@ def test_the_files_named_for_comfyui_are_those_that_a_run_writes(name, own, debu
         (folder / f"{number}.txt").write_text(f"picture {number}")
     small = ["cache.data.pixels=64", "cache.data.multiple=16", "cache.batch=4", "cache.text_tokens=8"]
     steps = [f"{stage}.{field}" for stage in ("head", "finetune") for field in ("steps=2", "batch=4", "accumulate=2")]
-    small += [*steps, "preview_every=1", "preview_steps=1", "dtype=float32", "finetune.rank=2", "finetune.alpha=2"]
+    small += [*steps, "preview_every=1", "preview_steps=1", "finetune.rank=2", "finetune.alpha=2"]
     places = [f"base={narrow / 'tiny' / 'release'}", f"autoencoder={narrow / 'tiny' / 'dc-ae'}"]
     recipe = load_recipe(f"{name}.yaml", [*small, *places])
     run_recipe(recipe)

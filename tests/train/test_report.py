@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import re
 import shutil
+import weakref
 from html.parser import HTMLParser
 
 import pytest
@@ -14,9 +15,11 @@ import torch
 
 from train.config import load_recipe
 from train.distributed import Ranks
+from train.families import FAMILIES
 from train.report import main, write_report
 from train.run import main as train_main
-from train.run import make_stage
+from train.run import make_stage, run_recipe
+from train.stages import gap
 from train.stages.gap import relative_gap
 
 CPU = Ranks(0, 1, torch.device("cpu"))
@@ -39,11 +42,43 @@ def test_a_model_has_no_gap_to_itself(debug_run):
     from train.models import load_network
 
     model = load_network(stage.base, torch.float32, "cpu").eval()
-    first = stage._representations(model, [0, 1], "teacher", 2)
-    assert [tuple(t.shape) for t in first] == [(2, 8, 8, 32), (2, 8, 8, 32)]
-    again = stage._representations(model, [0, 1], "teacher", 2)
+    text = stage._text([0, 1])
+    first = stage._representations(model, [0, 1], "teacher", 2, text)
+    assert [tuple(t.shape) for t in first] == [(2, 4, 4, 32), (2, 4, 4, 32)]
+    again = stage._representations(model, [0, 1], "teacher", 2, text)
     assert [relative_gap(a, b) for a, b in zip(first, again, strict=True)] == [0.0, 0.0]
     assert relative_gap(*first) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gap_with_text_embedded_on_the_way_holds_one_model_at_a_time(debug_run, dtype, tmp_path, monkeypatch):
+    tiny, alive = debug_run / "tiny", []
+
+    def counted(make):
+        def made(*arguments, **names):
+            assert not [model for model in alive if model() is not None]
+            result = make(*arguments, **names)
+            alive.append(weakref.ref(result[0] if isinstance(result, tuple) else result))
+            return result
+
+        return made
+
+    for place in (gap, FAMILIES["flux"]):
+        for name in ("load_network", "moved_network", "text_encoder"):
+            if hasattr(place, name):
+                monkeypatch.setattr(place, name, counted(getattr(place, name)))
+    places = [f"output={tmp_path}", f"base={tiny}/release", f"autoencoder={tiny}/dc-ae"]
+    places += [f"cache.data.path={tiny}/pictures", "cache.text=online", f"gap.dtype={dtype}"]
+    places += [f"gap.models={{aligned embedder: {debug_run}/align, head: {debug_run}/head}}"]
+    recipe = load_recipe("debug", places)
+    recipe.stages.pop("tiny")
+    run_recipe(recipe, only="cache")
+    numbers = run_recipe(recipe, only="gap")["gap"]
+    assert len(alive) == 4
+    stored = json.loads((debug_run / "gap" / "done.json").read_text())["numbers"]
+    exactly = 1e-4 if dtype == "float32" else 0.05
+    for name, value in numbers.items():
+        assert value == pytest.approx(stored[name], rel=exactly)
 
 
 def test_alignment_narrows_the_gap_in_every_block(debug_run):

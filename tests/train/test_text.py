@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from train.families import FAMILIES
 from train.text_parts import check_text, text_identity
 
 FLUX = FAMILIES["flux"]
+TOY_SANA = Path(__file__).parents[2] / "toy" / "sana-base"
 
 
 @pytest.fixture
@@ -82,3 +84,31 @@ def test_files_of_a_mac_are_not_part_of_the_identity(release):
     before = text_identity(release, FLUX.text_parts)
     (release / "text_encoder" / "._model.safetensors").write_bytes(b"Mac OS X")
     assert text_identity(release, FLUX.text_parts) == before
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_sana_encodes_captions_of_a_batch_in_one_pass_as_one_by_one(dtype, rounding, monkeypatch):
+    """A toy Gemma of 4 layers; captions of several lengths, longer than the text too, and empty ones among them."""
+    sana = FAMILIES["sana"]
+    encode = sana.text_encoder(TOY_SANA, "cpu", dtype, tokens=24)
+    captions = ["", "dog face on a white background", "robot", "", "a rocket " * 40, "bus on a red background"]
+    passes = []
+    forward = encode.pipeline.text_encoder.forward
+
+    def counted(ids, **names):
+        passes.append(len(ids))
+        return forward(ids, **names)
+
+    monkeypatch.setattr(encode.pipeline.text_encoder, "forward", counted)
+    one_by_one = [encode([caption]) for caption in captions]
+    assert passes == [1] * 6
+    passes.clear()
+    found = encode(captions)
+    assert sorted(passes) == [2, 4]
+    expected = torch.cat([row["prompt_embeds"] for row in one_by_one])
+    assert torch.equal(found["mask"], torch.cat([row["mask"] for row in one_by_one]))
+    assert found["mask"].sum(1).int().tolist()[0] < 3
+    error = (found["prompt_embeds"] - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    assert error.max() < rounding, error
+    assert (expected[1] - expected[5]).norm() > 0.1 * expected[1].norm()  # captions differ, so a wrong order would show
+    assert torch.equal(encode(["", ""])["prompt_embeds"][0], encode(["", ""])["prompt_embeds"][1])

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -98,16 +99,18 @@ class Flux(Family):
             raise ValueError("this FLUX has a guidance embedding: pass guidance (B,), the scale g = 1 + w")
         p = patch_size(self._packed_channels(model), latents.shape[1], "This FLUX")
         rows, columns = latents.shape[2] // p, latents.shape[3] // p
-        tokens = model(
-            hidden_states=pack(latents, p),
-            timestep=sigma,  # diffusers multiplies by 1000 inside
-            guidance=guidance if takes_guidance else None,
-            pooled_projections=cond["pooled"],
-            encoder_hidden_states=cond["prompt_embeds"],
-            txt_ids=torch.zeros(cond["prompt_embeds"].shape[1], 3, device=latents.device),
-            img_ids=position_ids(rows, columns, latents.device),
-            return_dict=False,
-        )[0]
+        times = (sigma, guidance) if takes_guidance and guidance is not None else (sigma,)
+        with _exact_times(child(model, "time_text_embed"), times):
+            tokens = model(
+                hidden_states=pack(latents, p),
+                timestep=sigma,  # diffusers multiplies by 1000 inside
+                guidance=guidance if takes_guidance else None,
+                pooled_projections=cond["pooled"],
+                encoder_hidden_states=cond["prompt_embeds"],
+                txt_ids=torch.zeros(cond["prompt_embeds"].shape[1], 3, device=latents.device),
+                img_ids=position_ids(rows, columns, latents.device),
+                return_dict=False,
+            )[0]
         return unpack(tokens, rows, columns, p)
 
     def attention_flops(self, config: Mapping[str, Any], image: int, text: int) -> float:
@@ -176,6 +179,21 @@ class FluxText:
     def _ids(self, tokenizer: Any, captions: Sequence[str], length: int) -> Tensor:
         batch = tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return batch.input_ids.to(self.device)
+
+
+@contextlib.contextmanager
+def _exact_times(embedder: nn.Module, times: Sequence[Tensor]) -> Iterator[None]:
+    """Give the embedder 1000 * each of the times (B,) in float32 for the calls inside.
+
+    diffusers casts them to the type of the hidden states first: bfloat16 moves sigma 0.985 to 0.984 and then 984.4 to
+    984, up to 4 periods of the fastest sine. ComfyUI, where the model is to run, embeds float32.
+    """
+    exact = tuple(1000 * time.float() for time in times)
+    handle = embedder.register_forward_pre_hook(lambda _, inputs: (*exact, inputs[-1]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def pack(latents: Tensor, p: int) -> Tensor:

@@ -166,17 +166,24 @@ class SanaText:
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Cond:
-        """prompt_embeds (B,T,D) and mask (B,T), float32."""
-        rows = [self._encode(caption) for caption in captions]
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        """prompt_embeds (B,T,D) and mask (B,T), float32: one forward pass, and another for empty captions."""
+        with_text = torch.tensor([bool(caption) for caption in captions])
+        encoded = [
+            self._encode([caption for caption in captions if bool(caption) == kind], self.instruction if kind else None)
+            for kind in (True, False)
+            if (with_text == kind).any()
+        ]
+        # where each caption is in what was encoded: those with text first, both kinds in their order
+        order = torch.argsort((~with_text).int(), stable=True).argsort().to(self.device)
+        return {name: torch.cat([part[name] for part in encoded])[order] for name in encoded[0]}
 
-    def _encode(self, caption: str) -> Cond:
+    def _encode(self, captions: list[str], instruction: list[str] | None) -> Cond:
         embeds, mask, _, _ = self.pipeline.encode_prompt(
-            caption,
+            captions,
             do_classifier_free_guidance=False,
             device=self.device,
             max_sequence_length=self.tokens,
-            complex_human_instruction=self.instruction if caption else None,
+            complex_human_instruction=instruction,
         )
         return {"prompt_embeds": embeds.float(), "mask": mask.float()}
 

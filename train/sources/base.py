@@ -16,6 +16,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from train import captions, images
+from train.captions import Encoding
 from train.config import Strict
 from train.files import digest_json
 from train.samples import SHOWN, SampleError, Skipped, Stamp, first_names, sample
@@ -39,6 +40,10 @@ class Source(ABC):
 
     @abstractmethod
     def caption(self, index: int) -> str: ...
+
+    def captions(self, index: int) -> list[str]:
+        """All captions that training may take for a sample, their weights by train.captions.weight_of."""
+        return [self.caption(index)]
 
     @abstractmethod
     def size(self, index: int) -> tuple[int, int]:
@@ -65,12 +70,15 @@ class Files(Strict):
     unreadable: Literal["stop", "skip"] = Field(
         "stop", description="samples whose image or caption is damaged; skip decodes every image once to find them"
     )
-    text_encoding: captions.Encoding = Field("utf-8", description="of caption files without a byte-order mark")
+    text_encoding: Encoding = Field("utf-8", description="of caption files without a byte-order mark")
+    captions: Literal["first", "all"] = Field(
+        "first", description="of an image with several: the first, or in each step one of all by their weights"
+    )
 
     @model_serializer(mode="wrap")
     def _without_new_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Fields that are newer than runs which exist are no part of their settings at their default."""
-        new = {"unreadable": "stop", "text_encoding": "utf-8"}
+        new = {"unreadable": "stop", "text_encoding": "utf-8", "captions": "first"}
         return {name: value for name, value in serialize(self).items() if new.get(name, ...) != value}
 
 
@@ -97,7 +105,7 @@ class Entry:
 
     name: str
     where: str
-    caption: str
+    captions: tuple[str, ...]  # that training may take: the first alone, or all
     size: tuple[int, int]
     place: Any
     stamp: Stamp
@@ -159,11 +167,12 @@ class FileSource(Source):
             size = images.image_size(file)
             if self.config.unreadable == "skip":
                 images.decode(file)
-        if len(alternatives) > 1:
+        if self.config.captions == "first" and len(alternatives) > 1:
             self.skipped.add("samples with several captions, of which the first is used", found.name)
-        if not alternatives[0]:
+        used = tuple(alternatives if self.config.captions == "all" else alternatives[:1])
+        if not all(used):
             self.skipped.add("samples whose caption is empty, which are used", found.name)
-        self.entries.append(Entry(found.name, found.where, alternatives[0], size, found.place, found.stamp))
+        self.entries.append(Entry(found.name, found.where, used, size, found.place, found.stamp))
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -172,7 +181,10 @@ class FileSource(Source):
         return self.entries[index].name
 
     def caption(self, index: int) -> str:
-        return self.entries[index].caption
+        return self.entries[index].captions[0]
+
+    def captions(self, index: int) -> list[str]:
+        return list(self.entries[index].captions)
 
     def size(self, index: int) -> tuple[int, int]:
         return nearest_bucket(self.entries[index].size, self.buckets)
@@ -186,13 +198,17 @@ class FileSource(Source):
     def identity(self) -> dict[str, Any]:
         """Beside names, captions and sizes, `files` changes with the size or time of change of any image's file."""
         stamps = digest_json([entry.stamp for entry in self.entries])
-        return {**super().identity(), "files": stamps, "preprocessing": PREPROCESSING}
+        parts = {**super().identity(), "files": stamps, "preprocessing": PREPROCESSING}
+        if self.config.captions == "all":
+            weighted = [[[text, captions.weight_of(text)] for text in entry.captions] for entry in self.entries]
+            parts["captions"] = digest_json(weighted)
+        return parts
 
     def content_digest(self) -> str:
         """SHA-256 of the bytes of all images, with their names and captions. Reads everything."""
         digest = hashlib.sha256()
         for entry in self.entries:
-            digest.update(digest_json([entry.name, entry.caption]).encode())
+            digest.update(digest_json([entry.name, *entry.captions]).encode())
             with sample(entry.where), self.open(entry.place) as file:
                 content = hashlib.sha256()
                 while block := file.read(1 << 20):

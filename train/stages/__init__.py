@@ -18,4 +18,5 @@ STAGES: dict[str, str] = {
     "labels": "train.stages.labels:LabelsStage",
     "pretrain": "train.stages.pretrain:PretrainStage",
     "distill": "train.stages.distill:DistillStage",
+    "few-steps": "train.stages.few_steps:FewStepsStage",
 }

@@ -135,6 +135,15 @@ class Stage:
         """Names of samples for an error message."""
         return [str(index) for index in indices]
 
+    @property
+    def validates(self) -> bool:
+        """Whether validate() has something to measure."""
+        return False
+
+    def validate(self) -> dict[str, float]:
+        """The loss on what is held out from training, by name; each rank computes its share, all get the result."""
+        return {}
+
     def preview(self, step: int) -> dict[str, Tensor]:
         """Images (3,H,W) in 0..1 to save every `preview_every` steps, by name."""
         return {}

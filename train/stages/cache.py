@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from dcgen.folder import TRANSFORMER, VAE, autoencoder_space
 from train import distributed
-from train.autoencoders import autoencoder_identity, load_autoencoder
+from train.autoencoders import autoencoder_identity, load_autoencoder, same_autoencoder
 from train.cache import CacheWriter
+from train.captions import weight_of
 from train.conditioning import Cond, of_samples, pack
 from train.config import StageConfig
 from train.data import DataConfig, data_files, open_source
@@ -95,7 +96,8 @@ class CacheStage(Stage):
         self.dtype = getattr(torch, self.config.dtype)
 
     def finish(self, weights: dict[str, Tensor]) -> dict[str, object]:
-        captions = ["", *sorted({self.source.caption(i) for i in range(len(self.source))} - {""})]
+        every = {str(text) for i in range(len(self.source)) for text in self.source.captions(i)}
+        captions = ["", *sorted(every - {""})]
         jobs = [*self._latent_jobs(), *self._text_jobs(captions)]
         encoders: dict[str, Any] = {}
         mine = jobs[self.context.rank :: self.context.world]
@@ -128,7 +130,7 @@ class CacheStage(Stage):
         """Latents of both sides, and what belongs to a sample beside them, as train.cache names it."""
         if "teacher" not in encoders:
             encoders["teacher"] = load_autoencoder(self.teacher, self.device, self.dtype)
-            if self.student != self.teacher:  # the toy's base is trained on one latent only
+            if not same_autoencoder(self.teacher, self.student):  # a base that keeps its latent is trained on one only
                 encoders["student"] = load_autoencoder(self.student, self.device, self.dtype)
         sides = [side for side in ("teacher", "student") if side in encoders]
         parts: list[Cond] = []
@@ -139,10 +141,7 @@ class CacheStage(Stage):
                 parts[-1][side] = encoders[side].encode(images)
                 own = self._of_samples(images, encoders[side])
                 parts[-1] |= {f"{side}.{name}": value for name, value in own.items()}
-        stored = {name: self._finite(value, numbers) for name, value in self._stored(parts).items()}
-        if "student" not in sides:
-            stored |= {name.replace("teacher", "student", 1): value.clone() for name, value in stored.items()}
-        return stored
+        return {name: self._finite(value, numbers) for name, value in self._stored(parts).items()}
 
     def _of_samples(self, images: Tensor, autoencoder: Any) -> Cond:
         own, fields = self.family.sample_conditioning(images, autoencoder), of_samples(self.family.fields)
@@ -186,9 +185,12 @@ class CacheStage(Stage):
             for row, index in enumerate(numbers if kind == "latent" else ()):
                 caption = place[self.source.caption(index)]
                 sample = {"name": self.source.name(index), "size": self.source.size(index), "caption": caption}
+                if len(several := self.source.captions(index)) > 1:
+                    sample["captions"] = [[place[text], weight_of(text)] for text in several]
                 samples.append({**sample, "shard": record["file"], "row": row})
         spaces = {"teacher": autoencoder_space(self.teacher), "student": autoencoder_space(self.student)}
-        self.writer.finish(self.parts, spaces, captions, samples, shards, self.family.ragged)
+        tokens = self.config.text_tokens if self.config.text == "online" else None
+        self.writer.finish(self.parts, spaces, captions, samples, shards, self.family.ragged, tokens)
 
 
 def _split(items: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -17,19 +17,23 @@ from dcgen.backbones import Backbone
 from dcgen.folder import TRANSFORMER
 from dcgen.latent import LatentSpace
 from dcgen.schedule import Schedule
+from train import distributed
 from train.autoencoders import load_autoencoder
 from train.batches import Batch
 from train.cache import Cache, is_online
 from train.conditioning import Cond, trim
 from train.config import StageConfig
+from train.distributed import Ranks
 from train.family import Family, RawOutput, TextEncoder
 from train.inputs import Read
-from train.models import network_files, network_of
-from train.objective import Objective, objective_loss
+from train.models import network_files, network_of, products_in
+from train.objective import Objective, objective_errors, objective_loss
 from train.sample import euler, grid, seeded_noise
 from train.stages.base import CachedStage
 from train.text_parts import text_files
 
+LEVELS = 8  # noise levels of validation
+VALIDATION_SEED = 20_250_929  # of its noise and guidance, apart from any run's
 PLAIN_ATTENTION_TOKENS = 64  # of the image; at 256 with the text's, flash attention is faster again
 
 
@@ -46,10 +50,15 @@ class DenoisingConfig(StageConfig):
     base: str = Field(description="release folder of the base model")
     cache: str = Field("cache", description="cache stage or folder")
     objective: Objective = Objective()
+    validation_samples: int = Field(
+        0, ge=0, description="samples of the cache held out from training, on which the loss is measured; 0 = none"
+    )
     preview_prompts: tuple[str, ...] = ()
     preview_guidance: float = Field(3.5, ge=0, description="g of preview images; by true CFG without an embedding")
     preview_steps: int = Field(20, ge=1)
     preview_seed: int = 0
+
+    later_fields: ClassVar[tuple[str, ...]] = ("validation_samples",)
 
 
 class DenoisingStage(CachedStage):
@@ -87,6 +96,11 @@ class DenoisingStage(CachedStage):
         raise NotImplementedError
 
     @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass computes blocks again."""
+        return False
+
+    @property
     def text_dtype(self) -> torch.dtype:
         """The type that text encoders run in."""
         return torch.float32
@@ -105,7 +119,7 @@ class DenoisingStage(CachedStage):
 
     def velocity_of(self, model: nn.Module, x: Tensor, sigma: Tensor, cond: Cond, scale: Tensor | None) -> Tensor:
         """Velocity (B,C,h,w) of a network of the family, float32."""
-        with self._autocast(), self._attention(x):
+        with products_in(self.autocast_dtype, self.device), self._attention(x):
             return self.family.velocity(model, x, sigma, cond, scale).float()
 
     @property
@@ -114,7 +128,7 @@ class DenoisingStage(CachedStage):
         return self._raw_output if self.family.denoises else None
 
     def _raw_output(self, x: Tensor, step: Tensor, cond: Cond) -> Tensor:
-        with self._autocast(), self._attention(x):
+        with products_in(self.autocast_dtype, self.device), self._attention(x):
             return self.family.raw_output(self.model, x, step, cond)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float | Tensor]]:
@@ -124,10 +138,63 @@ class DenoisingStage(CachedStage):
             tokens=self.tokens(latents), distilled=self.distilled, raw=self.raw,
         )  # fmt: skip
 
+    # ---- validation
+
+    def buckets(self) -> Sequence[Sequence[int]]:
+        """What trains: the cache without what is held out."""
+        held = set(self.held_out())
+        return [[number for number in bucket if number not in held] for bucket in self.cache.buckets()]
+
+    def held_out(self) -> list[int]:
+        """Numbers of the samples that do not train, evenly spread over the cache; ValueError for more than half."""
+        count, samples = self.config.validation_samples, len(self.cache)
+        if 2 * count > samples:
+            raise ValueError(f"validation_samples: {count} is more than half of the {samples} samples; hold out fewer")
+        return [number * samples // count for number in range(count)]
+
+    @property
+    def validates(self) -> bool:
+        return self.config.validation_samples > 0
+
+    def validate(self) -> dict[str, float]:
+        """The loss at LEVELS fixed noise levels, quantiles of those that training draws, and their mean.
+
+        Noise, guidance and captions are those of the sample and the level, the same at every step; nothing is dropped.
+        """
+        training = self.model.training
+        self.model.eval()
+        sums = torch.zeros(LEVELS, dtype=torch.float64)
+        total = 0.0
+        held, world = set(self.held_out()), self.context.world
+        rows = max(1, self.config.batch // (world * self.config.accumulate))
+        for bucket in self.cache.buckets():
+            kept = [number for number in bucket if number in held]
+            for start in range(0, len(kept), rows * world):
+                part = kept[start : start + rows * world][self.context.rank :: world]
+                # every rank makes the same forward calls; what pads a part does not count
+                weight = torch.tensor([1.0] * len(part) or [0.0], dtype=torch.float64)
+                indices = tuple(part or kept[:1])
+                total += float(weight.sum())
+                for level in range(LEVELS):
+                    batch = Batch(VALIDATION_SEED, level, indices, indices, self.device)
+                    sums[level] += (weight * self._errors(batch, level).double().cpu()).sum()
+        self.model.train(training)
+        ranks = Ranks(self.context.rank, world, self.device)
+        *means, total = distributed.mean([*sums.tolist(), total], ranks)
+        by_level = [value / total for value in means]
+        return {"loss": sum(by_level) / LEVELS, **{f"loss_{number}": value for number, value in enumerate(by_level)}}
+
+    def _errors(self, batch: Batch, level: int) -> Tensor:
+        latents, cond = self.samples(batch)
+        return objective_errors(
+            self.config.objective, self.velocity, batch, latents, cond, self.empty,
+            tokens=self.tokens(latents), distilled=self.distilled, raw=self.raw, levels=LEVELS, level=level,
+        )  # fmt: skip
+
     def samples(self, batch: Batch) -> tuple[Tensor, Cond]:
         """Latents (B,C,h,w) of a batch and their conditioning."""
         latents = self.cache.latents(batch.indices, self.side).to(self.device)
-        text = self._text(self.cache.caption_numbers(batch.indices))
+        text = self._text(self.cache.drawn_captions(batch.indices, batch.uniform("caption")))
         return latents, self._to_device(text | self.cache.of_samples(batch.indices, self.side))
 
     def tokens(self, latents: Tensor) -> int:
@@ -182,13 +249,11 @@ class DenoisingStage(CachedStage):
     def _to_device(self, cond: Cond) -> Cond:
         return {name: value.to(self.device) for name, value in cond.items()}
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
-
     def _attention(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
-        """On the CPU, plain attention for short sequences: flash attention in bfloat16 takes 5x longer back."""
-        if self.device.type == "cpu" and self.tokens(x) <= PLAIN_ATTENTION_TOKENS:
+        """On the CPU, plain attention for short sequences: flash attention in bfloat16 takes 5x longer back.
+
+        Not where blocks are computed again in the backward pass, which happens outside of this context.
+        """
+        if self.device.type == "cpu" and self.tokens(x) <= PLAIN_ATTENTION_TOKENS and not self.recomputes:
             return sdpa_kernel(SDPBackend.MATH)
         return contextlib.nullcontext()

@@ -16,9 +16,9 @@ from dcgen.folder import TRANSFORMER, VAE
 from dcgen.release import open_model
 from train.autoencoders import check_autoencoder
 from train.config import Name, StageConfig
-from train.inputs import Read, one_file, one_part, tree
+from train.inputs import Read, one_file, one_part
 from train.models import network_bytes, network_files, read_base
-from train.release import check_parts, write_release
+from train.release import check_parts, release_files, write_release
 from train.stages.base import Stage, complaints
 
 Form = Literal["adapter", "single", "release"]
@@ -81,7 +81,7 @@ class ExportStage(Stage):
         if c.base:
             base = resolve(c.base)
             whole = "release" in c.forms
-            reads["base"] = tree(base, without=(VAE,)) if whole else Read(base, tuple(network_files(base)))
+            reads["base"] = release_files(base, without=(VAE,)) if whole else Read(base, tuple(network_files(base)))
         if "release" in c.forms and c.autoencoder:
             reads["autoencoder"] = one_part(resolve(c.autoencoder))
         if c.original:
@@ -101,7 +101,7 @@ class ExportStage(Stage):
         if "release" in c.forms and c.autoencoder:
             total += (
                 merged
-                + tree(base, without=(TRANSFORMER, VAE)).size
+                + release_files(base, without=(TRANSFORMER, VAE)).size
                 + one_part(self.context.resolve(c.autoencoder)).size
             )
         return total

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from dcgen.folder import TRANSFORMER, VAE
 from train.config import Optimizer
 from train.files import write_folder
-from train.inputs import Read, one_part, tree
+from train.inputs import Read, one_part
 from train.lora import inject_lora, scale_lora
 from train.plan import plan_moved
-from train.release import check_parts, release_parts
+from train.release import check_parts, release_files, release_parts
 from train.stages.base import complaints
 from train.stages.head import MovedConfig, MovedStage
 
@@ -59,6 +59,10 @@ class FinetuneStage(MovedStage):
             problems.append("train: full writes a release and needs `autoencoder`")
         if self.config.train == "full" and not self.context.pending(self.config.base):
             problems += complaints(check_parts, self.context.resolve(self.config.base))
+        if self.config.train == "full" and (self.config.frozen_store == "int8" or self.config.offload_blocks):
+            problems.append("train: full has no frozen weights: leave out frozen_store and offload_blocks")
+        if self.config.alpha_warmup and self.config.compile:
+            problems.append("alpha_warmup changes what is compiled in each step: set compile: false")
         if self.config.alpha_warmup > self.config.steps:
             problems.append(f"alpha_warmup {self.config.alpha_warmup} is longer than the {self.config.steps} steps")
         return problems
@@ -69,7 +73,9 @@ class FinetuneStage(MovedStage):
         reads = super().reads()
         if self.config.train == "full" and self.config.autoencoder:
             reads["autoencoder"] = one_part(self.context.resolve(self.config.autoencoder))
-            reads["rest of the base"] = tree(self.context.resolve(self.config.base), without=(TRANSFORMER, VAE))
+            reads["rest of the base"] = release_files(
+                self.context.resolve(self.config.base), without=(TRANSFORMER, VAE)
+            )
         return reads
 
     def result_bytes(self, trained: int) -> int:
@@ -83,7 +89,7 @@ class FinetuneStage(MovedStage):
         super().prepare()
         if self.config.train == "full":
             self.model.float().requires_grad_(True)
-        self.depth = _depths(self.model, self.family.blocks(self.model))
+        self.depth = depths(self.model, self.family.blocks(self.model))
 
     def before_step(self, step: int) -> None:
         if self.config.alpha_warmup:
@@ -114,7 +120,7 @@ class FinetuneStage(MovedStage):
         network.save_pretrained(folder / TRANSFORMER)
 
 
-def _depths(model: nn.Module, blocks: list[nn.Module]) -> dict[str, int]:
+def depths(model: nn.Module, blocks: list[nn.Module]) -> dict[str, int]:
     """Name prefix of each block -> its place."""
     names = {id(module): name for name, module in model.named_modules()}
     return {f"{names[id(block)]}.": place for place, block in enumerate(blocks)}

@@ -17,10 +17,11 @@ from dcgen.adapter import load_adapter, merge
 from dcgen.folder import TRANSFORMER
 from train.alignment import resample_pair
 from train.cache import INDEX, Cache, is_online
+from train.conditioning import Cond
 from train.config import StageConfig
 from train.files import write_atomically
 from train.inputs import Read, one_file
-from train.models import load_network, load_submodule, moved_network, network_files, network_of
+from train.models import load_network, load_submodule, moved_network, network_files, network_of, products_in
 from train.sample import seeded_noise
 from train.stages.base import Stage
 from train.stages.denoising import text_of
@@ -62,29 +63,36 @@ class GapStage(Stage):
         self.base = self.context.resolve(self.config.base)
         self.cache = Cache(self.context.resolve(self.config.cache))
         self.family, self.base_config = network_of(self.base)
-        self.text_online = None
-        if not self.cache.has_text:
-            tokens = self.cache.text_tokens
-            self.text_online = self.family.text_encoder(self.base, self.device, torch.float32, tokens)
+        self.dtype: torch.dtype = getattr(torch, self.config.dtype)
         bucket = self.cache.buckets()[0]
         picked = [bucket[k * len(bucket) // self.config.samples] for k in range(self.config.samples)]
-        model = load_network(self.base, torch.float32, self.device).eval()
+        side = self.cache.latents(picked[:1], "student").shape[2:]
+        self.grid = (side[0] // self.config.patch_size, side[1] // self.config.patch_size)
+        # one model is in memory at a time: the text encoders, the base, then each moved one
+        text = self._text(picked)
         where = str(self.base / TRANSFORMER)
         p = self.family.backbone.patch_size(self.base_config, self.cache.spaces["teacher"], where)
-        expected = self._representations(model, picked, "teacher", p)
+        expected = self._representations(load_network(self.base, self.dtype, "cpu"), picked, "teacher", p, text)
         gaps = {}
         for name, reference in self.config.models.items():
-            moved = self._moved(reference).to(self.device).eval()
-            kept = self._representations(moved, picked, "student", self.config.patch_size)
+            kept = self._representations(self._moved(reference), picked, "student", self.config.patch_size, text)
             gaps[name] = [relative_gap(old, new) for old, new in zip(expected, kept, strict=True)]
         write_atomically(self.folder / "gap.csv", lambda path: _write_csv(path, gaps))
         write_atomically(self.folder / "gap.png", lambda path: _plot(path, gaps))
         return {f"mean gap, {name}": sum(values) / len(values) for name, values in gaps.items()}
 
+    def _text(self, picked: Sequence[int]) -> list[Cond]:
+        """Conditioning (1,...) of each sample's caption, on the CPU."""
+        online = None
+        if not self.cache.has_text:
+            online = self.family.text_encoder(self.base, self.device, self.dtype, self.cache.text_tokens)
+        rows = [text_of(self.cache, [number], online, self.family) for number in self.cache.caption_numbers(picked)]
+        return [{name: value.cpu() for name, value in row.items()} for row in rows]
+
     def _moved(self, reference: str) -> nn.Module:
         """The base with new ends, and with what a stage wrote in place."""
         channels, p = self.cache.spaces["student"].channels, self.config.patch_size
-        model, config = moved_network(self.base, channels, p, self.context.recipe.seed, torch.float32)
+        model, config = moved_network(self.base, channels, p, self.context.recipe.seed, self.dtype)
         if not reference:
             return model
         folder = self.context.resolve(reference)
@@ -94,22 +102,36 @@ class GapStage(Stage):
         load_submodule(model, self.family.backbone.ends(config).embedder, folder)
         return model
 
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        rows, columns = self.grid
+        return resample_pair(tokens, tokens.new_empty(1, rows, columns, 1), "teacher-down")[0]
+
     @torch.no_grad()
-    def _representations(self, model: nn.Module, picked: Sequence[int], side: str, p: int) -> list[Tensor]:
-        """Image tokens after each block, (B,h,w,D)."""
-        latents = self.cache.latents(picked, side)
-        sigma = torch.full((len(picked),), self.config.sigma)
-        noised = guidance.interpolate(latents, seeded_noise(picked, latents.shape[1:]), sigma).to(self.device)
-        text = text_of(self.cache, self.cache.caption_numbers(picked), self.text_online, self.family)
-        cond = text | self.cache.of_samples(picked, side)
+    def _representations(
+        self, model: nn.Module, picked: Sequence[int], side: str, p: int, text: Sequence[Cond]
+    ) -> list[Tensor]:
+        """Image tokens after each block, pooled to the new model's grid (B,h,w,D), float32 on the CPU.
+
+        One sample at a time goes through the model.
+        """
+        model = model.to(self.device).eval()
+        rows = [self._of_sample(model, number, side, p, cond) for number, cond in zip(picked, text, strict=True)]
+        return [torch.cat(block) for block in zip(*rows, strict=True)]
+
+    def _of_sample(self, model: nn.Module, number: int, side: str, p: int, text: Cond) -> list[Tensor]:
+        """Image tokens of a sample after each block, pooled to the new model's grid (1,h,w,D)."""
+        latents, sigma = self.cache.latents([number], side), torch.full((1,), self.config.sigma)
+        noised = guidance.interpolate(latents, seeded_noise([number], latents.shape[1:]), sigma).to(self.device)
+        cond = text | self.cache.of_samples([number], side)
         cond = {name: value.to(self.device) for name, value in cond.items()}
         grid = (latents.shape[2] // p, latents.shape[3] // p)
         kept: list[Tensor] = []
-        keep = _keep(kept, lambda output: self.family.image_tokens(output, grid))
+        keep = _keep(kept, lambda output: self._pooled(self.family.image_tokens(output, grid).float()).cpu())
         hooks = [block.register_forward_hook(keep) for block in self.family.blocks(model)]
         scale = torch.full_like(sigma, self.config.guidance).to(self.device)
         distilled = self.base_config.get("guidance_embeds")
-        self.family.velocity(model, noised, sigma.to(self.device), cond, scale if distilled else None)
+        with products_in(self.dtype, self.device):
+            self.family.velocity(model, noised, sigma.to(self.device), cond, scale if distilled else None)
         for hook in hooks:
             hook.remove()
         return kept

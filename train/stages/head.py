@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,10 +18,12 @@ from dcgen.schedule import LINEAR, Schedule
 from train.alignment import NormalEquations
 from train.autoencoders import check_autoencoder
 from train.batches import Batch, BatchPlan
+from train.compilation import Backend, compile_blocks
 from train.conditioning import Cond, of_samples
 from train.config import Optimizer, ScheduleField
 from train.ddpm import ddpm_terms
 from train.family import Family
+from train.frozen import fetch_ahead, freeze_linears
 from train.generate import Pipeline
 from train.inputs import Read, one_file
 from train.log import save_png
@@ -54,8 +56,20 @@ class MovedConfig(DenoisingConfig):
         description="also draw the previews once with the base, before the first step; at a quarter of the tokens for "
         "the moved model this takes the time of 4 to 10 of its previews",
     )
+    compile: bool = Field(False, description="torch.compile each block; the first steps take minutes")
+    compile_backend: Backend = Field("inductor", description="aot_eager checks on a CPU what would be compiled")
 
-    later_fields = ("preview_base",)
+    frozen_store: Literal["as dtype", "int8"] = Field(
+        "as dtype", description="linear layers of the frozen blocks; int8 halves bfloat16, rows have a scale each"
+    )
+    offload_blocks: int = Field(
+        0, ge=0, description="blocks, from the last, whose frozen weights stay in RAM (block swap)"
+    )
+    offload_activations: bool = Field(False, description="keep what recomputation starts from in RAM")
+
+    later_fields: ClassVar[tuple[str, ...]] = (
+        "preview_base", "compile", "compile_backend", "frozen_store", "offload_blocks", "offload_activations",
+    )  # fmt: skip
 
 
 class MovedStage(DenoisingStage):
@@ -68,7 +82,7 @@ class MovedStage(DenoisingStage):
 
     def check(self) -> list[str]:
         """What the end and the previews need, too, so that no finished training is lost to a typing error."""
-        problems = []
+        problems = self.check_memory_settings()
         if self.config.autoencoder and not self.context.pending(self.config.autoencoder):
             problems += complaints(check_autoencoder, self.context.resolve(self.config.autoencoder))
         if self.context.pending(self.config.base):
@@ -81,6 +95,25 @@ class MovedStage(DenoisingStage):
             if self.config.preview_every and self.config.preview_prompts and self.config.autoencoder:
                 wrong += complaints(lambda path: check_text(path, family.text_parts), base)
         return problems + wrong
+
+    def check_memory_settings(self) -> list[str]:
+        """Settings of memory that do not go together."""
+        c, problems = self.config, []
+        if c.offload_blocks and c.compile:
+            problems.append(
+                "offload_blocks copies weights while a block runs, which is not compiled: set compile: false"
+            )
+        if c.offload_activations and not c.gradient_checkpointing:
+            problems.append(
+                "offload_activations moves what recomputation starts from: set gradient_checkpointing: true"
+            )
+        return problems
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, scale: Tensor | None) -> Tensor:
+        if not (self.config.offload_activations and torch.is_grad_enabled()):
+            return super().velocity(x, sigma, cond, scale)
+        with torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda"):
+            return super().velocity(x, sigma, cond, scale)
 
     def reads(self) -> dict[str, Read]:
         reads, start = super().reads(), self.config.start
@@ -130,9 +163,15 @@ class MovedStage(DenoisingStage):
         for path in self.ends:
             self.model.get_submodule(path).float()
         self.prepare()
+        blocks = self.family.blocks(self.model)
+        if c.frozen_store == "int8" or c.offload_blocks:
+            freeze_linears(blocks, int8=c.frozen_store == "int8", offloaded=c.offload_blocks)
+            fetch_ahead(blocks, self.device)
         if c.gradient_checkpointing:
             network: Any = self.model
             network.enable_gradient_checkpointing()
+        if c.compile:
+            compile_blocks(blocks, c.compile_backend)
         self.model.train()
         self.prepare_text()
         return self.model
@@ -155,6 +194,10 @@ class MovedStage(DenoisingStage):
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         return None if self.frozen_dtype == torch.float32 else self.frozen_dtype
+
+    @property
+    def recomputes(self) -> bool:
+        return self.config.gradient_checkpointing
 
     @property
     def text_dtype(self) -> torch.dtype:

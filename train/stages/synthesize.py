@@ -7,7 +7,7 @@ import json
 import tarfile
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -23,9 +23,13 @@ from train.config import RecipeError, StageConfig
 from train.data import bucket_sizes
 from train.files import digest_json, read_json, write_atomically, write_json
 from train.generate import Pipeline
-from train.inputs import PART, Digests, Read, changes, check_record, tree
+from train.inputs import Digests, Read, changes, check_record
 from train.models import read_base
+from train.release import release_files
+from train.sample import solver_of
 from train.stages.base import Stage, complaints
+
+AS_BASE = "as base"  # value of `solver`
 
 
 class SynthesizeStage(Stage):
@@ -45,8 +49,13 @@ class SynthesizeStage(Stage):
         guidance: float = Field(
             3.5, ge=0, description="g of the guidance embedding, or of true CFG where there is none"
         )
+        solver: Literal["euler", "dpm-solver++", "as base"] = Field(
+            "euler", description="as base: the one of the release's scheduler_config.json"
+        )
         batch: int = Field(4, ge=1)
         shard_size: int = Field(256, ge=1, description="images in a tar")
+
+        later_fields = ("solver",)
 
     config: Config
 
@@ -54,6 +63,8 @@ class SynthesizeStage(Stage):
         problems = []
         if not self.context.pending(self.config.base):
             problems += complaints(read_base, self.context.resolve(self.config.base))
+            if self.config.solver == AS_BASE:
+                problems += complaints(solver_of, self.context.resolve(self.config.base))
         path = self.context.resolve(self.config.prompts)
         if not self.context.pending(self.config.prompts) and not path.is_file():
             problems.append(f"{path} not found; `prompts` is a text file with one prompt a line")
@@ -62,7 +73,9 @@ class SynthesizeStage(Stage):
     def describe_plan(self) -> list[str]:
         c = self.config
         sizes = ", ".join(f"{h}x{w}" for h, w in bucket_sizes(c.pixels, c.multiple, c.ratios))
-        lines = [f"{c.sampling_steps} steps at g = {c.guidance:g}, {sizes} px, {c.shard_size} images a tar"]
+        lines = [
+            f"{c.sampling_steps} steps ({c.solver}) at g = {c.guidance:g}, {sizes} px, {c.shard_size} images a tar"
+        ]
         path = self.context.resolve(c.prompts)
         if path.is_file() and (count := len(read_lines(path)) * c.per_prompt):
             # PNG of a photograph: about 1.5 bytes a pixel
@@ -73,7 +86,7 @@ class SynthesizeStage(Stage):
     def reads(self) -> dict[str, Read]:
         prompts = self.context.resolve(self.config.prompts)
         return {
-            "base": tree(self.context.resolve(self.config.base), suffixes=PART),
+            "base": release_files(self.context.resolve(self.config.base)),
             "prompts": Read(prompts, (prompts,)),
         }
 
@@ -84,6 +97,7 @@ class SynthesizeStage(Stage):
         if not self.prompts:
             raise ValueError(f"{path} holds no prompt; write one a line")
         self.sizes = bucket_sizes(c.pixels, c.multiple, c.ratios)
+        self.solver = solver_of(self.context.resolve(c.base)) if c.solver == AS_BASE else c.solver
         self.count = len(self.prompts) * c.per_prompt
         digests = Digests(self.context.recipe.folder)
         network = weight_files(self.context.resolve(c.base) / TRANSFORMER)
@@ -149,7 +163,8 @@ class SynthesizeStage(Stage):
         c = self.config
         cfg_w = 0.0 if pipeline.distilled else max(c.guidance - 1, 0.0)
         prompts, seeds = [s["caption"] for s in samples], [s["seed"] for s in samples]
-        images = pipeline.images(prompts, seeds, *size, steps=c.sampling_steps, guidance=c.guidance, cfg_w=cfg_w)
+        how: dict[str, Any] = {"steps": c.sampling_steps, "guidance": c.guidance, "cfg_w": cfg_w, "solver": self.solver}
+        images = pipeline.images(prompts, seeds, *size, **how)
         for index, sample, image in zip(indices, samples, images, strict=True):
             array = ((image + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
             buffer = io.BytesIO()
