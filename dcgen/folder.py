@@ -17,7 +17,7 @@ import torch
 
 from .backbones import BACKBONES, Backbone, Config
 from .dcae import DCAEConfig
-from .fields import Check, check_fields, items, optional, shown, text, whole
+from .fields import Check, check_fields, items, optional, real, shown, text, whole
 from .files import naming, replacing, weight_files
 from .jsons import read_object
 from .latent import LATENT_FIELDS, METADATA_KEY, LatentSpace, one_encoder
@@ -27,7 +27,9 @@ from .tensors import Tensors
 
 TRANSFORMER, VAE = "transformer", "vae"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
+PACKED = "AutoencoderKLFlux2"  # its latents are packed 2x2 and normalised by a batch norm
+VARIATIONAL = ("AutoencoderKL", PACKED)
+AUTOENCODERS = ("AutoencoderDC", *VARIATIONAL)
 # Fields in an AutoencoderKL's config.json.
 KL_FIELDS: dict[str, Check] = {
     "block_out_channels": items(whole(1, 1 << 16), 1, 10),
@@ -35,6 +37,13 @@ KL_FIELDS: dict[str, Check] = {
     "scaling_factor": LATENT_FIELDS["scaling_factor"],
     "shift_factor": optional(LATENT_FIELDS["shift_factor"]),
 }
+PACKED_FIELDS: dict[str, Check] = {
+    **KL_FIELDS,
+    "latent_channels": whole(1, 1024),
+    "patch_size": items(whole(2, 2), 2, 2),
+    "batch_norm_eps": optional(real(0, 1)),
+}
+BATCH_NORM_EPS = 1e-4
 
 
 @dataclass(frozen=True)
@@ -115,9 +124,13 @@ def autoencoder_config(folder: Path) -> dict[str, Any]:
 
 
 def autoencoder_space(folder: str | os.PathLike[str]) -> LatentSpace:
-    """Latent space of an autoencoder folder, from its config.json; preview factors from the metadata of its weights."""
+    """Latent space of an autoencoder folder, from its config.json; preview factors from the metadata of its weights,
+    and from its weights the mean and std of a packed one.
+    """
     folder = Path(folder)
-    return _with_preview(space_of_config(autoencoder_config(folder), folder.resolve().name), folder)
+    config = autoencoder_config(folder)
+    space = _with_preview(space_of_config(config, folder.resolve().name), folder)
+    return space if space.packing == 1 else _with_statistics(space, folder, config)
 
 
 def space_of_config(config: Mapping[str, Any], folder: str = "") -> LatentSpace:
@@ -125,17 +138,23 @@ def space_of_config(config: Mapping[str, Any], folder: str = "") -> LatentSpace:
 
     The name is the one in the config or the folder's, or a published name if the numbers fit only that one.
     """
+    packing = 1
     if config.get("_class_name") == "AutoencoderKL":
         check_fields(config, KL_FIELDS, ("block_out_channels", "latent_channels", "scaling_factor"))
         factor = 2 ** (len(config["block_out_channels"]) - 1)
         numbers = (config["latent_channels"], factor, config["scaling_factor"], config.get("shift_factor") or 0.0)
+    elif config.get("_class_name") == PACKED:
+        check_fields(config, PACKED_FIELDS, ("block_out_channels", "latent_channels"))
+        packing = config.get("patch_size", (2, 2))[0]
+        factor = packing * 2 ** (len(config["block_out_channels"]) - 1)
+        numbers = (config["latent_channels"] * packing**2, factor, 1.0, 0.0)
     else:
         dcae = DCAEConfig.from_diffusers(config)
         if dcae.scaling_factor is None:
             raise ValueError("scaling_factor is missing")
         numbers = (dcae.latent_channels, dcae.spatial_factor, dcae.scaling_factor, 0.0)
     name = Path(config.get("_name_or_path") or folder).name.removesuffix("-diffusers")
-    return _published(LatentSpace("" if name == VAE else name, *numbers))
+    return _published(LatentSpace("" if name == VAE else name, *numbers, packing=packing))
 
 
 def _published(space: LatentSpace) -> LatentSpace:
@@ -153,6 +172,22 @@ def _with_preview(space: LatentSpace, folder: Path) -> LatentSpace:
     if stored is None or stored.channels != space.channels:
         return space
     return replace(space, rgb_factors=stored.rgb_factors, rgb_bias=stored.rgb_bias)
+
+
+def _with_statistics(space: LatentSpace, folder: Path, config: Mapping[str, Any]) -> LatentSpace:
+    """The space with the mean and std of its channels, from the batch norm in the autoencoder's weights, if it has any."""
+    if not weight_files(folder):
+        return space
+    tensors = Tensors.open(folder)
+    names = ("bn.running_mean", "bn.running_var")
+    with naming(folder):
+        for name in names:
+            if name not in tensors.entries or tensors.entries[name].shape != (space.channels,):
+                found = tensors.entries[name].shape if name in tensors.entries else "nothing"
+                raise ValueError(f"{name} of the weights: found {found}, expected {space.channels} values")
+        mean, variance = (tensors.get(name).double() for name in names)
+        std = (variance + config.get("batch_norm_eps", BATCH_NORM_EPS)).sqrt()
+        return replace(space, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
 
 def stored_schedule(release: Path) -> Schedule | None:

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from . import inputs
 from .bridge import samplers
-from .bridge.latent_format import empty_latent
+from .bridge.model_info import empty_latent
 from .bridge.sampling import sample, sigmas_for, start
 from .checks import numbers
 from .model import CATEGORY

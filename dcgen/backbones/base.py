@@ -88,6 +88,8 @@ class Backbone(ABC):
     base_spatial_factor: int | None = None
     """f of the published bases' latents; None if they differ."""
     temporal_patch: int = 1
+    end_bias: bool = True
+    """Whether embedder and head have a bias."""
     fields: ClassVar[Mapping[str, Check]] = FIELDS
     """Allowed values of the config fields that are read."""
     needed_fields: tuple[str, ...]
@@ -138,12 +140,12 @@ class Backbone(ABC):
         return self._end_shapes(ends, base["width"], channels, patch_size, outputs)
 
     def _end_shapes(self, ends: Ends, width: int, channels: int, p: int, outputs: int) -> dict[str, tuple[int, ...]]:
-        return {
+        weights = {
             f"{ends.embedder}.weight": self.embedder_shape(width, channels, p),
-            f"{ends.embedder}.bias": (width,),
             f"{ends.head}.weight": (outputs, width),
-            f"{ends.head}.bias": (outputs,),
         }
+        biases = {f"{ends.embedder}.bias": (width,), f"{ends.head}.bias": (outputs,)}
+        return {**weights, **biases} if self.end_bias else weights
 
     def embedder_shape(self, width: int, channels: int, p: int) -> tuple[int, ...]:
         """Shape of the embedder's weight, by default a convolution over patches."""

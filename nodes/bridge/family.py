@@ -13,6 +13,8 @@ import comfy.sd
 from torch import Tensor, nn
 
 from ...dcgen.backbones import Backbone, Config
+from ...dcgen.latent import LatentSpace
+from ...dcgen.schedule import Schedule
 from .latent_format import ModelInfo
 
 
@@ -66,6 +68,10 @@ class Family(ABC):
 
     def prepare(self, model: comfy.model_base.BaseModel) -> None:  # noqa: B027  most families change nothing
         """Change a model before its weights are loaded."""
+
+    def foreign_schedule(self, space: LatentSpace) -> Schedule | None:
+        """The schedule of a base of this family that another loader made; None = what its sampling object says."""
+        return None
 
     def check_text(self, text: Tensor, cond: Mapping[str, Any], made_by: str | None, config: Config) -> None:
         """ValueError when a conditioning (text (B,T,D) and its dict) is not for this family.

@@ -14,6 +14,7 @@ import folder_paths
 import torch
 
 from ...dcgen.files import naming
+from ...dcgen.folder import VARIATIONAL
 from ...dcgen.jsons import read_object
 from ...dcgen.release import Model, open_model
 from ...dcgen.spaces import SPACES
@@ -95,7 +96,7 @@ def _text_patcher(folder: Path, disable_dynamic: bool = False) -> comfy.model_pa
 
 
 def load_vae(folder: Path, index: dict[str, Any]) -> comfy.sd.VAE:
-    """VAE of a release folder: core's own class for an f8 AutoencoderKL, ours for a DC-AE.
+    """VAE of a release folder: core's own class for an AutoencoderKL, packed or not, ours for a DC-AE.
 
     When model_index.json says that the release has no VAE, it is core's empty VAE, which raises an error when used.
     """
@@ -107,7 +108,7 @@ def load_vae(folder: Path, index: dict[str, Any]) -> comfy.sd.VAE:
         raise ValueError(f"{folder} has no vae/config.json, so it is not a whole release. Download it again.")
     config = read_object(file)
     with reading(folder / "vae"):
-        if config.get("_class_name") == "AutoencoderKL":
+        if config.get("_class_name") in VARIATIONAL:
             return load_kl_vae(folder / "vae", config)
         return make_vae(folder / "vae")
 

@@ -258,11 +258,11 @@ class HeadStage(MovedStage):
                 features, target = self.head_terms(batch)
                 equations.add(features.movedim(1, -1), target.movedim(1, -1))
         equations.reduce()
-        weight, bias = equations.solve()
-        head.weight.zero_()
-        head.bias.zero_()
-        head.weight[: len(weight)].copy_(weight)  # the rest is a learned variance
-        head.bias[: len(bias)].copy_(bias)
+        weight, bias = equations.solve(bias=head.bias is not None)
+        for parameter, values in ((head.weight, weight), (head.bias, bias)):
+            if parameter is not None:
+                parameter.zero_()
+                parameter[: len(values)].copy_(values)  # the rest is a learned variance
         return {"closed_form_loss": equations.loss(weight, bias), "variance": equations.variance()}
 
     def head_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
