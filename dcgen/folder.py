@@ -175,7 +175,7 @@ def _with_preview(space: LatentSpace, folder: Path) -> LatentSpace:
 
 
 def _with_statistics(space: LatentSpace, folder: Path, config: Mapping[str, Any]) -> LatentSpace:
-    """The space with the mean and std of its channels, from the batch norm in the autoencoder's weights, if it has any."""
+    """The space with the mean and std of its channels, from the batch norm in the autoencoder's weights, if any."""
     if not weight_files(folder):
         return space
     tensors = Tensors.open(folder)

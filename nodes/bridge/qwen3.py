@@ -47,9 +47,7 @@ class Reading:
 
 
 @torch.inference_mode(False)
-def load_qwen3(
-    release: Path, index: dict[str, Any], reading: Reading, disable_dynamic: bool = False
-) -> comfy.sd.CLIP:
+def load_qwen3(release: Path, index: dict[str, Any], reading: Reading, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """CLIP from text_encoder/ (Qwen3) + tokenizer/ of a release. Weights keep the dtype of the files.
 
     ValueError names a file that is missing, or not of a Qwen3 with these layers.
@@ -80,7 +78,9 @@ def _config(folder: Path, reading: Reading) -> dict[str, Any]:
         raise ValueError(f"{file} is missing; this release has Qwen3 there. Download it again.")
     config = read_object(file)
     if config.get("model_type") != "qwen3":
-        raise ValueError(f"{file}: model_type is {config.get('model_type')!r}, and this family's text encoder is qwen3.")
+        raise ValueError(
+            f"{file}: model_type is {config.get('model_type')!r}, and this family's text encoder is qwen3."
+        )
     if config["num_hidden_layers"] <= max(reading.layers):
         raise ValueError(
             f"{file}: {config['num_hidden_layers']} layers; this family reads the input of layer {max(reading.layers)}."
@@ -154,7 +154,7 @@ def _model_class(config: dict[str, Any], pad: int, reading: Reading) -> type:
         return SDClipModel(
             device=device,
             dtype=dtype,
-            layer=list(reading.layers),  # type: ignore[arg-type]  core takes a list too
+            layer=list(reading.layers),  # core's own FLUX.2 gives a list
             textmodel_json_config=dict(config),
             special_tokens={"pad": pad},
             layer_norm_hidden_state=False,

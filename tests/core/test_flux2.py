@@ -140,7 +140,7 @@ def test_lora_targets_are_those_of_published_trainers():
     """DiffSynth-Studio's list for klein: attention and MLP of every block."""
     names = [name for name, module in make().named_modules() if isinstance(module, torch.nn.Linear)]
     found = {re.sub(r"\d+", "N", name, count=1) for name in names if family.is_lora_target(name)}
-    parts = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
+    parts = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     assert found == {
         *(f"transformer_blocks.N.attn.{part}" for part in parts),
         *(f"transformer_blocks.N.{ff}.linear_{end}" for ff in ("ff", "ff_context") for end in ("in", "out")),

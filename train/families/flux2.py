@@ -42,7 +42,7 @@ _LATENT = "flux2-f16c128"
 
 
 class Flux2(Family):
-    """FLUX.2. cond: prompt_embeds (B,T,Dt); guidance is g in plain units, for dev only: klein has no embedding for it."""
+    """FLUX.2. cond: prompt_embeds (B,T,Dt); guidance is g in plain units, for dev: klein has no embedding for it."""
 
     backbone = BACKBONES["flux2"]
     # Attention and MLP of every block, as published trainers have them; no modulation.
@@ -111,7 +111,7 @@ class Flux2(Family):
         return Qwen3Text(base, device, dtype, tokens)
 
     def tiny(self, guidance_embeds: bool) -> TinyRelease:
-        """2 x 16-wide heads, one block of each kind, on an f4 VAE packed to f8. klein: distilled or not, no embedding."""
+        """2 x 16-wide heads, one block of each kind, on an f4 VAE packed to f8; no guidance embedding."""
         sizes = {"hidden_size": 12, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
         ends = {"pad_token_id": 0, "eos_token_id": END, "bos_token_id": None}
         qwen = {**sizes, **ends, "head_dim": 8, "num_hidden_layers": max(TEXT_LAYERS) + 1}
@@ -178,7 +178,7 @@ def tokens_of(latents: Tensor, p: int) -> Tensor:
 
 
 def position_ids(rows: int, columns: int, places: int, device: torch.device | str | None = None) -> Tensor:
-    """RoPE ids (rows*columns*places, 4) = (0, row, column, place): an image has one place, a text one row and column."""
+    """RoPE ids (rows*columns*places, 4) = (0, row, column, place): images have one place, texts one row and column."""
     return torch.cartesian_prod(*(torch.arange(size, device=device) for size in (1, rows, columns, places))).float()
 
 

@@ -32,7 +32,9 @@ class Flux2(Family):
 
     backbone = BACKBONES["flux2"]
     original_names = True
-    text_node = "CLIPTextEncode with Qwen3 from CLIPLoader, type flux2 (ComfyUI 0.9.2 or newer), or Load Release (DC-Gen)"
+    text_node = (
+        "CLIPTextEncode with Qwen3 from CLIPLoader, type flux2 (ComfyUI 0.9.2 or newer), or Load Release (DC-Gen)"
+    )
 
     def recognises(self, model: comfy.model_base.BaseModel) -> bool:
         network = model.diffusion_model
