@@ -85,6 +85,7 @@ def test_recomputation_adds_a_third_to_full_training_of_layers_without_attention
 
 SMALL = {
     "flux": {"num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 4},
+    "flux2": {"num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 4},
     "sana": {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 16},
     "dit": {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 16},
 }
@@ -94,10 +95,13 @@ def conditioning(name, config, text):
     """Random conditioning of one image."""
     if name == "dit":
         return {"labels": torch.zeros(1, dtype=torch.long)}
-    width = config["joint_attention_dim" if name == "flux" else "caption_channels"]
-    cond = {"prompt_embeds": torch.randn(1, text, width)}
-    other = {"pooled": torch.randn(1, config["pooled_projection_dim"])} if name == "flux" else {}
-    return cond | (other if name == "flux" else {"mask": torch.ones(1, text)})
+    width = config["caption_channels" if name == "sana" else "joint_attention_dim"]
+    others = {
+        "flux": lambda: {"pooled": torch.randn(1, config["pooled_projection_dim"])},
+        "flux2": dict,
+        "sana": lambda: {"mask": torch.ones(1, text)},
+    }
+    return {"prompt_embeds": torch.randn(1, text, width)} | others[name]()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,5 +1,8 @@
 """FLUX.2 klein in ComfyUI: a base from core's own loader and adapters on it, releases, text, VAE, whole graphs."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from safetensors.torch import save_file
 PROMPTS = ["a red cat on a blue background", "", "a (pear:1.3), {an apple} " * 60]
 RANK, ALPHA = 4, 6.0
 SEED, STEPS = 11, 4
+WORKFLOWS = Path(__file__).resolve().parents[3] / "workflows"
 
 
 def make_adapter(file, base, new, space, helper, seed=8):
@@ -213,3 +217,49 @@ def test_pixels_equal_a_plain_diffusers_loop(server, request, klein, kind, width
     assert found.shape == wanted.shape == (batch, height, width, 3)
     assert np.abs(found - wanted).max() < 1e-3
     assert wanted.std() > 0.02, "a flat picture would prove nothing"
+
+
+@pytest.fixture(scope="module")
+def installed(server, made, klein_base_name, klein_f64):
+    """The tiny base for core's loader, its adapters, and the f64 DC-AE, in the server's folders."""
+    folder, _ = made
+    places = {"klein.safetensors": "diffusion_models", "f32.safetensors": "model_patches"}
+    for name, place in {**places, "f64.safetensors": "model_patches"}.items():
+        target = server.base / "models" / place / f"tiny-klein-{name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(folder / name)
+    server.install(klein_f64.folder / "vae", "vae", "tiny-klein-f64-vae")
+    return klein_base_name
+
+
+@pytest.fixture(scope="module")
+def f32_vae(server, tmp_path_factory, tiny):
+    folder = tmp_path_factory.mktemp("klein-vae") / "vae"
+    tiny.dcae(61).save_pretrained(folder)
+    return server.install(folder, "vae", "tiny-klein-f32-vae")
+
+
+@pytest.mark.parametrize(("name", "kind", "side"), [("dcgen_klein_1k", "f32", 32), ("dcgen_klein_4k", "f64", 64)])
+def test_template_runs_with_tiny_files(server, installed, f32_vae, name, kind, side):
+    """With core's own loader of the base where it has one, else with the release, as the note says."""
+    graph = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
+    by_kind = {one["class_type"]: key for key, one in graph.items()}
+    release = node("DCGenReleaseLoader", release=installed)
+    graph["release"] = release
+    version = [int(part) for part in server.get("/system_stats")["system"]["comfyui_version"].split(".")]
+    unet, clip = by_kind["UNETLoader"], by_kind["CLIPLoader"]
+    graph[unet]["inputs"]["unet_name"] = "tiny-klein-klein.safetensors"
+    replaced = {clip: ["release", 1], **({unet: ["release", 0]} if version < [0, 9, 2] else {})}
+    for key in replaced:
+        del graph[key]
+    for one in graph.values():
+        links = {k: replaced[v[0]] for k, v in one["inputs"].items() if isinstance(v, list) and v[0] in replaced}
+        one["inputs"] |= links
+    graph[by_kind["DCGenApply"]]["inputs"]["adapter_name"] = f"tiny-klein-{kind}.safetensors"
+    graph[by_kind["DCAELoader"]]["inputs"]["vae_name"] = f"tiny-klein-{kind}-vae"
+    size = {"size": "width x height", "width": 2 * side, "height": side}
+    graph[by_kind["DCGen4KSampler"]]["inputs"] |= size
+    assert graph[by_kind["DCGen4KSampler"]]["inputs"]["steps"] == 4
+    (image,) = server.images(server.queue(graph))[by_kind["SaveImage"]]
+    assert image.shape == (side, 2 * side, 3)
+    assert image.std() > 3
