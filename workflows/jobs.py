@@ -288,11 +288,12 @@ def klein(adapter: str, vae_name: str, get_vae: str, recipe: str, size: str) -> 
     pixels = size.partition(": ")[2]
     w = Workflow(
         f"FLUX.2 klein {size[:2]}",
-        f"## {pixels} from FLUX.2 klein 4B in four steps\n\nklein is Apache-2.0, distilled to 4 steps without CFG: leave "
-        "`cfg` at 1; `guidance` is ignored, it has no embedding for it. The adapter goes into `models/model_patches`; none "
-        f"is published: train it with `python -m train.run {recipe}`. Its autoencoder:{get_vae}"
-        "**Needs ComfyUI 0.9.2 or newer** for core's loaders of klein and its text encoder (Qwen3, type flux2). On older "
-        "versions put `black-forest-labs/FLUX.2-klein-4B` into `models/diffusers` and take Load Release (DC-Gen) in "
+        f"## {pixels} from FLUX.2 klein 4B in four steps\n\nklein is Apache-2.0, distilled to 4 steps without CFG: "
+        "leave `cfg` at 1; `guidance` is ignored, it has no embedding for it. The adapter goes into "
+        f"`models/model_patches`; none is published: train it with `python -m train.run {recipe}`. Its autoencoder:"
+        f"{get_vae}**Needs ComfyUI 0.9.2 or newer** for core's loaders of klein and its text encoder (Qwen3, type "
+        "flux2). On older versions put `black-forest-labs/FLUX.2-klein-4B` into `models/diffusers` and take Load "
+        "Release (DC-Gen) in "
         "place of both loaders.",
     )
     model = w.node("UNETLoader", unet_name=KLEIN, weight_dtype="default")

@@ -18,7 +18,7 @@ PUBLISHED = [name for name in list_recipes() if name.startswith(("flux-", "klein
 
 @pytest.fixture(scope="module")
 def releases(debug_run, debug_klein, debug_sana, debug_dit):
-    """Narrow releases by the first word of a recipe: a base, one that already works on the new latent, and the new autoencoder."""
+    """Narrow releases by the first word of a recipe: a base, one on the new latent already, and the new autoencoder."""
     runs = {"flux": debug_run, "klein": debug_klein, "sana": debug_sana, "dit": debug_dit}
     parts = {"base": "tiny/release", "moved": "export/release", "autoencoder": "tiny/dc-ae"}
     return {backbone: {part: run / path for part, path in parts.items()} for backbone, run in runs.items()}
