@@ -163,6 +163,9 @@ class Flux2(Backbone):
         if config.get("timestep_guidance_channels", SINUSOIDS) != SINUSOIDS:
             raise ValueError(f"timestep_guidance_channels is {config['timestep_guidance_channels']}, not {SINUSOIDS}")
 
+    def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, shape in super().shapes(config).items() if not name.endswith(".bias")}
+
     def embedder_shape(self, width: int, channels: int, p: int) -> tuple[int, ...]:
         """A Linear on packed tokens."""
         return width, channels * p * p

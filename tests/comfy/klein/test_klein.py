@@ -228,7 +228,7 @@ def installed(server, made, klein_base_name, klein_f64):
         target = server.base / "models" / place / f"tiny-klein-{name}"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(folder / name)
-    server.install(klein_f64.folder / "vae", "vae", "tiny-klein-f64-vae")
+    server.install(klein_f64.folder / "vae", "vae", "test-f64")
     return klein_base_name
 
 
@@ -236,7 +236,7 @@ def installed(server, made, klein_base_name, klein_f64):
 def f32_vae(server, tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("klein-vae") / "vae"
     tiny.dcae(61).save_pretrained(folder)
-    return server.install(folder, "vae", "tiny-klein-f32-vae")
+    return server.install(folder, "vae", "test-f32")
 
 
 @pytest.mark.parametrize(("name", "kind", "side"), [("dcgen_klein_1k", "f32", 32), ("dcgen_klein_4k", "f64", 64)])
@@ -256,7 +256,7 @@ def test_template_runs_with_tiny_files(server, installed, f32_vae, name, kind, s
         links = {k: replaced[v[0]] for k, v in one["inputs"].items() if isinstance(v, list) and v[0] in replaced}
         one["inputs"] |= links
     graph[by_kind["DCGenApply"]]["inputs"]["adapter_name"] = f"tiny-klein-{kind}.safetensors"
-    graph[by_kind["DCAELoader"]]["inputs"]["vae_name"] = f"tiny-klein-{kind}-vae"
+    graph[by_kind["DCAELoader"]]["inputs"]["vae_name"] = f"test-{kind}"
     size = {"size": "width x height", "width": 2 * side, "height": side}
     graph[by_kind["DCGen4KSampler"]]["inputs"] |= size
     assert graph[by_kind["DCGen4KSampler"]]["inputs"]["steps"] == 4
