@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from einops import rearrange
 from torch import Tensor, nn
 
 from dcgen.backbones import Backbone
@@ -126,7 +125,7 @@ class LinearEmbedder:
 
     def features(self, latents: Tensor) -> Tensor:
         """(B,C,h*p,w*p) -> (B,h,w,K), in the order in which the embedder's weight, flattened, takes them."""
-        return rearrange(latents, "B C (h ph) (w pw) -> B h w (C ph pw)", ph=self.p, pw=self.p)
+        return self.family.patches(latents, self.p)
 
     @torch.no_grad()
     def offset(self, latents: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def count(geo: Geometry, rank: int) -> Counts:
     """Parameter counts of the moved model, exact."""
     model: Any = network(geo.family, geo.moved)
     ends = geo.backbone.ends(geo.moved)
-    trained = sum(p.numel() for path in ends for p in model.get_submodule(path).parameters())
+    trained = sum(p.numel() for path in ends.trained for p in model.get_submodule(path).parameters())
     lora = 0
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)

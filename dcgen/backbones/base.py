@@ -45,18 +45,28 @@ FIELDS: dict[str, Check] = {
 
 @dataclass(frozen=True)
 class Ends:
-    """The two layers that depend on the latent, by module path in the diffusers network."""
+    """The two layers that depend on the latent, by module path in the diffusers network.
+
+    named: layers around the head whose names, but not their shapes, depend on the patch size; they train with the head,
+    from the base's values.
+    """
 
     embedder: str
     head: str
+    named: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[str]:
         return iter((self.embedder, self.head))
 
     @property
-    def prefixes(self) -> tuple[str, str]:
-        """Prefixes of their tensors' names."""
-        return f"{self.embedder}.", f"{self.head}."
+    def prefixes(self) -> tuple[str, ...]:
+        """Prefixes of the names of all their tensors."""
+        return tuple(f"{layer}." for layer in self.trained)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """All layers that train besides LoRA."""
+        return self.embedder, self.head, *self.named
 
 
 class Backbone(ABC):

@@ -93,7 +93,7 @@ class Family(ABC):
     def network_layers(self, config: Config) -> dict[str, str]:
         """Layers of ComfyUI's network that depend on the latent -> their names in LoRA files (diffusers')."""
         names = self.backbone.extra_shapes(self.backbone.base_signature(config))
-        layers = [*self.backbone.ends(config), *dict.fromkeys(name.rpartition(".")[0] for name in names)]
+        layers = [*self.backbone.ends(config).trained, *dict.fromkeys(name.rpartition(".")[0] for name in names)]
         return {self.network_name(layer, config): layer for layer in layers if layer}
 
     def network_name(self, layer: str, config: Config) -> str:

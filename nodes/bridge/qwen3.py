@@ -36,8 +36,10 @@ _FIELDS = (
 
 @dataclass(frozen=True)
 class Reading:
-    """How a family reads Qwen3: the prompt's surroundings ({} = the prompt), the hidden states that it takes (inputs of
-    these layers, side by side), the longest text in tokens, and whether shorter ones are padded to that.
+    """How a family reads Qwen3.
+
+    template: the prompt's surroundings, {} = the prompt; layers: the hidden states that it takes side by side, as
+    inputs of these layers (negative: counted from the end); tokens: the longest text; padded: shorter ones are as long.
     """
 
     template: str
@@ -81,10 +83,9 @@ def _config(folder: Path, reading: Reading) -> dict[str, Any]:
         raise ValueError(
             f"{file}: model_type is {config.get('model_type')!r}, and this family's text encoder is qwen3."
         )
-    if config["num_hidden_layers"] <= max(reading.layers):
-        raise ValueError(
-            f"{file}: {config['num_hidden_layers']} layers; this family reads the input of layer {max(reading.layers)}."
-        )
+    depth = config["num_hidden_layers"]
+    if not all(-depth <= layer < depth for layer in reading.layers):
+        raise ValueError(f"{file}: {depth} layers; this family reads the input of layer {max(reading.layers)}.")
     rope = config.get("rope_parameters") or {}
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     theta = config.get("rope_theta") or rope.get("rope_theta", 1000000.0)
@@ -154,7 +155,7 @@ def _model_class(config: dict[str, Any], pad: int, reading: Reading) -> type:
         return SDClipModel(
             device=device,
             dtype=dtype,
-            layer=list(reading.layers),  # core's own FLUX.2 gives a list
+            layer=[layer % config["num_hidden_layers"] for layer in reading.layers],  # core's own FLUX.2 gives a list
             textmodel_json_config=dict(config),
             special_tokens={"pad": pad},
             layer_norm_hidden_state=False,

@@ -277,6 +277,8 @@ def test_the_shape_table_is_that_of_diffusers(name):
         },
         "flux2": {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 3}
         | {"axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": True, "joint_attention_dim": 20, "mlp_ratio": 2.5},
+        "zimage": {"dim": 96, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 3, "n_kv_heads": 3, "cap_feat_dim": 20}
+        | {"axes_dims": [8, 12, 12], "in_channels": 4},
         "sana": {"num_layers": 2, "num_attention_heads": 2, "num_cross_attention_heads": 2, "cross_attention_dim": 64}
         | {"cross_attention_head_dim": 32, "caption_channels": 24, "qk_norm": "rms_norm_across_heads"},
         "dit": {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 72, "num_embeds_ada_norm": 10}

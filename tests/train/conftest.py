@@ -42,6 +42,12 @@ def debug_klein(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def debug_zimage(tmp_path_factory):
+    """The same for Z-Image: ragged text, ends named by the patch size, a velocity of the opposite sign."""
+    return _run("debug-zimage", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def debug_dit(tmp_path_factory):
     """The same for DiT."""
     return _run("debug-dit", tmp_path_factory)

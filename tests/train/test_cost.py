@@ -86,6 +86,7 @@ def test_recomputation_adds_a_third_to_full_training_of_layers_without_attention
 SMALL = {
     "flux": {"num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 4},
     "flux2": {"num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 4},
+    "zimage": {"n_layers": 3, "n_refiner_layers": 1, "dim": 64, "n_heads": 4, "n_kv_heads": 4},
     "sana": {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 16},
     "dit": {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 16},
 }
@@ -95,11 +96,13 @@ def conditioning(name, config, text):
     """Random conditioning of one image."""
     if name == "dit":
         return {"labels": torch.zeros(1, dtype=torch.long)}
-    width = config["caption_channels" if name == "sana" else "joint_attention_dim"]
+    widths = {"sana": "caption_channels", "zimage": "cap_feat_dim"}
+    width = config[widths.get(name, "joint_attention_dim")]
     others = {
         "flux": lambda: {"pooled": torch.randn(1, config["pooled_projection_dim"])},
         "flux2": dict,
         "sana": lambda: {"mask": torch.ones(1, text)},
+        "zimage": lambda: {"mask": torch.ones(1, text)},
     }
     return {"prompt_embeds": torch.randn(1, text, width)} | others[name]()
 

@@ -15,6 +15,7 @@ CPU = Ranks(0, 1, torch.device("cpu"))
 RUNS = {
     "flux": ("debug", "debug_run"),
     "flux2": ("debug-klein", "debug_klein"),
+    "zimage": ("debug-zimage", "debug_zimage"),
     "sana": ("debug-sana", "debug_sana"),
     "dit": ("debug-dit", "debug_dit"),
 }

@@ -17,10 +17,6 @@ SIZES = {
     "joint_attention_dim": 48,
     "guidance_embeds": False,
 }
-CHAT = (  # Qwen3's own, for one user message and without thinking
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
-)
 
 
 def transformer(tiny, channels: int, seed: int, **changes):
@@ -42,41 +38,15 @@ def packed_vae(tiny, seed: int):
     return vae
 
 
-def byte_tokenizer():
-    """One token a byte, and Qwen's special tokens; nothing is put around a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate([*letters, *special])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>", model_max_length=131072
-    )
-
-
-def text_encoder(tiny, vocabulary: int, seed: int):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=29, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=1024, tie_word_embeddings=True,
-    )  # fmt: skip
-    return tiny.randomize(Qwen3ForCausalLM(config), seed)
-
-
-def write_release(folder, tiny, seed: int, vae=None, channels: int = 128):
+def write_release(folder, tiny, qwen, seed: int, vae=None, channels: int = 128):
     """A release in the diffusers layout: the base on its own VAE, or a merged DC-Gen on the DC-AE `vae`."""
     import diffusers
 
-    tokenizer = byte_tokenizer()
+    tokenizer = qwen.byte_tokenizer()
     made = SimpleNamespace(
         folder=folder,
         tokenizer=tokenizer,
-        text_encoder=text_encoder(tiny, len(tokenizer), seed + 1),
+        text_encoder=tiny.randomize(qwen.encoder(len(tokenizer), layers=29), seed + 1),
         transformer=transformer(tiny, channels, seed + 2),
         vae=packed_vae(tiny, seed + 3) if vae is None else vae,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
@@ -95,7 +65,6 @@ def embeds(made, prompt: str):
     """Text features of the pipeline."""
     from diffusers import Flux2KleinPipeline
 
-    made.tokenizer.chat_template = CHAT
     with torch.no_grad():
         return Flux2KleinPipeline._get_qwen3_prompt_embeds(made.text_encoder, made.tokenizer, prompt)
 
@@ -145,16 +114,16 @@ def klein():
 
 
 @pytest.fixture(scope="session")
-def klein_base(tmp_path_factory, tiny):
+def klein_base(tmp_path_factory, tiny, qwen):
     """A tiny klein on its own VAE."""
-    return write_release(tmp_path_factory.mktemp("klein") / "tiny-klein", tiny, 40)
+    return write_release(tmp_path_factory.mktemp("klein") / "tiny-klein", tiny, qwen, 40)
 
 
 @pytest.fixture(scope="session")
-def klein_f64(tmp_path_factory, tiny):
+def klein_f64(tmp_path_factory, tiny, qwen):
     """A tiny merged DC-Gen-klein on an f64 DC-AE of 128 channels: the stock shapes."""
     folder = tmp_path_factory.mktemp("klein") / "tiny-klein-f64"
-    return write_release(folder, tiny, 50, tiny.dcae(51, channels=128, factor=64, deepest=128))
+    return write_release(folder, tiny, qwen, 50, tiny.dcae(51, channels=128, factor=64, deepest=128))
 
 
 @pytest.fixture(scope="session")
