@@ -76,7 +76,9 @@ class DCGen4KSampler(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Seed of the initial noise.",
                 ),
-                inputs.steps("Sampling steps: 20 as published, 4 for FLUX.2 klein, 1 or 2 for SANA-Sprint."),
+                inputs.steps(
+                    "Sampling steps: 20 as published, 4 for FLUX.2 klein, 9 for Z-Image-Turbo, 1 or 2 for SANA-Sprint."
+                ),
                 io.Float.Input(
                     "guidance",
                     default=3.5,
@@ -84,7 +86,7 @@ class DCGen4KSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     tooltip="Distilled guidance scale, as published 3.5 for FLUX and 4.5 for SANA-Sprint. Replaces the "
-                    "conditioning's own. Ignored by models without a guidance embedding (schnell, klein, SANA).",
+                    "conditioning's own. Ignored by models without a guidance embedding (schnell, klein, Z-Image, SANA).",
                 ),
                 io.Combo.Input(
                     "sampler_name",

@@ -36,6 +36,11 @@ FILES = {
         f"{HUB}/black-forest-labs/FLUX.2-klein-4B/resolve/main/flux-2-klein-4b.safetensors",
         None,
     ),
+    "z_image_turbo_bf16.safetensors": (
+        "diffusion_models",
+        f"{HUB}/Comfy-Org/z_image_turbo/resolve/main/split_files/diffusion_models/z_image_turbo_bf16.safetensors",
+        None,
+    ),
     "qwen_3_4b.safetensors": (
         "text_encoders",
         f"{HUB}/Comfy-Org/vae-text-encorder-for-flux-klein-4b/resolve/main/split_files/text_encoders/"

@@ -21,6 +21,7 @@ def row(model, format):
     [
         ("DC-Gen FLUX 4K", 11.9e9),
         ("DC-Gen klein 4B 4K", 3.88e9),
+        ("DC-Gen Z-Image 1K", 6.15e9),
         ("SANA 1.6B 1K", 1.6e9),
         ("SANA 4.8B 1K", 4.72e9),
     ],  # as their model cards say

@@ -10,7 +10,7 @@ from PIL import Image
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.json"))
-OTHERS = ("sana", "klein")  # families with tests of their own
+OTHERS = ("sana", "klein", "zimage")  # families with tests of their own
 TOY = [name for name in NAMES if name.startswith("dcgen_toy")]
 # Nodes of no known kind; `has_errors` also marks nodes whose files are missing, in newer pages.
 UNKNOWN = "app.graph._nodes.filter((node) => !(node.type in LiteGraph.registered_node_types))"

@@ -13,13 +13,14 @@ from train.config import list_recipes, load_recipe, parse_recipe
 from train.run import dry_run, run_recipe
 
 SEVERAL_STEPS = ("flux-1k", "flux-2k", "flux-4k", "klein-4k")
-PUBLISHED = [name for name in list_recipes() if name.startswith(("flux-", "klein-", "sana-", "dit-"))]
+PUBLISHED = [name for name in list_recipes() if name.startswith(("flux-", "klein-", "z-image-", "sana-", "dit-"))]
 
 
 @pytest.fixture(scope="module")
-def releases(debug_run, debug_klein, debug_sana, debug_dit):
+def releases(debug_run, debug_klein, debug_zimage, debug_sana, debug_dit):
     """Narrow releases by the first word of a recipe: a base, one on the new latent already, and the new autoencoder."""
     runs = {"flux": debug_run, "klein": debug_klein, "sana": debug_sana, "dit": debug_dit}
+    runs |= {"z": debug_zimage, "zimage": debug_zimage}
     parts = {"base": "tiny/release", "moved": "export/release", "autoencoder": "tiny/dc-ae"}
     return {backbone: {part: run / path for part, path in parts.items()} for backbone, run in runs.items()}
 

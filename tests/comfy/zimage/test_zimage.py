@@ -1,6 +1,8 @@
 """Z-Image in ComfyUI: a base of another loader and adapters on it, releases, text, whole graphs."""
 
 import copy
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import save_file
 PROMPTS = ["a red cat on a blue background", "", "a (pear:1.3), {an apple} " * 60]
 RANK, ALPHA = 4, 6.0
 SEED, STEPS = 11, 3
+WORKFLOWS = Path(__file__).resolve().parents[3] / "workflows"
 
 
 def make_adapter(file, base, new, space, helper):
@@ -153,3 +156,35 @@ def test_pixels_equal_a_plain_diffusers_loop(server, request, zimage, kind, widt
     assert found.shape == wanted.shape == (batch, height, width, 3)
     assert np.abs(found - wanted).max() < 1e-3
     assert wanted.std() > 0.02, "a flat picture would prove nothing"
+
+
+@pytest.fixture(scope="module")
+def installed(server, made, zimage_base_name, zimage_deep):
+    """The tiny base's release, its adapter and the DC-AE in the server's folders."""
+    target = server.base / "models" / "model_patches" / "tiny-zimage.safetensors"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.symlink_to(made[0] / "deep.safetensors")
+    server.install(zimage_deep.folder / "vae", "vae", "test-f32")
+    return zimage_base_name
+
+
+@pytest.mark.parametrize("name", ["dcgen_zimage_1k", "dcgen_zimage_4k"])
+def test_template_runs_with_tiny_files(server, installed, name):
+    """With the release in place of core's loaders, which take the real model's width for granted."""
+    graph = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
+    by_kind = {one["class_type"]: key for key, one in graph.items()}
+    graph["release"] = node("DCGenReleaseLoader", release=installed)
+    replaced = {by_kind["UNETLoader"]: ["release", 0], by_kind["CLIPLoader"]: ["release", 1]}
+    for key in replaced:
+        del graph[key]
+    for one in graph.values():
+        links = {k: replaced[v[0]] for k, v in one["inputs"].items() if isinstance(v, list) and v[0] in replaced}
+        one["inputs"] |= links
+    graph[by_kind["DCGenApply"]]["inputs"]["adapter_name"] = "tiny-zimage.safetensors"
+    graph[by_kind["DCAELoader"]]["inputs"]["vae_name"] = "test-f32"
+    sampler = graph[by_kind["DCGen4KSampler"]]["inputs"]
+    assert sampler["steps"] == 9
+    sampler |= {"size": "width x height", "width": 64, "height": 32, "steps": 2}
+    (image,) = server.images(server.queue(graph))[by_kind["SaveImage"]]
+    assert image.shape == (32, 64, 3)
+    assert image.std() > 3
