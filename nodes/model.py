@@ -69,8 +69,8 @@ class DCGenModelLoader(io.ComfyNode):
             search_aliases=["unet loader", "load diffusion model", "flux 4k", "sana loader"],
             display_name="Load Model (DC-Gen)",
             category=CATEGORY,
-            description="Loads a merged DC-Gen FLUX or Z-Image, or any SANA: a release folder, or one file with diffusers "
-            "or original key names. The latent (f32c32, f64c128) is detected from the file.",
+            description="Loads a merged DC-Gen FLUX or Z-Image, or any SANA: a release folder, or one file with "
+            "diffusers or original key names. The latent (f32c32, f64c128) is detected from the file.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -108,8 +108,8 @@ class DCGenApply(io.ComfyNode):
             search_aliases=["model patch", "dc-gen adapter", "deep latent", "fewer tokens", "flux 4k"],
             display_name="Apply DC-Gen",
             category=CATEGORY,
-            description="Moves a base FLUX, Z-Image or SANA to a deep latent: the adapter replaces embedder and head and adds "
-            "its LoRA to the base's blocks. The base MODEL stays usable, and its weights are shared, not copied.",
+            description="Moves a base FLUX, Z-Image or SANA to a deep latent: the adapter replaces embedder and head "
+            "and adds its LoRA to the base's blocks. The base MODEL stays usable, and its weights are shared, not copied.",
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The base: FLUX or Z-Image from any loader, or SANA; with or without LoRA."

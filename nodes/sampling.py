@@ -86,7 +86,8 @@ class DCGen4KSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     tooltip="Distilled guidance scale, as published 3.5 for FLUX and 4.5 for SANA-Sprint. Replaces the "
-                    "conditioning's own. Ignored by models without a guidance embedding (schnell, klein, Z-Image, SANA).",
+                    "conditioning's own. Ignored by models without a guidance embedding (schnell, klein, Z-Image, "
+                    "SANA).",
                 ),
                 io.Combo.Input(
                     "sampler_name",
