@@ -109,7 +109,8 @@ class DCGenApply(io.ComfyNode):
             display_name="Apply DC-Gen",
             category=CATEGORY,
             description="Moves a base FLUX, Z-Image or SANA to a deep latent: the adapter replaces embedder and head "
-            "and adds its LoRA to the base's blocks. The base MODEL stays usable, and its weights are shared, not copied.",
+            "and adds its LoRA to the base's blocks. The base MODEL stays usable, and its weights are shared, not "
+            "copied.",
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The base: FLUX or Z-Image from any loader, or SANA; with or without LoRA."

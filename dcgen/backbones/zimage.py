@@ -114,7 +114,7 @@ class ZImage(Backbone):
         "axes_dims": items(SIZE, 3, 3),
         "axes_lens": items(SIZE, 3, 3),
     }
-    needed_fields = ("dim", "in_channels", "all_patch_size", *signature_fields)
+    needed_fields = ("dim", "in_channels", *signature_fields)
 
     def ends(self, config: Mapping[str, Any]) -> Ends:
         return _ends(_patch(config))
@@ -225,7 +225,7 @@ class ZImage(Backbone):
 
 def _patch(config: Mapping[str, Any]) -> int:
     """p of a config, or of a base signature with a patch_size."""
-    return int(config["patch_size"] if "patch_size" in config else config["all_patch_size"][0])
+    return int(config["patch_size"] if "patch_size" in config else config.get("all_patch_size", (BASE_PATCH,))[0])
 
 
 def _default_axes(head: int) -> list[int]:
