@@ -294,6 +294,22 @@ def test_the_shape_table_is_that_of_diffusers(name):
     assert all(key in found for key in backbone.other_shapes(config))
 
 
+@pytest.mark.parametrize("name", ["SanaControlNetModel", "FluxControlNetModel"])
+def test_a_controlnet_is_refused_by_name(name, tmp_path):
+    """It has the blocks of its base, and is no whole model."""
+    diffusers = pytest.importorskip("diffusers")
+    sizes = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 8}
+    more = {
+        "SanaControlNetModel": {"num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "caption_channels": 24}
+        | {"cross_attention_dim": 32, "sample_size": 8},
+        "FluxControlNetModel": {"num_single_layers": 1, "joint_attention_dim": 20, "pooled_projection_dim": 12}
+        | {"axes_dims_rope": (4, 6, 6)},
+    }
+    getattr(diffusers, name)(**sizes, **more[name]).save_pretrained(tmp_path / "controlnet")
+    with pytest.raises(ValueError, match=r"controlnet.*looks like a ControlNet"):
+        open_model(tmp_path / "controlnet")
+
+
 # ---- how others write the same files -------------------------------------------------------------------------------
 
 
