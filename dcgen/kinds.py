@@ -37,7 +37,7 @@ def what_it_may_be(keys: Collection[str], otherwise: str) -> str:
     """A sentence on what a file with these keys looks like and how to load it; `otherwise` if that is unknown."""
     if is_controlnet(keys):
         return (
-            "It looks like a ControlNet, not a model: it takes the latents of the autoencoder that it was trained with, "
+            "It looks like a ControlNet, not a model: it takes latents of the autoencoder that it was trained with, "
             "and no node here loads it. For a base on its own latent use core's Load ControlNet Model."
         )
     if is_quantised(keys):
