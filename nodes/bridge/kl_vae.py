@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import comfy.sd
 import torch
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from ...dcgen.backbones.keymap import KeyMap, Row
 from ...dcgen.files import naming
-from ...dcgen.folder import BATCH_NORM_EPS, space_of_config
-from ...dcgen.tensors import Tensors
+from ...dcgen.folder import BATCH_NORM_EPS, Autoencoder
 
 _GROUPS = 32
 _NORM = "bn."  # of a packed latent: core's VAE packs and normalises it
@@ -22,8 +20,9 @@ _NORM = "bn."  # of a packed latent: core's VAE packs and normalises it
 _FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def load_kl_vae(folder: Path, config: dict[str, Any]) -> comfy.sd.VAE:
-    """VAE from a folder with the config.json of an AutoencoderKL, or of a packed one, and its weights."""
+def load_kl_vae(source: Autoencoder) -> comfy.sd.VAE:
+    """VAE from a folder with an AutoencoderKL, or a packed one."""
+    folder, config, weights = source.path, source.config, source.stored()
     widths = config["block_out_channels"]
     if any(width % _GROUPS or width % widths[0] for width in widths):
         raise ValueError(
@@ -31,7 +30,6 @@ def load_kl_vae(folder: Path, config: dict[str, Any]) -> comfy.sd.VAE:
         )
     if config.get("decoder_block_out_channels") not in (None, widths):
         raise ValueError(f"{folder}: a decoder with widths of its own; load such a VAE with core's Load VAE")
-    weights = Tensors.open(folder)
     layers = config.get("layers_per_block", 2)
     norm = {name: weights.get(name) for name in weights.entries if name.startswith(_NORM)}
     with naming(folder):
@@ -60,7 +58,7 @@ def load_kl_vae(folder: Path, config: dict[str, Any]) -> comfy.sd.VAE:
     for module in vae.first_stage_model.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.num_groups = config.get("norm_num_groups", _GROUPS)
-    space = space_of_config(config)
+    space = source.latent
     vae.latent_channels = space.channels
     vae.downscale_ratio = vae.upscale_ratio = space.spatial_factor
     if norm:

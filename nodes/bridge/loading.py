@@ -11,6 +11,9 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ...dcgen.files import SUFFIXES
+from ...dcgen.tensors import Tensors
+
 Parts = Iterable[dict[str, Tensor]]
 LISTED = 8
 
@@ -57,16 +60,27 @@ def by_layer(names: Iterable[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def fill(network: nn.Module, parts: Parts, file: Any, assign: bool = False) -> None:
-    """Load `parts` (tensors by the network's own names, whole layers together) strictly.
+def mapped(tensors: Tensors) -> Tensors:
+    """The same tensors in core's memory map of the files: core reads them, from disk to the device, when it uses them.
 
-    assign: use the tensors themselves without cast or copy, as core's dynamic patcher requires. ValueError, naming
-    `file`, for a tensor that is missing, unknown or of another shape; the network is then only partly loaded.
+    Only for a network with a dynamic patcher: the pages are read-only. Files that are no safetensors are not mapped.
+    """
+    files = {file for file, _ in tensors.places.values()}
+    if not all(file.suffix in SUFFIXES for file in files):
+        return tensors
+    return tensors.with_values({file: comfy.utils.load_torch_file(str(file)) for file in files})
+
+
+def fill(network: nn.Module, parts: Parts, file: Any, as_stored: bool = False) -> None:
+    """Load `parts` (tensors by the network's own names, whole layers together) strictly; the network keeps the tensors.
+
+    as_stored: without a cast, as core's dynamic patcher requires. ValueError, naming `file`, for a tensor that is
+    missing, unknown or of another shape; the network is then only partly loaded.
     """
     loaded: set[str] = set()
     for part in parts:
         for names in by_layer(part):
-            _fill_layer(network, {name: part[name] for name in names}, file, assign)
+            _fill_layer(network, {name: part[name] for name in names}, file, as_stored)
         loaded |= set(part)
     missing = sorted(_expected(network) - loaded)
     if missing:
@@ -76,36 +90,36 @@ def fill(network: nn.Module, parts: Parts, file: Any, assign: bool = False) -> N
         raise ValueError(f"{file}: the weights do not fit the model it describes: {_some(mismatches)}")
 
 
-def _fill_layer(network: nn.Module, layer: Mapping[str, Tensor], file: Any, assign: bool) -> None:
+def _fill_layer(network: nn.Module, layer: Mapping[str, Tensor], file: Any, as_stored: bool) -> None:
     path = next(iter(layer)).rpartition(".")[0]
     try:
         target = network.get_submodule(path)
         tensors = {name[len(path) + bool(path) :]: value for name, value in layer.items()}
-        if not assign:
+        if not as_stored:
             tensors = {name: _cast(target, name, value) for name, value in tensors.items()}
         if any(True for _ in target.children()):  # parameters of a module that has layers below it
             for name, value in tensors.items():
-                _set(target, name, value, assign)
+                _set(target, name, value)
         else:
-            target.load_state_dict(tensors, strict=True, assign=assign)
+            target.load_state_dict(tensors, strict=True, assign=True)
     except (AttributeError, RuntimeError) as error:
         raise ValueError(f"{file}: the weights of {path or list(layer)} do not fit this model: {error}") from error
 
 
 def _cast(module: nn.Module, name: str, value: Tensor) -> Tensor:
-    """In the dtype that core has recorded for a parameter; layers whose weights do not exist yet would not cast it."""
+    """On the device and in the dtype of the parameter; if there is none yet, in the dtype that core recorded for it."""
+    parameter = getattr(module, name, None)
     dtype = getattr(module, f"{name}_comfy_model_dtype", None)
+    if isinstance(parameter, Tensor):
+        value, dtype = value.to(parameter.device), parameter.dtype
     return value.to(dtype) if isinstance(dtype, torch.dtype) and value.is_floating_point() else value
 
 
-def _set(module: nn.Module, name: str, value: Tensor, assign: bool) -> None:
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
     target = module.get_parameter(name)
     if target.shape != value.shape:
         raise RuntimeError(f"{name} has shape {tuple(value.shape)}, expected {tuple(target.shape)}")
-    if assign:
-        setattr(module, name, nn.Parameter(value, requires_grad=False))
-    else:
-        target.data.copy_(value)
+    setattr(module, name, nn.Parameter(value, requires_grad=target.requires_grad))
 
 
 def _expected(network: nn.Module) -> set[str]:

@@ -39,10 +39,11 @@ SINCE = {
 }
 
 
-def is_quantized(path: Path) -> bool:
-    """Whether a file holds core's quantized layers."""
-    tensors = Tensors.open(path)
-    return FORMAT_METADATA in tensors.metadata or any(key.endswith(QUANTIZED) for key in tensors.entries)
+def quantized_file(tensors: Tensors) -> Path | None:
+    """The file of an opened network if that is one file with core's quantized layers; else None."""
+    files = {file for file, _ in tensors.places.values()}
+    quantized = FORMAT_METADATA in tensors.metadata or any(key.endswith(QUANTIZED) for key in tensors.entries)
+    return files.pop() if quantized and len(files) == 1 else None
 
 
 def load_quantized(
@@ -76,7 +77,7 @@ def load_quantized(
     info = info_for(family, space, backbone.patch_size(config, space, str(path)), schedule, config)
     # The format tensors stay among the shapes: core chooses its operations by them.
     shapes = {**logical, **{key: value for key, value in tensors.items() if key.endswith(FORMAT_SUFFIX)}}
-    return build(family, Weights(path, shapes, _parts(tensors)), info, options, disable_dynamic)
+    return build(family, Weights(path, shapes, lambda _: _parts(tensors)), info, options, disable_dynamic)
 
 
 def _family(tensors: Mapping[str, Tensor], path: Path) -> Family:

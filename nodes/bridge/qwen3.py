@@ -15,9 +15,10 @@ import torch
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel
 from torch import nn
 
+from ...dcgen.folder import Release
 from ...dcgen.jsons import read_object
 from ...dcgen.tensors import Tensors
-from .loading import by_layer, fill, is_dynamic
+from .loading import by_layer, fill, is_dynamic, mapped
 from .text import LoadedTokenizer, load_tokenizer, new_clip
 
 NAME = "qwen3"
@@ -49,17 +50,17 @@ class Reading:
 
 
 @torch.inference_mode(False)
-def load_qwen3(release: Path, index: dict[str, Any], reading: Reading, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+def load_qwen3(release: Release, reading: Reading, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """CLIP from text_encoder/ (Qwen3) + tokenizer/ of a release. Weights keep the dtype of the files.
 
     ValueError names a file that is missing, or not of a Qwen3 with these layers.
     """
-    folder = release / ENCODER
+    folder, vocabulary = release.path / ENCODER, release.path / TOKENIZER
     config = _config(folder, reading)
-    tokenizer = load_tokenizer(release / TOKENIZER, index.get(TOKENIZER))
+    tokenizer = load_tokenizer(vocabulary, release.index.get(TOKENIZER))
     if tokenizer("")["input_ids"] or tokenizer.pad_token_id is None:
         raise ValueError(
-            f"{release / TOKENIZER}: Qwen's tokenizer puts nothing around a text and has a padding token; this one "
+            f"{vocabulary}: Qwen's tokenizer puts nothing around a text and has a padding token; this one "
             "does not. Download the release again."
         )
     files = Tensors.open(folder)
@@ -69,8 +70,10 @@ def load_qwen3(release: Path, index: dict[str, Any], reading: Reading, disable_d
     )
     target.params = {"stored": files.dtype}
     clip = new_clip(target, [files], disable_dynamic)
+    lazy = is_dynamic(clip.patcher)
+    files = mapped(files) if lazy else files
     parts = ({name: files.get(names[name]) for name in layer} for layer in by_layer(names))
-    fill(getattr(clip.cond_stage_model, NAME).transformer.model, parts, folder, is_dynamic(clip.patcher))
+    fill(getattr(clip.cond_stage_model, NAME).transformer.model, parts, folder, lazy)
     return clip
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import comfy.ldm.flux.model
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ....dcgen.backbones import BACKBONES, Config
 from ....dcgen.backbones.flux2 import PROMPT, TEXT_LAYERS, TEXT_TOKENS
+from ....dcgen.folder import Release
 from ....dcgen.latent import LatentSpace
 from ....dcgen.schedule import Schedule
 from ..family import Family
@@ -91,8 +91,8 @@ class Flux2(Family):
         """With core's final renaming of keys (some versions rename a norm's `scale` to `weight`)."""
         return model_config.process_unet_state_dict(part)
 
-    def load_text(self, release: Path, index: dict[str, Any], disable_dynamic: bool = False) -> comfy.sd.CLIP:
-        return load_qwen3(release, index, READING, disable_dynamic)
+    def load_text(self, release: Release, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+        return load_qwen3(release, READING, disable_dynamic)
 
 
 FAMILY = Flux2()

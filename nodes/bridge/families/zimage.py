@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import comfy.model_base
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ....dcgen.backbones import BACKBONES, Config
 from ....dcgen.backbones.zimage import PROMPT, TEXT_LAYER, TEXT_TOKENS, TOKEN_MULTIPLE
+from ....dcgen.folder import Release
 from ..family import Family
 from ..latent_format import ModelInfo
 from ..qwen3 import Reading, load_qwen3
@@ -94,8 +94,8 @@ class ZImage(Family):
     def text_width(self, config: Config) -> int:
         return config["cap_feat_dim"]
 
-    def load_text(self, release: Path, index: dict[str, Any], disable_dynamic: bool = False) -> comfy.sd.CLIP:
-        return load_qwen3(release, index, READING, disable_dynamic)
+    def load_text(self, release: Release, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+        return load_qwen3(release, READING, disable_dynamic)
 
 
 FAMILY = ZImage()

@@ -1,7 +1,6 @@
 """Run inside ComfyUI: FLUX.2 klein from core's loader and ours, adapters on it, its text, its VAE, and refusals."""
 
 import importlib
-import json
 from pathlib import Path
 
 import comfy.model_management
@@ -107,10 +106,10 @@ def refusals(pack, params, base, deep, merged, adapters):
 
 def text_and_vae(pack, tensors, params, out, facts):
     release, folder = bridge(pack, "release"), release_of(pack, params["release"])
-    clip = release.load_text(folder)
+    clip = release.load_text(release.Release(folder))
     for i, prompt in enumerate(params["prompts"]):
         ((out[f"text{i}"], _),) = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-    vae = release.load_vae(folder, json.loads((folder / "model_index.json").read_text()))
+    vae = release.load_vae(release.Release(folder))
     out["decoded"], out["encoded"] = vae.decode(tensors["z"]), vae.encode(tensors["pixels"])
     facts["vae"] = {"channels": vae.latent_channels, "factor": vae.spacial_compression_decode()}
     facts["ours"] = importlib.import_module(f"{pack}.dcgen.backbones.flux2").PROMPT

@@ -42,7 +42,8 @@ def everything(pack, tensors, params):
     merged = load_model(pack, params["deep"])
     out["merged"], facts["merged"] = velocity(merged, tensors, "deep"), merged.model.dcgen.schedule.to_dict()
     facts["refused"] = refusals(pack, params, base, deep, merged, adapter)
-    clip = bridge(pack, "release").load_text(release_of(pack, params["release"]))
+    release = bridge(pack, "release")
+    clip = release.load_text(release.Release(release_of(pack, params["release"])))
     for i, prompt in enumerate(params["prompts"]):
         ((out[f"text{i}"], _),) = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
     facts["template"] = comfy.text_encoders.z_image.ZImageTokenizer().llama_template

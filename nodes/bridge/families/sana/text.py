@@ -16,10 +16,11 @@ from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel
 from torch import Tensor, nn
 
 from .....dcgen.backbones import BACKBONES
+from .....dcgen.folder import Release
 from .....dcgen.jsons import read_object
 from .....dcgen.tensors import Tensors
 from ...latent_format import TEXT_KEY
-from ...loading import by_layer, fill, is_dynamic
+from ...loading import by_layer, fill, is_dynamic, mapped
 from ...text import LoadedTokenizer, load_tokenizer, new_clip
 
 # Text positions that SANA reads: the first (the start token) and the last 299 of instruction + prompt.
@@ -134,14 +135,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tenso
 
 
 @torch.inference_mode(False)
-def load_sana_text(release: Path, index: dict[str, Any], disable_dynamic: bool = False) -> comfy.sd.CLIP:
+def load_sana_text(release: Release, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """CLIP from text_encoder/ (Gemma 2) + tokenizer/ of a SANA release. Weights keep the dtype of the files."""
-    folder = release / "text_encoder"
+    folder, vocabulary = release.path / "text_encoder", release.path / "tokenizer"
     config = _config(folder)
-    tokenizer = load_tokenizer(release / "tokenizer", index.get("tokenizer"))
+    tokenizer = load_tokenizer(vocabulary, release.index.get("tokenizer"))
     if tokenizer("")["input_ids"] != [tokenizer.bos_token_id] or tokenizer.pad_token_id is None:
         raise ValueError(
-            f"{release / 'tokenizer'}: Gemma's tokenizer puts a start token, and only that, around a text and has a "
+            f"{vocabulary}: Gemma's tokenizer puts a start token, and only that, around a text and has a "
             "padding token; this one does not. Download the release again."
         )
     files = Tensors.open(folder)
@@ -149,8 +150,10 @@ def load_sana_text(release: Path, index: dict[str, Any], disable_dynamic: bool =
     target = comfy.supported_models_base.ClipTarget(_tokenizer_class(tokenizer), _model_class(config, tokenizer))
     target.params = {"stored": files.dtype}
     clip = new_clip(target, [files], disable_dynamic)
+    lazy = is_dynamic(clip.patcher)
+    files = mapped(files) if lazy else files
     parts = ({name: files.get(names[name]) for name in layer} for layer in by_layer(names))
-    fill(getattr(clip.cond_stage_model, GEMMA).transformer.model, parts, folder, is_dynamic(clip.patcher))
+    fill(getattr(clip.cond_stage_model, GEMMA).transformer.model, parts, folder, lazy)
     return clip
 
 
