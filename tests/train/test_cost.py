@@ -29,8 +29,8 @@ def planned(recipe, stage="finetune", overrides=()):
 # in each, and attention 4 S^2 D over all S tokens; SANA: 20 blocks, D = 2240, 6 D^2 and a feed-forward of 37.7 million
 # weights an image token, 2 D^2 a text token, cross-attention 4 N T D, linear attention 4 N D 32.
 FLUX_LAYERS = 2 * 12 * 3072**2 * (19 + 38)
-# klein: 5 blocks of two streams and 20 of one, 13 D^2 weights a token in each (a gated MLP of 3 D). Z-Image: 30 blocks on
-# all tokens, 2 on image or text each, D = 3840, 4 D^2 and a gated MLP of 8/3 D: 12 D^2.
+# klein: 5 blocks of two streams and 20 of one, 13 D^2 weights a token in each (a gated MLP of 3 D). Z-Image: 30 blocks
+# on all tokens, 2 on image or text each, D = 3840, 4 D^2 and a gated MLP of 8/3 D: 12 D^2.
 KLEIN_LAYERS = 2 * 13 * 3072**2 * 25
 BY_HAND = [
     ("klein-2k", (1024, 512), (KLEIN_LAYERS * 1536 + 25 * 4 * 1536**2 * 3072) / 1e12),  # 10.1
