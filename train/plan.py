@@ -240,7 +240,8 @@ def plan_moved(context: Context, config: Any, rank: int, full: bool = False) -> 
 def stage_flops(geo: Geometry, config: Any, rank: int, full: bool, tokens: tuple[int, int]) -> float:
     """FLOPs of all steps of a head or finetune stage at (image, text) tokens, without autoencoder and text encoders."""
     work = forward_work(geo.family, network(geo.family, geo.moved), geo.moved, tokens, rank)
-    guided = config.objective.loss == "guided" and geo.config.get("guidance_embeds", False)
+    embedded = geo.config.get("guidance_embeds", False)
+    guided = config.objective.loss == "guided" and (embedded or config.objective.implicit_w)
     return (
         config.steps
         * config.batch

@@ -239,6 +239,7 @@ def f32_vae(server, tmp_path_factory, tiny):
     return server.install(folder, "vae", "test-f32")
 
 
+@pytest.mark.once_per_core
 @pytest.mark.parametrize(("name", "kind", "side"), [("dcgen_klein_1k", "f32", 32), ("dcgen_klein_4k", "f64", 64)])
 def test_template_runs_with_tiny_files(server, installed, f32_vae, name, kind, side):
     """With core's own loader of the base where it has one, else with the release, as the note says."""

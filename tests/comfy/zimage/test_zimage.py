@@ -136,6 +136,7 @@ def node(kind, **inputs):
     return {"class_type": kind, "inputs": inputs}
 
 
+@pytest.mark.once_per_core
 @pytest.mark.parametrize(("kind", "width", "height", "batch"), [("base", 96, 64, 2), ("deep", 96, 160, 1)])
 def test_pixels_equal_a_plain_diffusers_loop(server, request, zimage, kind, width, height, batch):
     made, name = (request.getfixturevalue(f"zimage_{kind}{end}") for end in ("", "_name"))
@@ -168,6 +169,7 @@ def installed(server, made, zimage_base_name, zimage_deep):
     return zimage_base_name
 
 
+@pytest.mark.once_per_core
 @pytest.mark.parametrize("name", ["dcgen_zimage_1k", "dcgen_zimage_4k"])
 def test_template_runs_with_tiny_files(server, installed, name):
     """With the release in place of core's loaders, which take the real model's width for granted."""
