@@ -71,16 +71,16 @@ def mapped(tensors: Tensors) -> Tensors:
     return tensors.with_values({file: comfy.utils.load_torch_file(str(file)) for file in files})
 
 
-def fill(network: nn.Module, parts: Parts, file: Any, as_stored: bool = False) -> None:
-    """Load `parts` (tensors by the network's own names, whole layers together) strictly; the network keeps the tensors.
+def fill(network: nn.Module, parts: Parts, file: Any, assign: bool = False) -> None:
+    """Load `parts` (tensors by the network's own names, whole layers together) strictly.
 
-    as_stored: without a cast, as core's dynamic patcher requires. ValueError, naming `file`, for a tensor that is
-    missing, unknown or of another shape; the network is then only partly loaded.
+    assign: use the tensors themselves without cast or copy, as core's dynamic patcher requires. ValueError, naming
+    `file`, for a tensor that is missing, unknown or of another shape; the network is then only partly loaded.
     """
     loaded: set[str] = set()
     for part in parts:
         for names in by_layer(part):
-            _fill_layer(network, {name: part[name] for name in names}, file, as_stored)
+            _fill_layer(network, {name: part[name] for name in names}, file, assign)
         loaded |= set(part)
     missing = sorted(_expected(network) - loaded)
     if missing:
@@ -90,36 +90,36 @@ def fill(network: nn.Module, parts: Parts, file: Any, as_stored: bool = False) -
         raise ValueError(f"{file}: the weights do not fit the model it describes: {_some(mismatches)}")
 
 
-def _fill_layer(network: nn.Module, layer: Mapping[str, Tensor], file: Any, as_stored: bool) -> None:
+def _fill_layer(network: nn.Module, layer: Mapping[str, Tensor], file: Any, assign: bool) -> None:
     path = next(iter(layer)).rpartition(".")[0]
     try:
         target = network.get_submodule(path)
         tensors = {name[len(path) + bool(path) :]: value for name, value in layer.items()}
-        if not as_stored:
+        if not assign:
             tensors = {name: _cast(target, name, value) for name, value in tensors.items()}
         if any(True for _ in target.children()):  # parameters of a module that has layers below it
             for name, value in tensors.items():
-                _set(target, name, value)
+                _set(target, name, value, assign)
         else:
-            target.load_state_dict(tensors, strict=True, assign=True)
+            target.load_state_dict(tensors, strict=True, assign=assign)
     except (AttributeError, RuntimeError) as error:
         raise ValueError(f"{file}: the weights of {path or list(layer)} do not fit this model: {error}") from error
 
 
 def _cast(module: nn.Module, name: str, value: Tensor) -> Tensor:
-    """On the device and in the dtype of the parameter; if there is none yet, in the dtype that core recorded for it."""
-    parameter = getattr(module, name, None)
+    """In the dtype that core has recorded for a parameter; layers whose weights do not exist yet would not cast it."""
     dtype = getattr(module, f"{name}_comfy_model_dtype", None)
-    if isinstance(parameter, Tensor):
-        value, dtype = value.to(parameter.device), parameter.dtype
     return value.to(dtype) if isinstance(dtype, torch.dtype) and value.is_floating_point() else value
 
 
-def _set(module: nn.Module, name: str, value: Tensor) -> None:
+def _set(module: nn.Module, name: str, value: Tensor, assign: bool) -> None:
     target = module.get_parameter(name)
     if target.shape != value.shape:
         raise RuntimeError(f"{name} has shape {tuple(value.shape)}, expected {tuple(target.shape)}")
-    setattr(module, name, nn.Parameter(value, requires_grad=target.requires_grad))
+    if assign:
+        setattr(module, name, nn.Parameter(value, requires_grad=False))
+    else:
+        target.data.copy_(value)
 
 
 def _expected(network: nn.Module) -> set[str]:

@@ -16,7 +16,7 @@ from comfy.sd1_clip import SDClipModel
 from .....dcgen.folder import Release
 from .....dcgen.jsons import read_object
 from .....dcgen.tensors import Tensors
-from ...loading import Parts, by_layer, fill, is_dynamic, mapped
+from ...loading import Parts, by_layer, fill, is_dynamic
 from ...text import LoadedTokenizer, check_length, load_tokenizer, new_clip
 
 # transformers' names for the activations that ComfyUI's encoders have.
@@ -41,10 +41,9 @@ def load_flux_text(release: Release, disable_dynamic: bool = False) -> comfy.sd.
     target = comfy.supported_models_base.ClipTarget(_tokenizer_class(tokenizers), _model_class(configs, tokenizers))
     target.params = {"dtypes": [files.dtype for files in weights]}
     clip = new_clip(target, weights, disable_dynamic)
-    model, lazy = clip.cond_stage_model, is_dynamic(clip.patcher)
-    weights = [mapped(files) for files in weights] if lazy else weights
-    fill(model.clip_l.transformer, _clip_parts(weights[0]), path / "text_encoder", lazy)
-    fill(model.t5xxl.transformer, _t5_parts(weights[1]), path / "text_encoder_2", lazy)
+    model, as_stored = clip.cond_stage_model, is_dynamic(clip.patcher)
+    fill(model.clip_l.transformer, _clip_parts(weights[0]), path / "text_encoder", as_stored)
+    fill(model.t5xxl.transformer, _t5_parts(weights[1]), path / "text_encoder_2", as_stored)
     return clip
 
 

@@ -20,7 +20,7 @@ from .....dcgen.folder import Release
 from .....dcgen.jsons import read_object
 from .....dcgen.tensors import Tensors
 from ...latent_format import TEXT_KEY
-from ...loading import by_layer, fill, is_dynamic, mapped
+from ...loading import by_layer, fill, is_dynamic
 from ...text import LoadedTokenizer, load_tokenizer, new_clip
 
 # Text positions that SANA reads: the first (the start token) and the last 299 of instruction + prompt.
@@ -150,10 +150,8 @@ def load_sana_text(release: Release, disable_dynamic: bool = False) -> comfy.sd.
     target = comfy.supported_models_base.ClipTarget(_tokenizer_class(tokenizer), _model_class(config, tokenizer))
     target.params = {"stored": files.dtype}
     clip = new_clip(target, [files], disable_dynamic)
-    lazy = is_dynamic(clip.patcher)
-    files = mapped(files) if lazy else files
     parts = ({name: files.get(names[name]) for name in layer} for layer in by_layer(names))
-    fill(getattr(clip.cond_stage_model, GEMMA).transformer.model, parts, folder, lazy)
+    fill(getattr(clip.cond_stage_model, GEMMA).transformer.model, parts, folder, is_dynamic(clip.patcher))
     return clip
 
 
