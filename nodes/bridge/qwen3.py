@@ -18,7 +18,7 @@ from torch import nn
 from ...dcgen.folder import Release
 from ...dcgen.jsons import read_object
 from ...dcgen.tensors import Tensors
-from .loading import by_layer, fill, is_dynamic, mapped
+from .loading import by_layer, fill, is_dynamic
 from .text import LoadedTokenizer, load_tokenizer, new_clip
 
 NAME = "qwen3"
@@ -70,10 +70,8 @@ def load_qwen3(release: Release, reading: Reading, disable_dynamic: bool = False
     )
     target.params = {"stored": files.dtype}
     clip = new_clip(target, [files], disable_dynamic)
-    lazy = is_dynamic(clip.patcher)
-    files = mapped(files) if lazy else files
     parts = ({name: files.get(names[name]) for name in layer} for layer in by_layer(names))
-    fill(getattr(clip.cond_stage_model, NAME).transformer.model, parts, folder, lazy)
+    fill(getattr(clip.cond_stage_model, NAME).transformer.model, parts, folder, is_dynamic(clip.patcher))
     return clip
 
 
