@@ -32,11 +32,18 @@ WORKING_BYTES = 512 << 20  # of a strip, as nodes/bridge/vae.py asks for
 MODELS = {
     "dc-gen-flux-f32": ("DC-Gen FLUX 1K", "dc-ae-f32c32-in-1.0", 1024),
     "dc-gen-flux-f64": ("DC-Gen FLUX 4K", "dc-ae-1.5-f64c128", 4096),
+    "dc-gen-klein-4b-f32": ("DC-Gen klein 4B 1K", "dc-ae-f32c32-in-1.0", 1024),
+    "dc-gen-klein-4b-f64": ("DC-Gen klein 4B 4K", "dc-ae-1.5-f64c128", 4096),
+    "dc-gen-z-image-f32": ("DC-Gen Z-Image 1K", "dc-ae-f32c32-in-1.0", 1024),
+    "dc-gen-z-image-f64": ("DC-Gen Z-Image 4K", "dc-ae-1.5-f64c128", 4096),
     "sana-1.5-1.6b": ("SANA 1.6B 1K", "dc-ae-f32c32-sana-1.1", 1024),
     "sana-1.5-4.8b": ("SANA 4.8B 1K", "dc-ae-f32c32-sana-1.1", 1024),
 }
-# ComfyUI: MiB = latent pixels * bytes of a value * 0.01 * factor; FLUX's factor 3.1 is for patches of 2.
+# ComfyUI: MiB = latent pixels * bytes of a value * 0.01 * factor; FLUX's factor 3.1 is for patches of 2. FLUX.2's is
+# the same in proportion to the width.
 FLUX_FACTOR, PATCHES = 3.1, 4
+WIDTH_OF_ESTIMATE = {"flux2": 2604}
+ZIMAGE_FACTOR = 2.8  # of ComfyUI 0.33; 2.0 in 0.8
 SANA_WIDTHS = 15  # values per token at the peak of a block, in widths (nodes/bridge/families/sana)
 
 
@@ -80,8 +87,12 @@ def _split(shapes: dict[str, tuple[int, ...]], ends: tuple[str, ...]) -> tuple[i
 
 
 def _step(backbone: Backbone, config: Config, tokens: int) -> float:
-    if backbone.name == "flux":
-        return tokens * 2 * 0.01 * FLUX_FACTOR * PATCHES / 1024
+    if backbone.name in ("flux", "flux2"):
+        width = backbone.width(config)
+        scale = width / WIDTH_OF_ESTIMATE.get(backbone.name, width)
+        return tokens * 2 * 0.01 * FLUX_FACTOR * PATCHES * scale / 1024
+    if backbone.name == "zimage":
+        return tokens * 2 * 0.01 * ZIMAGE_FACTOR * PATCHES / 1024
     return tokens * 2 * SANA_WIDTHS * backbone.width(config) / GIB
 
 

@@ -17,7 +17,7 @@ import torch
 
 from .backbones import BACKBONES, Backbone, Config
 from .dcae import DCAEConfig, DCAESource
-from .fields import Check, check_fields, items, optional, shown, text, whole
+from .fields import Check, check_fields, items, optional, real, shown, text, whole
 from .files import naming, replacing, weight_files
 from .jsons import read_object
 from .latent import LATENT_FIELDS, METADATA_KEY, LatentSpace, one_encoder
@@ -28,7 +28,9 @@ from .tensors import Tensors
 MODEL_INDEX, CONFIG = "model_index.json", "config.json"
 TRANSFORMER, VAE = "transformer", "vae"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
+PACKED = "AutoencoderKLFlux2"  # its latents are packed 2x2 and normalised by a batch norm
+VARIATIONAL = ("AutoencoderKL", PACKED)
+AUTOENCODERS = ("AutoencoderDC", *VARIATIONAL)
 # Fields in an AutoencoderKL's config.json.
 KL_FIELDS: dict[str, Check] = {
     "block_out_channels": items(whole(1, 1 << 16), 1, 10),
@@ -36,6 +38,13 @@ KL_FIELDS: dict[str, Check] = {
     "scaling_factor": LATENT_FIELDS["scaling_factor"],
     "shift_factor": optional(LATENT_FIELDS["shift_factor"]),
 }
+PACKED_FIELDS: dict[str, Check] = {
+    **KL_FIELDS,
+    "latent_channels": whole(1, 1024),
+    "patch_size": items(whole(2, 2), 2, 2),
+    "batch_norm_eps": optional(real(0, 1)),
+}
+BATCH_NORM_EPS = 1e-4
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,8 @@ def known_network(config: dict[str, Any], file: Path) -> tuple[Backbone, Config]
 def open_autoencoder(folder: str | os.PathLike[str]) -> Autoencoder:
     """Open an autoencoder folder; errors name a missing file, an unknown class or a wrong number in the config.
 
-    The preview factors of the latent space are from the metadata of the weights.
+    The preview factors of the latent space are from the metadata of the weights, and from the weights themselves the
+    mean and std of a packed one.
     """
     folder = Path(folder)
     file = folder / CONFIG
@@ -204,7 +214,10 @@ def open_autoencoder(folder: str | os.PathLike[str]) -> Autoencoder:
         check_fields(config, {"_name_or_path": optional(text(4096))})
         latent = space_of_config(config, folder.resolve().name)
     weights = Tensors.open(folder) if weight_files(folder) else None
-    return Autoencoder(folder, config, weights, _with_preview(latent, weights.metadata if weights else {}))
+    latent = _with_preview(latent, weights.metadata if weights else {})
+    if weights is not None and latent.packing > 1:
+        latent = _with_statistics(latent, weights, config)
+    return Autoencoder(folder, config, weights, latent)
 
 
 def autoencoder_config(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
@@ -222,17 +235,23 @@ def space_of_config(config: Mapping[str, Any], folder: str = "") -> LatentSpace:
 
     The name is the one in the config or the folder's, or a published name if the numbers fit only that one.
     """
+    packing = 1
     if config.get("_class_name") == "AutoencoderKL":
         check_fields(config, KL_FIELDS, ("block_out_channels", "latent_channels", "scaling_factor"))
         factor = 2 ** (len(config["block_out_channels"]) - 1)
         numbers = (config["latent_channels"], factor, config["scaling_factor"], config.get("shift_factor") or 0.0)
+    elif config.get("_class_name") == PACKED:
+        check_fields(config, PACKED_FIELDS, ("block_out_channels", "latent_channels"))
+        packing = config.get("patch_size", (2, 2))[0]
+        factor = packing * 2 ** (len(config["block_out_channels"]) - 1)
+        numbers = (config["latent_channels"] * packing**2, factor, 1.0, 0.0)
     else:
         dcae = DCAEConfig.from_diffusers(config)
         if dcae.scaling_factor is None:
             raise ValueError("scaling_factor is missing")
         numbers = (dcae.latent_channels, dcae.spatial_factor, dcae.scaling_factor, 0.0)
     name = Path(config.get("_name_or_path") or folder).name.removesuffix("-diffusers")
-    return _published(LatentSpace("" if name == VAE else name, *numbers))
+    return _published(LatentSpace("" if name == VAE else name, *numbers, packing=packing))
 
 
 def _published(space: LatentSpace) -> LatentSpace:
@@ -249,6 +268,19 @@ def _with_preview(space: LatentSpace, metadata: Mapping[str, str]) -> LatentSpac
     if stored is None or stored.channels != space.channels:
         return space
     return replace(space, rgb_factors=stored.rgb_factors, rgb_bias=stored.rgb_bias)
+
+
+def _with_statistics(space: LatentSpace, weights: Tensors, config: Mapping[str, Any]) -> LatentSpace:
+    """The space with the mean and std of its channels, from the batch norm in the autoencoder's weights."""
+    names = ("bn.running_mean", "bn.running_var")
+    with naming(weights.path):
+        for name in names:
+            if name not in weights.entries or weights.entries[name].shape != (space.channels,):
+                found = weights.entries[name].shape if name in weights.entries else "nothing"
+                raise ValueError(f"{name} of the weights: found {found}, expected {space.channels} values")
+        mean, variance = (weights.get(name).double() for name in names)
+        std = (variance + config.get("batch_norm_eps", BATCH_NORM_EPS)).sqrt()
+        return replace(space, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
 
 def stored_schedule(release: Path) -> Schedule | None:

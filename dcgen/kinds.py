@@ -19,6 +19,15 @@ QUANTISED = (
 ALL_IN_ONE = "model.diffusion_model."
 
 
+# Beginnings of the keys that only a ControlNet has: diffusers' and others', and SANA's original ones.
+CONTROLNET = ("controlnet_", "controlnet.")
+
+
+def is_controlnet(keys: Collection[str]) -> bool:
+    """Whether these are a ControlNet's weights: blocks of its base, and layers of its own."""
+    return any(key.startswith(CONTROLNET) for key in keys)
+
+
 def is_quantised(keys: Collection[str]) -> bool:
     """Whether the weights have scales (scaled fp8 and similar formats)."""
     return any(key.endswith(QUANTISED) for key in keys)
@@ -26,6 +35,11 @@ def is_quantised(keys: Collection[str]) -> bool:
 
 def what_it_may_be(keys: Collection[str], otherwise: str) -> str:
     """A sentence on what a file with these keys looks like and how to load it; `otherwise` if that is unknown."""
+    if is_controlnet(keys):
+        return (
+            "It looks like a ControlNet, not a model: it takes latents of the autoencoder that it was trained with, "
+            "and no node here loads it. For a base on its own latent use core's Load ControlNet Model."
+        )
     if is_quantised(keys):
         return (
             "It looks like a quantised model (scaled fp8 or the like): load it with a model loader that knows it, or "

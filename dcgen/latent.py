@@ -27,9 +27,10 @@ LATENT_FIELDS: dict[str, Check] = {
     "mean": optional(items(real(-1e6, 1e6), 1, 4096)),
     "std": optional(items(real(1e-6, 1e6), 1, 4096)),
     "temporal_factor": whole(1, 1024),
+    "packing": whole(1, 64),
 }
 # Omitted from metadata when they have their default, so that earlier versions read the file.
-LATER_FIELDS = ("mean", "std", "temporal_factor")
+LATER_FIELDS = ("mean", "std", "temporal_factor", "packing")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class LatentSpace:
     scaling_factor, shift_factor, and mean, std of each channel where the autoencoder has them:
     model space = (raw - shift - mean) * scaling / std;
     rgb_factors (C rows of 3) and rgb_bias: linear preview of a model-space latent as RGB in -1..1;
-    temporal_factor: frames per latent frame after the first, 1 for images.
+    temporal_factor: frames per latent frame after the first, 1 for images;
+    packing: pixels of the autoencoder's own grid along a side of a latent pixel. Where it is above 1 (FLUX.2: 2),
+    channels and spatial factor are those of the packed latent, and mean and std are in the autoencoder's weights.
     """
 
     name: str
@@ -53,6 +56,7 @@ class LatentSpace:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     temporal_factor: int = 1
+    packing: int = 1
 
     def __post_init__(self) -> None:
         try:
@@ -112,11 +116,12 @@ class LatentSpace:
     def differences(self, other: LatentSpace) -> list[str]:
         """The differences between this space and `other`, in words; empty when their latents are interchangeable.
 
-        An empty name is unknown and matches any; the names in one entry of SHARED have the same encoder.
+        An empty name is unknown and matches any; the names in one entry of SHARED have the same encoder. A packed
+        space without mean and std does not know them.
         """
         differences = [
             f"{field}: {getattr(self, field)} against {getattr(other, field)}"
-            for field in ("channels", "spatial_factor", "temporal_factor")
+            for field in ("channels", "spatial_factor", "temporal_factor", "packing")
             if getattr(self, field) != getattr(other, field)
         ]
         differences += [
@@ -131,8 +136,10 @@ class LatentSpace:
 
     def _same_rows(self, other: LatentSpace, field: str) -> bool:
         first, second = getattr(self, field), getattr(other, field)
-        if first is None or second is None or len(first) != len(second):
-            return first is second
+        if first is None or second is None:
+            return first is second or self.packing > 1
+        if len(first) != len(second):
+            return False
         return all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in zip(first, second, strict=True))
 
     def to_metadata(self) -> dict[str, str]:

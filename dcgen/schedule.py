@@ -14,7 +14,7 @@ from torch import Tensor
 from .fields import Check, check_fields, flag, optional, real, shown, text, whole, words
 
 LINEAR = "flux"  # the rule with mu linear in the number of tokens, as in scheduler_config.json
-RULES = (LINEAR, "flux2", "static", "sprint")
+RULES = (LINEAR, "flux2", "empirical", "static", "sprint")
 SHIFT = real(1e-8, 1e8)
 # Allowed fields of a stored schedule; shift = e^mu is 3 to 6 for the published models.
 SCHEDULE_FIELDS: dict[str, Check] = {
@@ -45,6 +45,12 @@ SCHEDULER_FIELDS: dict[str, Check] = {
 DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 # Number of latent elements C*h*w without a shift in the FLUX.2-style rule.
 FLUX2_ELEMENTS = 4096
+# mu of rule "empirical" at 10 and at 200 steps, as (slope, intercept) over the number of image tokens: the fit that the
+# FLUX.2 pipelines compute. Above the last count the line for 200 steps holds at any number of steps.
+EMPIRICAL_10, EMPIRICAL_200 = (8.73809524e-05, 1.89833333), (0.00016927, 0.45666666)
+EMPIRICAL_TOKENS = 4300
+# Steps that a rule assumes where only a shift is asked for: the default of those pipelines.
+DEFAULT_STEPS = 50
 # DPMSolverMultistep's flow grid starts at 1 - 1/1000 (num_train_timesteps), FlowMatchEuler's at 1.
 STATIC_SIGMA_MAX = 0.999
 # Angle of SANA-Sprint's intermediate step.
@@ -58,6 +64,7 @@ class Schedule(Mapping[str, Any]):
     rule "flux": r = e^mu, mu linear in the number of image tokens from base_shift at base_image_seq_len to max_shift
     at max_image_seq_len (names and defaults of FLUX.1's scheduler_config.json);
     "flux2": r = sqrt(tokens*channels/4096);
+    "empirical": r = e^mu, mu linear in the tokens and in the steps (the rule of the published FLUX.2 models);
     "static": r is always `shift` (SANA: 3.0, at 4K 6.0);
     "sprint": r = tan(1.3), which turns an even grid of two steps into SANA-Sprint's.
     `mu` (= ln r) or `shift` (= r) overrides any rule; giving both is a ValueError.
@@ -154,8 +161,11 @@ class Schedule(Mapping[str, Any]):
         """The same schedule with another ratio r."""
         return replace(self, mu=None, shift=shift)
 
-    def ratio(self, *, tokens: int, channels: int) -> float:
-        """r for a latent of `tokens` tokens of `channels` values each, both at least 1."""
+    def ratio(self, *, tokens: int, channels: int, steps: int = DEFAULT_STEPS) -> float:
+        """r for a latent of `tokens` tokens of `channels` values each, both at least 1.
+
+        steps: sampling steps, for rule "empirical".
+        """
         if tokens < 1 or channels < 1:
             raise ValueError(
                 f"a schedule needs at least 1 token and 1 channel, got tokens={tokens}, channels={channels}"
@@ -166,7 +176,9 @@ class Schedule(Mapping[str, Any]):
             return math.sqrt(tokens * channels / FLUX2_ELEMENTS)
         if self.rule == "sprint" and self.mu is None:
             return math.tan(SPRINT_MIDDLE)
-        mu = self.mu if self.mu is not None else self._linear_mu(tokens)
+        mu = self.mu
+        if mu is None:
+            mu = empirical_mu(tokens, steps) if self.rule == "empirical" else self._linear_mu(tokens)
         ratio = math.exp(mu) if mu < 700 else math.inf  # exp overflows above 709
         if not math.isfinite(ratio):
             raise ValueError(f"the shift of {tokens} tokens must be finite, got e^{mu:g}")
@@ -186,7 +198,7 @@ class Schedule(Mapping[str, Any]):
             raise ValueError(f"a schedule needs at least 1 step, got {steps}")
         if self.rule == "sprint" and self.mu is None and self.shift is None:
             return sprint_sigmas(steps)
-        ratio = self.ratio(tokens=tokens, channels=channels)
+        ratio = self.ratio(tokens=tokens, channels=channels, steps=steps)
         top = self.sigma_max if self.sigma_max is not None else (STATIC_SIGMA_MAX if self.rule == "static" else 1.0)
         grid = top * torch.arange(steps, -1, -1, dtype=torch.float64) / steps
         return shifted(grid, ratio).float()
@@ -195,6 +207,14 @@ class Schedule(Mapping[str, Any]):
 def shift_ratio(*, tokens: int, channels: int, rule: str, mu: float | None = None, shift: float | None = None) -> float:
     """The ratio r that a rule gives; see Schedule."""
     return Schedule(rule, mu, shift).ratio(tokens=tokens, channels=channels)
+
+
+def empirical_mu(tokens: int, steps: int) -> float:
+    """mu of rule "empirical" for that many image tokens and sampling steps."""
+    at_10, at_200 = (slope * tokens + intercept for slope, intercept in (EMPIRICAL_10, EMPIRICAL_200))
+    if tokens > EMPIRICAL_TOKENS:
+        return at_200
+    return at_200 + (at_200 - at_10) / 190 * (steps - 200)
 
 
 def shifted(sigma: Tensor, ratio: float) -> Tensor:

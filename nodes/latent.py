@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from . import inputs
 from .bridge.fit import composite
-from .bridge.latent_format import empty_latent
+from .bridge.model_info import empty_latent
 from .model import CATEGORY
 from .schema import schema
 from .sizes import CUSTOM, size_of

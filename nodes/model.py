@@ -37,7 +37,7 @@ class DCGenReleaseLoader(io.ComfyNode):
             display_name="Load Release (DC-Gen)",
             category=CATEGORY,
             description="Loads model, text encoders and autoencoder from one release folder in the diffusers layout: "
-            "DC-Gen FLUX or SANA, or the base for an adapter.",
+            "DC-Gen FLUX, Z-Image or SANA, or the base for an adapter.",
             inputs=[
                 io.Combo.Input(
                     "release",
@@ -69,8 +69,8 @@ class DCGenModelLoader(io.ComfyNode):
             search_aliases=["unet loader", "load diffusion model", "flux 4k", "sana loader"],
             display_name="Load Model (DC-Gen)",
             category=CATEGORY,
-            description="Loads a merged DC-Gen FLUX or any SANA: a release folder, or one file with diffusers or "
-            "original key names. The latent (f32c32, f64c128) is detected from the file.",
+            description="Loads a merged DC-Gen FLUX or Z-Image, or any SANA: a release folder, or one file with "
+            "diffusers or original key names. The latent (f32c32, f64c128) is detected from the file.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -108,10 +108,13 @@ class DCGenApply(io.ComfyNode):
             search_aliases=["model patch", "dc-gen adapter", "deep latent", "fewer tokens", "flux 4k"],
             display_name="Apply DC-Gen",
             category=CATEGORY,
-            description="Moves a base FLUX or SANA to a deep latent: the adapter replaces embedder and head and adds "
-            "its LoRA to the base's blocks. The base MODEL stays usable, and its weights are shared, not copied.",
+            description="Moves a base FLUX, Z-Image or SANA to a deep latent: the adapter replaces embedder and head "
+            "and adds its LoRA to the base's blocks. The base MODEL stays usable, and its weights are shared, not "
+            "copied.",
             inputs=[
-                io.Model.Input("model", tooltip="The base: FLUX from any loader, or SANA; with or without LoRA."),
+                io.Model.Input(
+                    "model", tooltip="The base: FLUX or Z-Image from any loader, or SANA; with or without LoRA."
+                ),
                 io.Combo.Input(
                     "adapter_name",
                     options=folder_paths.get_filename_list("model_patches"),

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from . import inputs
 from .bridge import samplers
-from .bridge.latent_format import empty_latent
+from .bridge.model_info import empty_latent
 from .bridge.sampling import sample, sigmas_for, start
 from .checks import numbers
 from .model import CATEGORY
@@ -76,7 +76,9 @@ class DCGen4KSampler(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Seed of the initial noise.",
                 ),
-                inputs.steps("Sampling steps: 20 as published, 1 or 2 for SANA-Sprint."),
+                inputs.steps(
+                    "Sampling steps: 20 as published, 4 for FLUX.2 klein, 9 for Z-Image-Turbo, 1 or 2 for SANA-Sprint."
+                ),
                 io.Float.Input(
                     "guidance",
                     default=3.5,
@@ -84,7 +86,8 @@ class DCGen4KSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     tooltip="Distilled guidance scale, as published 3.5 for FLUX and 4.5 for SANA-Sprint. Replaces the "
-                    "conditioning's own. Ignored by models without a guidance embedding (schnell, SANA).",
+                    "conditioning's own. Ignored by models without a guidance embedding (schnell, klein, Z-Image, "
+                    "SANA).",
                 ),
                 io.Combo.Input(
                     "sampler_name",

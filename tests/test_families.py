@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = {"flux", "sana", "dit"}
+FAMILIES = {"flux", "flux2", "zimage", "sana", "dit"}
 FOLDERS = ("dcgen", "train", "nodes")
 # Tables of autoencoders and of schedule rules, whose published names have those of models in them, and the shipped toy.
 TABLES = {"dcgen/schedule.py", "dcgen/latent.py", "dcgen/spaces.py", "dcgen/dcae/variants.py"}
@@ -80,4 +80,4 @@ def test_every_family_has_a_module_in_each_place():
 
     assert set(BACKBONES) == set(trained) == FAMILIES
     in_comfyui = {path.stem for path in (ROOT / "nodes" / "bridge" / "families").iterdir()} & FAMILIES
-    assert in_comfyui == {"flux", "sana"}
+    assert in_comfyui == {"flux", "flux2", "zimage", "sana"}

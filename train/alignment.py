@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from einops import rearrange
 from torch import Tensor, nn
 
+from dcgen.backbones import Backbone
 from train.family import Family
 
 Resample = Literal["teacher-down", "student-up"]
@@ -79,8 +79,8 @@ class NormalEquations:
             for tensor in (self.xx, self.xy, self.yy, self.y, self.count):
                 dist.all_reduce(tensor)
 
-    def solve(self, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
-        """(weight (D,K), bias (D,)) of least Eq. 1, float64.
+    def solve(self, ridge: float = 0.0, bias: bool = True) -> tuple[Tensor, Tensor]:
+        """(weight (D,K), bias (D,)) of least Eq. 1, float64; without `bias` that is 0.
 
         `ridge` is relative to the mean feature power and spares the bias. Directions that the data does not hold
         (a dead channel) get weight 0: the least-norm minimiser.
@@ -88,6 +88,8 @@ class NormalEquations:
         if self.count == 0:
             raise ValueError("no data was accumulated: Eq. 1 has no minimiser")
         system = self.xx.clone()
+        if not bias:
+            system[-1], system[:, -1] = 0, 0  # the constant becomes a feature that the data does not hold
         if ridge:
             power = self.xx.diagonal()[:-1].mean()
             system.diagonal()[:-1].add_(ridge * power)
@@ -118,11 +120,12 @@ class LinearEmbedder:
         self.config = config
         self.p = patch_size
         embedder = family.backbone.ends(config).embedder
-        self.weight, self.bias = _affine(model.get_submodule(embedder), family.backbone.title)
+        self.weight, self.own_bias = _affine(model.get_submodule(embedder), family.backbone)
+        self.bias = torch.zeros_like(self.weight.flatten(1)[:, 0]) if self.own_bias is None else self.own_bias
 
     def features(self, latents: Tensor) -> Tensor:
         """(B,C,h*p,w*p) -> (B,h,w,K), in the order in which the embedder's weight, flattened, takes them."""
-        return rearrange(latents, "B C (h ph) (w pw) -> B h w (C ph pw)", ph=self.p, pw=self.p)
+        return self.family.patches(latents, self.p)
 
     @torch.no_grad()
     def offset(self, latents: Tensor) -> Tensor:
@@ -133,8 +136,7 @@ class LinearEmbedder:
         try:
             return self.family.embed(self.model, torch.zeros_like(latents[:1]), self.config)
         finally:
-            self.weight.copy_(kept[0])
-            self.bias.copy_(kept[1])
+            self.set(*kept)
 
     @torch.no_grad()
     def add_to(self, equations: NormalEquations, teacher: Tensor, latents: Tensor, resample: Resample) -> None:
@@ -145,20 +147,23 @@ class LinearEmbedder:
 
     @torch.no_grad()
     def set(self, weight: Tensor, bias: Tensor) -> None:
-        """Write weight (D,K) and bias (D,) into the embedder."""
+        """Write weight (D,K) and bias (D,), if it has one, into the embedder."""
         self.weight.copy_(weight.reshape(self.weight.shape))
-        self.bias.copy_(bias)
+        if self.own_bias is not None:
+            self.own_bias.copy_(bias)
 
     def flat(self) -> tuple[Tensor, Tensor]:
         """(weight (D,K), bias (D,)) as they are."""
         return self.weight.detach().flatten(1), self.bias.detach()
 
 
-def _affine(embedder: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+def _affine(embedder: nn.Module, backbone: Backbone) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of an embedder that is one layer; the bias is None where the family's has none."""
     layers = [m for m in embedder.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    if len(layers) != 1 or layers[0].bias is None:
+    if len(layers) != 1 or (layers[0].bias is not None) != backbone.end_bias:
+        kind = "with bias" if backbone.end_bias else "without bias"
         raise ValueError(
-            f"the embedder of {name} is not one Linear or Conv2d with bias: the closed form does not apply, "
+            f"the embedder of {backbone.title} is not one Linear or Conv2d {kind}: the closed form does not apply, "
             "use solver: adamw"
         )
     return layers[0].weight, layers[0].bias

@@ -1,4 +1,4 @@
-"""Frozen autoencoders of either kind behind one face: diffusers' AutoencoderKL and our DC-AE."""
+"""Frozen autoencoders of each kind behind one face: diffusers' AutoencoderKL, that of FLUX.2, and our DC-AE."""
 # B batch, C latent channels, f spatial factor
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from dcgen.dcae import load_dcae
@@ -23,7 +24,7 @@ class Autoencoder:
     """A frozen autoencoder. encode/decode work on raw latents; `space` scales them for a diffusion model."""
 
     space: LatentSpace
-    model: Any  # a DCAE or diffusers.AutoencoderKL
+    model: Any  # a DCAE, or a variational autoencoder of diffusers
     folder: Path
 
     @torch.no_grad()
@@ -31,15 +32,15 @@ class Autoencoder:
         """(B,3,H,W) in -1..1 -> raw latent (B,C,H/f,W/f), float32; a variational one gives its mean."""
         first = next(self.model.parameters())
         images = images.to(first.device, first.dtype)
-        if hasattr(self.model, "quant_conv"):
-            return self.model.encode(images).latent_dist.mode().float()
-        return self.model.encode(images).float()
+        encoded = self.model.encode(images)
+        latents = encoded if isinstance(encoded, Tensor) else encoded.latent_dist.mode()
+        return packed(latents.float(), self.space.packing)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latent (B,C,h,w) -> (B,3,h*f,w*f) in -1..1, float32."""
         first = next(self.model.parameters())
-        latents = latents.to(first.device, first.dtype)
+        latents = unpacked(latents, self.space.packing).to(first.device, first.dtype)
         decoded = self.model.decode(latents)
         return (decoded if isinstance(decoded, Tensor) else decoded.sample).float().clamp(-1, 1)
 
@@ -47,7 +48,7 @@ class Autoencoder:
 def load_autoencoder(
     folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Autoencoder:
-    """Load a diffusers autoencoder folder (AutoencoderKL or AutoencoderDC), frozen and in eval mode."""
+    """Load a diffusers autoencoder folder of one of the AUTOENCODERS classes, frozen and in eval mode."""
     folder = Path(folder)
     opened = open_autoencoder(folder)
     _weights(folder)
@@ -56,8 +57,19 @@ def load_autoencoder(
     else:
         import diffusers
 
-        model = diffusers.AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(device)
+        kind = getattr(diffusers, opened.config["_class_name"])
+        model = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(device)
     return Autoencoder(opened.latent, model.eval().requires_grad_(False), folder)
+
+
+def packed(latents: Tensor, p: int) -> Tensor:
+    """The autoencoder's own latents (B,c,h*p,w*p) -> (B,c*p*p,h,w), channel-major as FLUX.2's pipelines pack them."""
+    return rearrange(latents, "B c (h ph) (w pw) -> B (c ph pw) h w", ph=p, pw=p)
+
+
+def unpacked(latents: Tensor, p: int) -> Tensor:
+    """Inverse of packed."""
+    return rearrange(latents, "B (c ph pw) h w -> B c (h ph) (w pw)", ph=p, pw=p)
 
 
 def check_autoencoder(folder: str | Path) -> None:

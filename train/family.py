@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from dcgen.backbones import Backbone, Config
@@ -72,6 +73,8 @@ class Family(ABC):
     token_layers: ClassVar[Mapping[str, str]] = {}
     """What passes through a layer, if not the image's tokens alone: "text", "joint" (image and text) or "sample" (one
     vector an image) -> regular expression on whole module paths. For the cost that --dry-run prints."""
+    output_sign: ClassVar[int] = 1
+    """The velocity is this times what the network gives."""
     toy_text: ClassVar[ToyText | None] = None
     """How the toy makes a base of this family from text, and one from class labels; None = it does not."""
     toy_labels: ClassVar[ToyLabels | None] = None
@@ -86,6 +89,10 @@ class Family(ABC):
     @abstractmethod
     def embed(self, model: nn.Module, latents: Tensor, config: Config) -> Tensor:
         """Patch embedding (B,h/p,w/p,D) of model-space latents (B,C,h,w): what Eq. 1 compares."""
+
+    def patches(self, latents: Tensor, p: int) -> Tensor:
+        """Latents (B,C,h*p,w*p) as patches (B,h,w,C*p*p), in the order in which the embedder takes them."""
+        return rearrange(latents, "B C (h ph) (w pw) -> B h w (C ph pw)", ph=p, pw=p)
 
     @abstractmethod
     def velocity(

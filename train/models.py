@@ -126,9 +126,12 @@ def moved_network(
 
     family, config = network_of(base)
     moved, ends = fresh_ends(family, config, channels, patch_size, seed)
-    old_ends = family.backbone.ends(config).prefixes
-    stored = load_network(base, dtype, "cpu").named_parameters()
-    weights = {name: parameter.data for name, parameter in stored if not name.startswith(old_ends)}
+    old_ends, new_ends = family.backbone.ends(config), family.backbone.ends(moved)
+    stored = {name: parameter.data for name, parameter in load_network(base, dtype, "cpu").named_parameters()}
+    weights = {name: value for name, value in stored.items() if not name.startswith(old_ends.prefixes)}
+    for old, new in zip(old_ends.named, new_ends.named, strict=True):
+        of_layer = {name: value for name, value in stored.items() if name.startswith(f"{old}.")}
+        weights |= {f"{new}{name.removeprefix(old)}": value for name, value in of_layer.items()}
     for path, end in ends.items():
         weights |= {f"{path}.{name}": parameter.data for name, parameter in end.named_parameters()}
     with init_empty_weights(include_buffers=False):

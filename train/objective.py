@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import Tensor
 
 from dcgen import guidance
@@ -80,6 +80,12 @@ class Objective(Strict):
         description="guided = Eq. 7 (distilled bases), flow = Eq. 2, ddpm = noise and variance (bases trained so)",
     )
     w: tuple[float, float] = Field((0.0, 13.0), description="range of w, uniform; released code: g = 1+w in 1..14")
+    implicit_w: float | None = Field(
+        None,
+        gt=0,
+        description="for a base that is distilled at one w and has no embedding for it: Eq. 7 at that w (Z-Image's "
+        "released code: g = 1+w = 3); None = Eq. 2 for such a base",
+    )
     guidance_embed: Literal["1+w", "w"] = Field("1+w", description="what the embedding gets (g = 3.5 is w = 2.5)")
     uncond_embed: Literal["same", "one"] = Field(
         "same", description="same w in the empty branch (Eq. 6); one = released code"
@@ -94,6 +100,12 @@ class Objective(Strict):
         0.1, ge=0, lt=1, description="captions made empty (released code 0.1); without it Eq. 7 is under-determined"
     )
     timesteps: Timesteps = Timesteps()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a field that is newer than runs which exist, at its default: their digests stay what they were."""
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "implicit_w" or value is not None}
 
 
 def objective_loss(
@@ -179,30 +191,36 @@ def objective_terms(
     text, dropped = drop_captions(batch, text, empty, objective.caption_dropout)
     noised = guidance.interpolate(latents, noise, sigma)
     target = guidance.velocity_target(latents, noise)
-    if objective.loss == "flow" or not distilled:
+    if objective.loss == "flow" or not (distilled or objective.implicit_w):
         corrected = velocity(noised, sigma, text, _flow_scale(objective, batch) if distilled else None)
     else:
-        corrected = _corrected(objective, velocity, batch, noised, sigma, text, empty, dropped)
+        w, scale = _draw_w(objective, batch) if distilled else (_implicit_w(objective, batch), None)
+        corrected = _corrected(objective, velocity, noised, sigma, text, empty, dropped, w, scale)
     return corrected, target, dropped
 
 
 def _corrected(
     objective: Objective,
     velocity: Velocity,
-    batch: Batch,
     noised: Tensor,
     sigma: Tensor,
     text: Cond,
     empty: Cond,
     dropped: Tensor,
+    w: Tensor,
+    scale: Tensor | None,
 ) -> Tensor:
-    """Eq. 6 on the rows that kept their caption; a dropped row is its own empty branch, so v_hat = v there."""
-    w, scale = _draw_w(objective, batch)
+    """Eq. 6 on the rows that kept their caption; a dropped row is its own empty branch, so v_hat = v there.
+
+    w (B,); scale (B,): what the guidance embedding gets for it, None without one.
+    """
     v_cond = velocity(noised, sigma, text, scale)
     kept = torch.nonzero(~dropped).flatten()
     if not len(kept):
         kept = torch.zeros(1, dtype=torch.long, device=noised.device)  # every rank must make the same forward calls
-    other = scale[kept] if objective.uncond_embed == "same" else torch.ones_like(scale[kept])
+    other = None if scale is None else scale[kept]
+    if other is not None and objective.uncond_embed == "one":
+        other = torch.ones_like(other)
     with contextlib.nullcontext() if objective.uncond_grad else torch.no_grad():
         v_uncond = velocity(noised[kept], sigma[kept], under_empty(text, empty, kept), other)
     raw = guidance.raw_velocity(v_cond[kept].float(), v_uncond.float(), w[kept])  # Eq. 6
@@ -214,6 +232,11 @@ def _draw_w(objective: Objective, batch: Batch) -> tuple[Tensor, Tensor]:
     low, high = objective.w
     w = low + (high - low) * batch.uniform("w")
     return w, torch.as_tensor(guidance.guidance_scale(w)) if objective.guidance_embed == "1+w" else w
+
+
+def _implicit_w(objective: Objective, batch: Batch) -> Tensor:
+    """(B,) the one w of a base without an embedding."""
+    return torch.full((len(batch),), float(objective.implicit_w or 0), device=batch.device)
 
 
 def _flow_scale(objective: Objective, batch: Batch) -> Tensor:

@@ -113,7 +113,7 @@ def count(geo: Geometry, rank: int) -> Counts:
     """Parameter counts of the moved model, exact."""
     model: Any = network(geo.family, geo.moved)
     ends = geo.backbone.ends(geo.moved)
-    trained = sum(p.numel() for path in ends for p in model.get_submodule(path).parameters())
+    trained = sum(p.numel() for path in ends.trained for p in model.get_submodule(path).parameters())
     lora = 0
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -283,7 +283,8 @@ def load_of(context: Context, config: Any, rank: int, full: bool = False) -> Loa
 def stage_flops(geo: Geometry, config: Any, rank: int, full: bool, tokens: tuple[int, int]) -> float:
     """FLOPs of all steps of a head or finetune stage at (image, text) tokens, without autoencoder and text encoders."""
     work = forward_work(geo.family, network(geo.family, geo.moved), geo.moved, tokens, rank)
-    guided = config.objective.loss == "guided" and geo.config.get("guidance_embeds", False)
+    embedded = geo.config.get("guidance_embeds", False)
+    guided = config.objective.loss == "guided" and (embedded or config.objective.implicit_w)
     return (
         config.steps
         * config.batch

@@ -38,6 +38,26 @@ def tiny_kl() -> Any:
     )
 
 
+def tiny_packed_kl() -> Any:
+    """An f4 AutoencoderKLFlux2 with 4 latent channels, packed to f8 and 16, and statistics that are not 0 and 1."""
+    import diffusers
+    import torch
+
+    vae = diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
+    norm: Any = vae.bn
+    norm.running_mean.copy_(0.1 * torch.randn(16))
+    norm.running_var.copy_(0.5 + torch.rand(16))
+    return vae
+
+
 def tiny_dcae(stages: int = 5) -> Any:
     """An AutoencoderDC of f = 2^(stages-1) with 8 latent channels and one attention stage."""
     import diffusers

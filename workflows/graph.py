@@ -32,6 +32,22 @@ FILES = {
         f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp16.safetensors",
         "6e480b09fae049a72d2a8c5fbccb8d3e92febeb233bbe9dfe7256958a9167635",
     ),
+    "flux-2-klein-4b.safetensors": (
+        "diffusion_models",
+        f"{HUB}/black-forest-labs/FLUX.2-klein-4B/resolve/main/flux-2-klein-4b.safetensors",
+        None,
+    ),
+    "z_image_turbo_bf16.safetensors": (
+        "diffusion_models",
+        f"{HUB}/Comfy-Org/z_image_turbo/resolve/main/split_files/diffusion_models/z_image_turbo_bf16.safetensors",
+        None,
+    ),
+    "qwen_3_4b.safetensors": (
+        "text_encoders",
+        f"{HUB}/Comfy-Org/vae-text-encorder-for-flux-klein-4b/resolve/main/split_files/text_encoders/"
+        "qwen_3_4b.safetensors",
+        None,
+    ),
     "ae.safetensors": (
         "vae",
         f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors",

@@ -280,6 +280,54 @@ def round_trip() -> Workflow:
     return w
 
 
+KLEIN = "flux-2-klein-4b.safetensors"
+
+
+def klein(adapter: str, vae_name: str, get_vae: str, recipe: str, size: str) -> Workflow:
+    """FLUX.2 klein from core's loaders and an adapter."""
+    pixels = size.partition(": ")[2]
+    w = Workflow(
+        f"FLUX.2 klein {size[:2]}",
+        f"## {pixels} from FLUX.2 klein 4B in four steps\n\nklein is Apache-2.0, distilled to 4 steps without CFG: "
+        "leave `cfg` at 1; `guidance` is ignored, it has no embedding for it. The adapter goes into "
+        f"`models/model_patches`; none is published: train it with `python -m train.run {recipe}`. Its autoencoder:"
+        f"{get_vae}**Needs ComfyUI 0.9.2 or newer** for core's loaders of klein and its text encoder (Qwen3, type "
+        "flux2). On older versions put `black-forest-labs/FLUX.2-klein-4B` into `models/diffusers` and take Load "
+        "Release (DC-Gen) in "
+        "place of both loaders.",
+    )
+    return on_core(w, (KLEIN, "flux2", adapter, vae_name), size, 4, "dcgen/klein")
+
+
+def on_core(w: Workflow, files: tuple[str, str, str, str], size: str, steps: int, prefix: str) -> Workflow:
+    """An adapter on a base with Qwen3-4B, both from core's loaders; without guidance.
+
+    files: the base, CLIPLoader's type, the adapter, the autoencoder.
+    """
+    base, text, adapter, vae_name = files
+    model = w.node("UNETLoader", unet_name=base, weight_dtype="default")
+    clip = w.node("CLIPLoader", clip_name="qwen_3_4b.safetensors", type=text, device="default")
+    apply = w.node("DCGenApply", model=model(), adapter_name=adapter, strength=1.0)
+    vae = w.node("DCAELoader", column=1, vae_name=vae_name)
+    prompt = prompt_box(w, clip(), PROMPT_4K)
+    latent = one_sampler(w, apply(), prompt(), size, steps=steps, guidance=1.0)
+    save(w, latent(), vae(), f"{prefix}-{size[:2].lower()}")
+    return w
+
+
+def z_image(adapter: str, vae_name: str, get_vae: str, recipe: str, size: str) -> Workflow:
+    """Z-Image-Turbo from core's loaders and an adapter."""
+    pixels = size.partition(": ")[2]
+    w = Workflow(
+        f"Z-Image {size[:2]}",
+        f"## {pixels} from Z-Image-Turbo in nine steps\n\nTurbo is Apache-2.0 and distilled without CFG: leave `cfg` "
+        "at 1; `guidance` is ignored, it has no embedding for it. The adapter goes into `models/model_patches`; none "
+        f"is published: train it with `python -m train.run {recipe}`. Its autoencoder:{get_vae}A LoRA for Z-Image "
+        "works before or after the adapter.",
+    )
+    return on_core(w, ("z_image_turbo_bf16.safetensors", "lumina2", adapter, vae_name), size, 9, "dcgen/z-image")
+
+
 SANA = "Sana_1600M_{}_BF16_diffusers"
 SANA_PROMPT = "a lighthouse on a cliff at dawn, long grass in the wind, film photograph, fine detail"
 
@@ -394,6 +442,18 @@ JOBS: dict[str, Callable[[], Workflow]] = {
     "dcgen_flux_side_by_side": side_by_side,
     "dcgen_flux_4k_4bit": four_bit,
     "dcgen_flux_4k_nunchaku": nunchaku_4k,
+    "dcgen_klein_1k": lambda: klein(
+        "flux2-klein-4b-dcgen-f32c32.safetensors", VAE_F32, GET_F32, "klein-1k", "1K: 1024 x 1024"
+    ),
+    "dcgen_klein_4k": lambda: klein(
+        "flux2-klein-4b-dcgen-f64c128.safetensors", VAE_F64, GET_F64, "klein-4k", "4K: 4096 x 4096"
+    ),
+    "dcgen_zimage_1k": lambda: z_image(
+        "z-image-turbo-dcgen-f32c32.safetensors", VAE_F32, GET_F32, "z-image-1k", "1K: 1024 x 1024"
+    ),
+    "dcgen_zimage_4k": lambda: z_image(
+        "z-image-turbo-dcgen-f64c128.safetensors", VAE_F64, GET_F64, "z-image-4k", "4K: 4096 x 4096"
+    ),
     "sana_1k": lambda: sana("1024px", "1K: 1024 x 1024", "dcgen/sana-1k"),
     "sana_2k": lambda: sana("2Kpx", "2K: 2048 x 2048", "dcgen/sana-2k"),
     "sana_4k": lambda: sana("4Kpx", "4K: 4096 x 4096", "dcgen/sana-4k"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..fields import shown
-from ..kinds import what_it_may_be
+from ..kinds import is_controlnet, what_it_may_be
 from ..registry import modules_with
 from .base import Backbone, Config, Ends
 
@@ -18,7 +18,7 @@ BACKBONES: dict[str, Backbone] = {
 
 def detect_backbone(state_dict: Mapping[str, Tensor]) -> tuple[Backbone, Config]:
     """The model that a state dict (either naming, any known prefix) belongs to, and its config."""
-    for backbone in BACKBONES.values():
+    for backbone in () if is_controlnet(state_dict) else BACKBONES.values():
         if backbone.matches(state_dict):
             return backbone, backbone.detect(state_dict)
     examples = ", ".join(shown(key) for key in sorted(state_dict)[:4])

@@ -45,18 +45,28 @@ FIELDS: dict[str, Check] = {
 
 @dataclass(frozen=True)
 class Ends:
-    """The two layers that depend on the latent, by module path in the diffusers network."""
+    """The two layers that depend on the latent, by module path in the diffusers network.
+
+    named: layers around the head whose names, but not their shapes, depend on the patch size; they train with the head,
+    from the base's values.
+    """
 
     embedder: str
     head: str
+    named: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[str]:
         return iter((self.embedder, self.head))
 
     @property
-    def prefixes(self) -> tuple[str, str]:
-        """Prefixes of their tensors' names."""
-        return f"{self.embedder}.", f"{self.head}."
+    def prefixes(self) -> tuple[str, ...]:
+        """Prefixes of the names of all their tensors."""
+        return tuple(f"{layer}." for layer in self.trained)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """All layers that train besides LoRA."""
+        return self.embedder, self.head, *self.named
 
 
 class Backbone(ABC):
@@ -88,6 +98,8 @@ class Backbone(ABC):
     base_spatial_factor: int | None = None
     """f of the published bases' latents; None if they differ."""
     temporal_patch: int = 1
+    end_bias: bool = True
+    """Whether embedder and head have a bias."""
     fields: ClassVar[Mapping[str, Check]] = FIELDS
     """Allowed values of the config fields that are read."""
     needed_fields: tuple[str, ...]
@@ -138,12 +150,12 @@ class Backbone(ABC):
         return self._end_shapes(ends, base["width"], channels, patch_size, outputs)
 
     def _end_shapes(self, ends: Ends, width: int, channels: int, p: int, outputs: int) -> dict[str, tuple[int, ...]]:
-        return {
+        weights = {
             f"{ends.embedder}.weight": self.embedder_shape(width, channels, p),
-            f"{ends.embedder}.bias": (width,),
             f"{ends.head}.weight": (outputs, width),
-            f"{ends.head}.bias": (outputs,),
         }
+        biases = {f"{ends.embedder}.bias": (width,), f"{ends.head}.bias": (outputs,)}
+        return {**weights, **biases} if self.end_bias else weights
 
     def embedder_shape(self, width: int, channels: int, p: int) -> tuple[int, ...]:
         """Shape of the embedder's weight, by default a convolution over patches."""

@@ -11,8 +11,9 @@ from .family import Family
 from .guard import guarded
 from .host import Host, Patcher
 from .hosts import host_of
-from .latent_format import FamilyInfo, ModelInfo, info_of
+from .latent_format import FamilyInfo, ModelInfo
 from .loader import info_for
+from .model_info import info_of
 
 
 def apply_adapter(model: Patcher, adapter: Adapter, strength: float, name: str = "the adapter") -> Patcher:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ...dcgen.backbones import Backbone, Config
 from ...dcgen.folder import Release
+from ...dcgen.latent import LatentSpace
+from ...dcgen.schedule import Schedule
 from .latent_format import ModelInfo
 
 
@@ -67,6 +69,10 @@ class Family(ABC):
     def prepare(self, model: comfy.model_base.BaseModel) -> None:  # noqa: B027  most families change nothing
         """Change a model before its weights are loaded."""
 
+    def foreign_schedule(self, space: LatentSpace) -> Schedule | None:
+        """The schedule of a base of this family that another loader made; None = what its sampling object says."""
+        return None
+
     def check_text(self, text: Tensor, cond: Mapping[str, Any], made_by: str | None, config: Config) -> None:
         """ValueError when a conditioning (text (B,T,D) and its dict) is not for this family.
 
@@ -87,7 +93,7 @@ class Family(ABC):
     def network_layers(self, config: Config) -> dict[str, str]:
         """Layers of ComfyUI's network that depend on the latent -> their names in LoRA files (diffusers')."""
         names = self.backbone.extra_shapes(self.backbone.base_signature(config))
-        layers = [*self.backbone.ends(config), *dict.fromkeys(name.rpartition(".")[0] for name in names)]
+        layers = [*self.backbone.ends(config).trained, *dict.fromkeys(name.rpartition(".")[0] for name in names)]
         return {self.network_name(layer, config): layer for layer in layers if layer}
 
     def network_name(self, layer: str, config: Config) -> str:

@@ -1,5 +1,5 @@
 # B batch, C latent channels, f spatial factor
-"""An f8 AutoencoderKL in the diffusers layout (vae/ of a base release) as ComfyUI's own VAE."""
+"""An AutoencoderKL in the diffusers layout (vae/ of a base release), packed or not, as ComfyUI's own VAE."""
 
 from __future__ import annotations
 
@@ -12,24 +12,29 @@ from torch import Tensor
 
 from ...dcgen.backbones.keymap import KeyMap, Row
 from ...dcgen.files import naming
-from ...dcgen.folder import Autoencoder
+from ...dcgen.folder import BATCH_NORM_EPS, Autoencoder
 
 _GROUPS = 32
+_NORM = "bn."  # of a packed latent: core's VAE packs and normalises it
 # Names of releases before 2023 -> today's.
 _FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def load_kl_vae(source: Autoencoder) -> comfy.sd.VAE:
-    """VAE from a folder with an AutoencoderKL."""
+    """VAE from a folder with an AutoencoderKL, or a packed one."""
     folder, config, weights = source.path, source.config, source.stored()
     widths = config["block_out_channels"]
     if any(width % _GROUPS or width % widths[0] for width in widths):
         raise ValueError(
             f"{folder}: ComfyUI's f8 VAE takes widths in multiples of {_GROUPS} and of the first, found {widths}"
         )
+    if config.get("decoder_block_out_channels") not in (None, widths):
+        raise ValueError(f"{folder}: a decoder with widths of its own; load such a VAE with core's Load VAE")
     layers = config.get("layers_per_block", 2)
+    norm = {name: weights.get(name) for name in weights.entries if name.startswith(_NORM)}
     with naming(folder):
-        tensors = original_keys({name: weights.get(name) for name in weights.entries}, len(widths), layers)
+        rest = {name: weights.get(name) for name in weights.entries if name not in norm}
+        tensors = original_keys(rest, len(widths), layers) | norm
     channels, dtype = config["latent_channels"], tensors["encoder.conv_in.weight"].dtype
     for name, size in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
         # FLUX's VAE has neither; ComfyUI's class has both, so they become the identity.
@@ -46,14 +51,20 @@ def load_kl_vae(source: Autoencoder) -> comfy.sd.VAE:
         "num_res_blocks": layers,
         "attn_resolutions": [],
         "dropout": 0.0,
+        "batch_norm_latent": bool(norm),
     }
     vae = comfy.sd.VAE(sd=tensors, config={"params": {"ddconfig": sizes, "embed_dim": channels}})
     _check(vae, tensors, folder)
     for module in vae.first_stage_model.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.num_groups = config.get("norm_num_groups", _GROUPS)
-    vae.latent_channels = channels
-    vae.downscale_ratio = vae.upscale_ratio = 2 ** (len(widths) - 1)
+    space = source.latent
+    vae.latent_channels = space.channels
+    vae.downscale_ratio = vae.upscale_ratio = space.spatial_factor
+    if norm:
+        vae.first_stage_model.bn_eps = config.get("batch_norm_eps", BATCH_NORM_EPS)
+        unpacked = vae.memory_used_decode  # core's estimate is for a latent that is not packed
+        vae.memory_used_decode = lambda shape, dtype: unpacked(shape, dtype) * space.packing**2
     return vae
 
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.latent_formats
-import comfy.model_management
-import comfy.model_sampling
 import torch
 from torch import Tensor
 
@@ -49,12 +47,28 @@ class DCGenLatentFormat(comfy.latent_formats.LatentFormat):
         return torch.nn.functional.interpolate(x0[:1], scale_factor=scale, mode="bilinear")
 
 
+class PackedFormat(DCGenLatentFormat):
+    """A packed LatentSpace. LATENTs are in model space: core's VAE normalises them."""
+
+    def process_in(self, latent: Tensor) -> Tensor:
+        return latent
+
+    def process_out(self, latent: Tensor) -> Tensor:
+        return latent
+
+
+# Spaces for which core has a class, with preview factors and a TAESD.
+CORE_FORMATS = {"flux-f8c16": comfy.latent_formats.Flux, "flux2-f16c128": comfy.latent_formats.Flux2}
+
+
 def latent_format(space: LatentSpace) -> comfy.latent_formats.LatentFormat:
-    """LatentFormat of a space; for FLUX's own space core's class, which has preview factors and TAEF1."""
-    flux = SPACES["flux-f8c16"]
-    if space.rgb_factors is None and not flux.differences(space):
-        return comfy.latent_formats.Flux()
-    return DCGenLatentFormat(space)
+    """LatentFormat of a space: core's class for those in CORE_FORMATS."""
+    for name, kind in CORE_FORMATS.items() if space.rgb_factors is None else ():
+        if not SPACES[name].differences(space):
+            known = kind()
+            known.spacial_downscale_ratio = space.spatial_factor  # versions before 0.11 lack it
+            return known
+    return DCGenLatentFormat(space) if space.packing == 1 else PackedFormat(space)
 
 
 @dataclass(frozen=True)
@@ -113,46 +127,3 @@ def check_tag(latent: dict[str, Any], space: LatentSpace, reader: str) -> None:
             f"the latent was made by {tag.name or 'another autoencoder'} and {reader} takes those of "
             f"{space.name or 'its own'}. Different: {'; '.join(differences)}. Encode with the autoencoder of the model."
         )
-
-
-def info_of(model: Any) -> ModelInfo:
-    """The ModelInfo of a MODEL: stored on ours, for other loaders read from the latent format and patch size."""
-    base = model.model
-    info = getattr(base, "dcgen", None)
-    if isinstance(info, ModelInfo):
-        return info
-    core_format = model.get_model_object("latent_format")
-    factor = int(getattr(core_format, "spacial_downscale_ratio", 8))
-    scaling, shift = float(core_format.scale_factor), float(getattr(core_format, "shift_factor", 0.0))
-    space = LatentSpace("", core_format.latent_channels, factor, scaling, shift)
-    return ModelInfo(space, int(getattr(base.diffusion_model, "patch_size", 1) or 1), foreign_schedule(model))
-
-
-def foreign_schedule(model: Any) -> Schedule | None:
-    """The schedule of a MODEL from another loader, by its sampling object; None when it is not a flow model.
-
-    Core stores FLUX's shift for one image size there; we use FLUX's rule at the size of the latent.
-    """
-    sampling = model.get_model_object("model_sampling")
-    if isinstance(sampling, comfy.model_sampling.ModelSamplingFlux):
-        return Schedule("flux")
-    if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscreteFlow):
-        return Schedule("static", shift=float(sampling.shift), sigma_max=1.0)
-    return None
-
-
-def empty_latent(model: Any, width: int, height: int, batch_size: int) -> dict[str, Any]:
-    """A LATENT of zeros for `model`: samples (B,C,height/f,width/f). ValueError names the nearest valid size."""
-    info = info_of(model)
-    side = info.space.spatial_factor * info.patch_size
-    if width % side or height % side:
-        nearest = [max(side, round(pixels / side) * side) for pixels in (width, height)]
-        raise ValueError(
-            f"{width}x{height} pixels do not fit this model: {info.space.name or 'its latent'} at "
-            f"f{info.space.spatial_factor}, patch {info.patch_size}, needs multiples of {side}. "
-            f"Nearest: {nearest[0]}x{nearest[1]}."
-        )
-    rows, columns = height // info.space.spatial_factor, width // info.space.spatial_factor
-    device = comfy.model_management.intermediate_device()
-    samples = torch.zeros((batch_size, info.space.channels, rows, columns), device=device)
-    return tagged({"samples": samples, "downscale_ratio_spacial": info.space.spatial_factor}, info.space)

@@ -107,7 +107,7 @@ def _text_patcher(folder: Path, disable_dynamic: bool = False) -> comfy.model_pa
 
 
 def load_vae(release: Release) -> comfy.sd.VAE:
-    """VAE of a release folder: core's own class for an f8 AutoencoderKL, ours for a DC-AE.
+    """VAE of a release folder: core's own class for an AutoencoderKL, packed or not, ours for a DC-AE.
 
     When model_index.json says that the release has no VAE, it is core's empty VAE, which raises an error when used.
     """

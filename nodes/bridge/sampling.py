@@ -15,7 +15,8 @@ import node_helpers
 import torch
 from torch import Tensor
 
-from .latent_format import ModelInfo, check_tag, info_of, space_of_vae
+from .latent_format import ModelInfo, check_tag, space_of_vae
+from .model_info import info_of
 from .samplers import sampler_object
 
 
@@ -72,7 +73,7 @@ def encoded(model: Any, latent: dict[str, Any], image: Tensor, vae: Any) -> dict
 def _vae_differences(vae: Any, info: ModelInfo) -> list[str]:
     space = space_of_vae(vae)
     if not hasattr(vae, "space"):  # core's VAEs leave the scaling to the model
-        fields = ("scaling_factor", "shift_factor", "mean", "std", "temporal_factor")
+        fields = ("scaling_factor", "shift_factor", "mean", "std", "temporal_factor", "packing")
         space = replace(space, **{field: getattr(info.space, field) for field in fields})
     return space.differences(info.space)
 

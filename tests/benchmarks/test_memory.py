@@ -18,7 +18,13 @@ def row(model, format):
 
 @pytest.mark.parametrize(
     ("model", "parameters"),
-    [("DC-Gen FLUX 4K", 11.9e9), ("SANA 1.6B 1K", 1.6e9), ("SANA 4.8B 1K", 4.72e9)],  # as their model cards say
+    [
+        ("DC-Gen FLUX 4K", 11.9e9),
+        ("DC-Gen klein 4B 4K", 3.88e9),
+        ("DC-Gen Z-Image 1K", 6.15e9),
+        ("SANA 1.6B 1K", 1.6e9),
+        ("SANA 4.8B 1K", 4.72e9),
+    ],  # as their model cards say
 )
 def test_weights_are_those_of_the_published_counts(model, parameters):
     assert row(model, "bf16").weights * GIB / 2 == pytest.approx(parameters, rel=0.02)

@@ -78,6 +78,12 @@ def tiny() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def qwen() -> ModuleType:
+    """qwen.py: a tiny Qwen3 and its tokenizer."""
+    return _helper("qwen")
+
+
+@pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory):
     """A headless Chromium; skips where there is none."""
     program = browsers.find_chromium()

@@ -42,12 +42,15 @@ def transformer(packed_channels: int, seed: int = 0, **changes):
     return randomize(diffusers.FluxTransformer2DModel(in_channels=packed_channels, **sizes), seed)
 
 
-def dcae(seed: int = 0, channels: int = 8, factor: int = 32):
-    """A DC-AE with attention in both halves, with every published kind of block but the widths of a toy."""
+def dcae(seed: int = 0, channels: int = 8, factor: int = 32, deepest: int = 16):
+    """A DC-AE with attention in both halves, with every published kind of block but the widths of a toy.
+
+    deepest: width of its last stage, a multiple of the channels.
+    """
     import diffusers
 
     plain = factor.bit_length() - 2  # stages: one more than halvings; the last two attend
-    widths = (8, 8) + (16,) * plain
+    widths = (8, 8) + (16,) * (plain - 2) + (max(16, deepest // 4), deepest)  # a stage has at most four times the last
     types = ("ResBlock",) * plain + ("EfficientViTBlock",) * 2
     scales = ((),) * plain + ((5,), (5,))
     ae = diffusers.AutoencoderDC(

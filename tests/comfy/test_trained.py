@@ -6,6 +6,7 @@ import torch
 # debug recipe, what ComfyUI calls the conditioning that training calls otherwise
 KINDS = {
     "flux": ("debug", {"prompt_embeds": "c_crossattn", "pooled": "y"}),
+    "flux2": ("debug-klein", {"prompt_embeds": "c_crossattn"}),
     "sana": ("debug-sana", {"prompt_embeds": "c_crossattn", "mask": "attention_mask"}),
 }
 FORMS = ("adapter", "release", "single")

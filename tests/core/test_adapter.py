@@ -141,7 +141,7 @@ QUERY = "transformer.transformer_blocks.0.attn.to_q"
 SPOILED = {
     "no format": (lambda t, m: m.pop("dcgen.format"), "looks like an ordinary LoRA"),
     "newer format": (lambda t, m: m.update({"dcgen.format": "3"}), "update DC-Gen"),
-    "unknown backbone": (lambda t, m: m.update({"dcgen.backbone": "zimage"}), "'zimage' is unknown"),
+    "unknown backbone": (lambda t, m: m.update({"dcgen.backbone": "mochi"}), "'mochi' is unknown"),
     "no latent": (lambda t, m: m.pop("dcgen.latent"), "lacks dcgen.latent"),
     "latent": (lambda t, m: m.update({"dcgen.latent": "{}"}), "not a latent space"),
     "no base": (lambda t, m: m.pop("dcgen.base"), "lacks dcgen.base"),

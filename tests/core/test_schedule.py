@@ -70,6 +70,21 @@ def test_flux_equals_diffusers_scheduler():
         torch.testing.assert_close(found, scheduler.sigmas, atol=1e-6, rtol=1e-6)
 
 
+def test_empirical_equals_the_pipelines_of_flux2():
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    for steps, tokens in ((4, 256), (4, 1024), (4, 4096), (4, 4300), (20, 4301), (50, 16384), (28, 3600)):
+        grid = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
+        scheduler.set_timesteps(sigmas=grid, mu=compute_empirical_mu(tokens, steps))
+        found = sigmas(steps, tokens=tokens, channels=128, rule="empirical")
+        torch.testing.assert_close(found, scheduler.sigmas, atol=1e-6, rtol=1e-6)
+    at_50 = Schedule("empirical").ratio(tokens=4096, channels=128)
+    assert math.log(at_50) == pytest.approx(compute_empirical_mu(4096, 50))
+    assert math.log(at_50) == pytest.approx(2.02, abs=0.005)  # ComfyUI's constant
+
+
 @pytest.mark.parametrize("shift", [3.0, 6.0])
 @pytest.mark.parametrize("steps", [1, 2, 14, 20])
 def test_static_equals_diffusers_flow_sigmas(steps, shift):
@@ -87,7 +102,7 @@ def test_static_equals_diffusers_flow_sigmas(steps, shift):
     steps=st.integers(1, 100),
     tokens=st.integers(1, 20000),
     channels=st.sampled_from([4, 16, 32, 128]),
-    rule=st.sampled_from(["flux", "flux2"]),
+    rule=st.sampled_from(["flux", "flux2", "empirical"]),
 )
 def test_falls_from_one_to_zero(steps, tokens, channels, rule):
     found = sigmas(steps, tokens=tokens, channels=channels, rule=rule)
@@ -114,7 +129,7 @@ def test_overrides():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rule": "karras"}, "use one of flux, flux2, static, sprint"),
+        ({"rule": "karras"}, "use one of flux, flux2, empirical, static, sprint"),
         ({"rule": "static"}, "needs its shift"),
         ({"rule": "flux", "mu": 1.0, "shift": 2.0}, "not both"),
         ({"rule": "flux", "shift": 0.0}, "above 0"),

@@ -275,6 +275,10 @@ def test_the_shape_table_is_that_of_diffusers(name):
             "joint_attention_dim": 20,
             "pooled_projection_dim": 12,
         },
+        "flux2": {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 3}
+        | {"axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": True, "joint_attention_dim": 20, "mlp_ratio": 2.5},
+        "zimage": {"dim": 96, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 3, "n_kv_heads": 3, "cap_feat_dim": 20}
+        | {"axes_dims": [8, 12, 12], "in_channels": 4},
         "sana": {"num_layers": 2, "num_attention_heads": 2, "num_cross_attention_heads": 2, "cross_attention_dim": 64}
         | {"cross_attention_head_dim": 32, "caption_channels": 24, "qk_norm": "rms_norm_across_heads"},
         "dit": {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 72, "num_embeds_ada_norm": 10}
@@ -288,6 +292,22 @@ def test_the_shape_table_is_that_of_diffusers(name):
     found = {key: tuple(value.shape) for key, value in model.state_dict().items() if key != "pos_embed.pos_embed"}
     assert {key: table.get(key) for key in found} == found
     assert all(key in found for key in backbone.other_shapes(config))
+
+
+@pytest.mark.parametrize("name", ["SanaControlNetModel", "FluxControlNetModel"])
+def test_a_controlnet_is_refused_by_name(name, tmp_path):
+    """It has the blocks of its base, and is no whole model."""
+    diffusers = pytest.importorskip("diffusers")
+    sizes = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 8}
+    more = {
+        "SanaControlNetModel": {"num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "caption_channels": 24}
+        | {"cross_attention_dim": 32, "sample_size": 8},
+        "FluxControlNetModel": {"num_single_layers": 1, "joint_attention_dim": 20, "pooled_projection_dim": 12}
+        | {"axes_dims_rope": (4, 6, 6)},
+    }
+    getattr(diffusers, name)(**sizes, **more[name]).save_pretrained(tmp_path / "controlnet")
+    with pytest.raises(ValueError, match=r"controlnet.*looks like a ControlNet"):
+        open_model(tmp_path / "controlnet")
 
 
 # ---- how others write the same files -------------------------------------------------------------------------------

@@ -36,6 +36,18 @@ def debug_sana(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def debug_klein(tmp_path_factory):
+    """The same for FLUX.2 klein, whose embedder and head have no bias."""
+    return _run("debug-klein", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def debug_zimage(tmp_path_factory):
+    """The same for Z-Image: ragged text, ends named by the patch size, a velocity of the opposite sign."""
+    return _run("debug-zimage", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def debug_dit(tmp_path_factory):
     """The same for DiT."""
     return _run("debug-dit", tmp_path_factory)

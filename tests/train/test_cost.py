@@ -29,7 +29,12 @@ def planned(recipe, stage="finetune", overrides=()):
 # in each, and attention 4 S^2 D over all S tokens; SANA: 20 blocks, D = 2240, 6 D^2 and a feed-forward of 37.7 million
 # weights an image token, 2 D^2 a text token, cross-attention 4 N T D, linear attention 4 N D 32.
 FLUX_LAYERS = 2 * 12 * 3072**2 * (19 + 38)
+# klein: 5 blocks of two streams and 20 of one, 13 D^2 weights a token in each (a gated MLP of 3 D). Z-Image: 30 blocks
+# on all tokens, 2 on image or text each, D = 3840, 4 D^2 and a gated MLP of 8/3 D: 12 D^2.
+KLEIN_LAYERS = 2 * 13 * 3072**2 * 25
 BY_HAND = [
+    ("klein-2k", (1024, 512), (KLEIN_LAYERS * 1536 + 25 * 4 * 1536**2 * 3072) / 1e12),  # 10.1
+    ("z-image-1k", (1024, 512), (2 * 12 * 3840**2 * 32 * 1536 + 30 * 4 * 1536**2 * 3840) / 1e12),  # 18.5
     ("flux-512", (256, 256), (FLUX_LAYERS * 512 + 57 * 4 * 512**2 * 3072) / 1e12),  # 6.8
     ("flux-1k", (1024, 512), (FLUX_LAYERS * 1536 + 57 * 4 * 1536**2 * 3072) / 1e12),  # 21.5
     ("flux-4k", (4096, 512), 74.4),
@@ -76,6 +81,14 @@ def test_branches_and_samples_scale_the_cost(override, ratio):
     assert costs[1] / costs[0] == pytest.approx(ratio)
 
 
+def test_the_empty_branch_of_a_base_without_embedding_costs_as_much():
+    costs = []
+    for overrides in ([], ["finetune.objective.implicit_w=null"]):
+        stage, geo = planned("z-image-1k", overrides=overrides)
+        costs.append(stage_flops(geo, stage.config, 8, False, (256, 256)))
+    assert costs[1] / costs[0] == pytest.approx(1 / 1.9)
+
+
 def test_recomputation_adds_a_third_to_full_training_of_layers_without_attention():
     _, geo = planned("sana-1.6b")
     work = forward_work(geo.family, network(geo.family, geo.moved), geo.moved, (256, 0))
@@ -85,6 +98,8 @@ def test_recomputation_adds_a_third_to_full_training_of_layers_without_attention
 
 SMALL = {
     "flux": {"num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 4},
+    "flux2": {"num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 4},
+    "zimage": {"n_layers": 3, "n_refiner_layers": 1, "dim": 64, "n_heads": 4, "n_kv_heads": 4, "all_patch_size": [1]},
     "sana": {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 16},
     "dit": {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 16},
 }
@@ -94,10 +109,15 @@ def conditioning(name, config, text):
     """Random conditioning of one image."""
     if name == "dit":
         return {"labels": torch.zeros(1, dtype=torch.long)}
-    width = config["joint_attention_dim" if name == "flux" else "caption_channels"]
-    cond = {"prompt_embeds": torch.randn(1, text, width)}
-    other = {"pooled": torch.randn(1, config["pooled_projection_dim"])} if name == "flux" else {}
-    return cond | (other if name == "flux" else {"mask": torch.ones(1, text)})
+    widths = {"sana": "caption_channels", "zimage": "cap_feat_dim"}
+    width = config[widths.get(name, "joint_attention_dim")]
+    others = {
+        "flux": lambda: {"pooled": torch.randn(1, config["pooled_projection_dim"])},
+        "flux2": dict,
+        "sana": lambda: {"mask": torch.ones(1, text)},
+        "zimage": lambda: {"mask": torch.ones(1, text)},
+    }
+    return {"prompt_embeds": torch.randn(1, text, width)} | others[name]()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -106,7 +126,7 @@ def test_pytorch_counts_the_same_forward_and_nearly_the_same_backward(name):
     config = dict(family.tiny(True).config) | SMALL[name]
     if name == "sana":
         config |= {"num_cross_attention_heads": 4, "cross_attention_dim": 64}
-    side, text = 16, 24
+    side, text = 16, 32 if name == "zimage" else 24  # a multiple of 32, to which that one pads
     config["sample_size"] = side
     model = family.prepare(family.network_class().from_config(config))
     patch = config.get("patch_size", 1) if name != "flux" else 1

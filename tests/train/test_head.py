@@ -12,7 +12,13 @@ from train.run import make_stage
 from train.stages import head as module
 
 CPU = Ranks(0, 1, torch.device("cpu"))
-RUNS = {"flux": ("debug", "debug_run"), "sana": ("debug-sana", "debug_sana"), "dit": ("debug-dit", "debug_dit")}
+RUNS = {
+    "flux": ("debug", "debug_run"),
+    "flux2": ("debug-klein", "debug_klein"),
+    "zimage": ("debug-zimage", "debug_zimage"),
+    "sana": ("debug-sana", "debug_sana"),
+    "dit": ("debug-dit", "debug_dit"),
+}
 
 
 def stage_of(recipe, run, out, *more):

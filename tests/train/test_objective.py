@@ -42,8 +42,11 @@ def run(objective: Objective, field: Field, b: Batch, distilled: bool = True):
     return loss, metrics, latents, text, empty
 
 
-def by_hand(objective: Objective, b: Batch, latents, text, empty, a: float):
-    """The paper's formulas row by row: x_t = (1-t) x0 + t x1, v = x1 - x0, with x1 the data and t = 1 - sigma."""
+def by_hand(objective: Objective, b: Batch, latents, text, empty, a: float, g: float | None = None):
+    """The paper's formulas row by row: x_t = (1-t) x0 + t x1, v = x1 - x0, with x1 the data and t = 1 - sigma.
+
+    g: what the embedding gets, by default from w.
+    """
     losses, dropped = [], []
     for row in range(len(b)):
         x1 = latents[row].double()
@@ -53,7 +56,7 @@ def by_hand(objective: Objective, b: Batch, latents, text, empty, a: float):
         x_t = (1 - t) * x0 + t * x1
         drop = bool(b.uniform("drop")[row] < objective.caption_dropout)
         w = objective.w[0] + (objective.w[1] - objective.w[0]) * b.uniform("w")[row].double()
-        g = 1 + w if objective.guidance_embed == "1+w" else w
+        scale = (1 + w if objective.guidance_embed == "1+w" else w) if g is None else g
 
         def model(c, g, x_t=x_t, sigma=sigma):
             # the network gives noise - data, the paper's velocity is data - noise
@@ -61,10 +64,10 @@ def by_hand(objective: Objective, b: Batch, latents, text, empty, a: float):
             return -(a * x_t * (1 + sigma) + c * a**2 + 0.1 * g * torch.tanh(x_t))
 
         caption = empty["t"][0] if drop else text["t"][row]
-        v = model(caption, g)
+        v = model(caption, scale)
         if not drop:
-            g_empty = g if objective.uncond_embed == "same" else 1.0
-            v = (v + w * model(empty["t"][0], g_empty)) / (1 + w)  # Eq. 6
+            scale_empty = scale if objective.uncond_embed == "same" else 1.0
+            v = (v + w * model(empty["t"][0], scale_empty)) / (1 + w)  # Eq. 6
         losses.append((v - (x1 - x0)).square().mean())  # Eq. 7
         dropped.append(drop)
     return torch.stack(losses), torch.tensor(dropped)
@@ -85,6 +88,18 @@ def test_eq7_row_by_row(embed, uncond, dropout):
         assert float(metrics["loss_uncond"]) == pytest.approx(expected[dropped].mean().item(), rel=1e-5)
     else:
         assert math.isnan(float(metrics["loss_uncond"]))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_eq7_at_the_one_w_of_a_base_without_embedding(dropout):
+    objective = Objective(implicit_w=2.0, caption_dropout=dropout)
+    b, field = batch(), Field()
+    loss, _, latents, text, empty = run(objective, field, b, distilled=False)
+    expected, _ = by_hand(objective.model_copy(update={"w": (2.0, 2.0)}), b, latents, text, empty, field.a.item(), g=0)
+    assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert all(call["scale"] is None for call in field.calls)
+    plain, *_ = run(Objective(caption_dropout=dropout), Field(), b, distilled=False)
+    assert plain.item() != pytest.approx(loss.item(), rel=1e-3), "without it the loss is Eq. 2"
 
 
 @pytest.mark.parametrize("grad", [True, False])

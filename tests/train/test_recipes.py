@@ -18,14 +18,19 @@ PUBLISHED = [name for name in list_recipes() if name.startswith(("flux-", "sana-
 
 
 @pytest.fixture(scope="module")
-def releases(debug_run, debug_sana, debug_dit):
-    """Narrow releases by backbone: a base, one that already works on the new latent, and the new autoencoder."""
-    runs = {"flux": debug_run, "sana": debug_sana, "dit": debug_dit}
+def releases(debug_run, debug_klein, debug_zimage, debug_sana, debug_dit):
+    """Narrow releases by the first word of a recipe: a base, one on the new latent already, and the new autoencoder."""
+    runs = {"flux": debug_run, "klein": debug_klein, "sana": debug_sana, "dit": debug_dit}
+    runs |= {"z": debug_zimage, "zimage": debug_zimage}
     parts = {"base": "tiny/release", "moved": "export/release", "autoencoder": "tiny/dc-ae"}
     return {backbone: {part: run / path for part, path in parts.items()} for backbone, run in runs.items()}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+SEVERAL_STEPS += ("klein-4k",)
+UNPUBLISHED = [name for name in list_recipes() if name.startswith(("klein-", "z-image-"))]
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *UNPUBLISHED])
 def test_one_step_of_every_stage(name, releases, debug_run, tmp_path):
     narrow = releases[name.split("-")[0]]
     published = load_recipe(name)

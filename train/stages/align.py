@@ -90,9 +90,10 @@ class AlignStage(CachedStage):
         student = self._new_student()
         linear = LinearEmbedder(self.family, student, self.student_config, self.config.patch_size)
         equations = self._accumulate(linear)
-        least = equations.loss(*equations.solve())
+        bias = linear.own_bias is not None
+        least = equations.loss(*equations.solve(bias=bias))
         if self.config.solver == "closed-form":
-            linear.set(*equations.solve(self.config.ridge))
+            linear.set(*equations.solve(self.config.ridge, bias))
         else:
             for name, parameter in student.named_parameters():
                 if name in weights:

@@ -160,7 +160,7 @@ class MovedStage(DenoisingStage):
             place = (self.space.channels, c.patch_size, self.context.recipe.seed, self.frozen_dtype)
             self.model, self.moved_config = moved_network(self.base, *place)
         self.ends = self.backbone.ends(self.moved_config)
-        for path in self.ends:
+        for path in self.ends.trained:
             self.model.get_submodule(path).float()
         self.prepare()
         blocks = self.family.blocks(self.model)
@@ -180,7 +180,7 @@ class MovedStage(DenoisingStage):
         """Load what earlier stages made, then switch on the gradients of what trains: embedder and head, whole."""
         if self.config.start and self.config.start != KEEP:
             self.load_alignment(self.config.start)
-        for path in self.ends:
+        for path in self.ends.trained:
             self.model.get_submodule(path).requires_grad_(True)
 
     def _check_own_latent(self) -> None:
@@ -277,7 +277,7 @@ class MovedStage(DenoisingStage):
         if adapter.is_file():
             self.load_ends(load_adapter(adapter).tensors)
         elif embedder.is_file():
-            prefix, _ = self.ends.prefixes
+            prefix = f"{self.ends.embedder}."
             names = {n for n, _ in self.model.named_parameters() if n.startswith(prefix)}
             self.load_ends(read_tensors(folder, names))
         else:
@@ -338,13 +338,13 @@ class HeadStage(MovedStage):
         for step in range(FIT_BATCHES):
             for batch in plan.micro_batches(step, device=self.device, **place):
                 features, target = self.head_terms(batch)
-                equations.add(features.movedim(1, -1), target.movedim(1, -1))
+                equations.add(features.movedim(1, -1), self.family.output_sign * target.movedim(1, -1))
         equations.reduce()
-        weight, bias = equations.solve()
-        head.weight.zero_()
-        head.bias.zero_()
-        head.weight[: len(weight)].copy_(weight)  # the rest is a learned variance
-        head.bias[: len(bias)].copy_(bias)
+        weight, bias = equations.solve(bias=head.bias is not None)
+        for parameter, values in ((head.weight, weight), (head.bias, bias)):
+            if parameter is not None:
+                parameter.zero_()
+                parameter[: len(values)].copy_(values)  # the rest is a learned variance
         return {"closed_form_loss": equations.loss(weight, bias), "variance": equations.variance()}
 
     def head_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -354,7 +354,7 @@ class HeadStage(MovedStage):
         handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
 
         def taken(x: Tensor) -> Tensor:
-            return seen.pop().float().movedim(-1, 1).unflatten(2, x.shape[2:])
+            return self.family.image_tokens(seen.pop().float(), (x.shape[2], x.shape[3])).movedim(-1, 1)
 
         def of_velocity(x: Tensor, sigma: Tensor, cond: Cond, scale: Tensor | None) -> Tensor:
             self.velocity(x, sigma, cond, scale)

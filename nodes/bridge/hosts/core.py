@@ -86,7 +86,7 @@ def ends(model: Patcher, family: Family, adapter: Adapter, info: FamilyInfo) -> 
     if family.original_names:
         tensors = backbone.to_original(tensors, info.config, partial=True)
     dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
-    replaced = {family.network_name(layer, config): ABSENT for layer in backbone.ends(config)}
+    replaced = {family.network_name(layer, config): ABSENT for layer in backbone.ends(config).trained}
     return replaced | own_layers(tensors, dtype, model.offload_device) | family.attributes(info.config, info)
 
 

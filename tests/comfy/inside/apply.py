@@ -155,7 +155,7 @@ def refusals(pack, tensors, params):
     sampling = bridge(pack, "sampling")
     attempt("f8 latent", lambda: sampling.check_latent(deep, {"samples": torch.zeros(1, 16, 8, 8)}))
     attempt("deep latent", lambda: sampling.check_latent(base, {"samples": torch.zeros(1, 8, 8, 8)}))
-    attempt("size", lambda: bridge(pack, "latent_format").empty_latent(deep, 100, 64, 1))
+    attempt("size", lambda: bridge(pack, "model_info").empty_latent(deep, 100, 64, 1))
     wrong = adapters(pack).load_adapter(params["adapter"])
     wrong.base = {**wrong.base, "num_layers": 19}
     attempt("base", lambda: flux.apply_adapter(base, wrong, 1.0))

@@ -173,7 +173,7 @@ def saved(s, model):
         (file,) = Path(folder_paths.get_output_directory(), "saved").glob(f"{id(one)}_*.safetensors")
         # The core's file does not say whose latents they are; the user chooses.
         importlib.import_module(f"{s.pack}.dcgen.spaces").SPACES["chosen"] = (
-            bridge(s.pack, "latent_format").info_of(one).space
+            bridge(s.pack, "model_info").info_of(one).space
         )
         out[name] = s.sample(s.release.load_weights(file, "default", "chosen"))
     return out
