@@ -32,6 +32,7 @@ FORMAT = "2"
 SUPPORTED = ("1", "2")  # format 1 has no latent and no identity of the base
 LORA_PREFIX = "transformer."
 ALPHA_LIMIT = 1e6
+MERGED_VALUES = 1 << 22  # merged at a time
 REMEDY = "Choose a file that DC-Gen training wrote."
 SECOND_STEP = (
     "for a second step (1K over 512) that is the first step's merged model. Or use the adapter that `export` writes "
@@ -62,10 +63,13 @@ class LoraPair:
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    def delta(self, strength: float = 1.0) -> Tensor:
-        """strength * (alpha/r) * B @ A in the shape of the layer's weight, float32 on A's device."""
-        change = (strength * self.scale) * (self.B.flatten(1).float() @ self.A.flatten(1).float())
-        return change.reshape(len(self.B), *self.A.shape[1:])
+    def delta(self, strength: float = 1.0, start: int = 0, stop: int | None = None) -> Tensor:
+        """strength * (alpha/r) * B @ A in the shape of the layer's weight, or its rows start:stop; float32 on A's
+        device.
+        """
+        B = self.B[start:stop]
+        change = (strength * self.scale) * (B.flatten(1).float() @ self.A.flatten(1).float())
+        return change.reshape(len(B), *self.A.shape[1:])
 
     def shaped(self, weight: tuple[int, ...]) -> LoraPair:
         """The same pair for a layer with a weight of this shape: (out,in) or (out,in,1,1)."""
@@ -267,10 +271,15 @@ def merge_tensor(key: str, tensor: Tensor, adapter: Adapter, strength: float = 1
     pair = adapter.lora.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
     if pair is None or strength == 0:
         return tensor
-    delta = pair.delta(strength)
-    if delta.shape != tensor.shape:
-        raise ValueError(f"{key}: the base has {tuple(tensor.shape)}, the adapter's LoRA {tuple(delta.shape)}")
-    return (tensor.float() + delta.to(tensor.device)).to(tensor.dtype)
+    shape = (len(pair.B), *pair.A.shape[1:])
+    if shape != tensor.shape:
+        raise ValueError(f"{key}: the base has {tuple(tensor.shape)}, the adapter's LoRA {shape}")
+    merged = torch.empty_like(tensor)
+    rows = max(1, MERGED_VALUES // tensor[0].numel())
+    for start in range(0, len(tensor), rows):  # in parts: the sum is in float32, often twice as large as the weights
+        part = slice(start, start + rows)
+        merged[part] = tensor[part].float() + pair.delta(strength, part.start, part.stop).to(tensor.device)
+    return merged
 
 
 def _to_tensors(adapter: Adapter) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, check_model, load_adapter, merge_tensor, save_adapter
+from .adapter import Adapter, load_adapter, save_adapter
 from .dcae import load_dcae, save_dcae
 from .extract import FactoredLayer, extract
 from .files import SUFFIXES, Entry, naming, opened, replacing_folder, write_stream
 from .folder import TRANSFORMER, note_schedule
 from .jsons import parse_json
 from .latent import LatentSpace
+from .merge import merged_model
 from .preview import fit_preview
 from .release import Model, model_metadata, open_model
 from .schedule import Schedule
@@ -43,8 +44,6 @@ FORMER_NAMES = {"native": "original"}  # --names of earlier versions
 SHARD_BYTES = 5_000_000_000
 WEIGHTS = "diffusion_pytorch_model"
 
-Get = Callable[[str], Tensor]
-
 
 def pack(
     model: Model, out: str | os.PathLike[str], *, names: str = "original", dtype: torch.dtype | None = None
@@ -53,7 +52,7 @@ def pack(
 
     names: "original" (which ComfyUI uses) or "diffusers". dtype: of floating-point tensors, None = unchanged.
     """
-    return _write(model, Path(out), names, dtype, model.get, model_metadata(model, Path(out).stem))
+    return _write(model, Path(out), names, dtype)
 
 
 def merge_file(
@@ -66,25 +65,7 @@ def merge_file(
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write base + adapter as one .safetensors, as pack() does. ValueError when the adapter is for another base."""
-    if adapter.backbone != base.backbone.name:
-        raise ValueError(f"this is a {adapter.backbone} adapter, {base.tensors.path} is a {base.backbone.name} model")
-    check_model(adapter, base)
-    config = base.backbone.config_with_latent(base.config, adapter.latent.channels, adapter.patch_size)
-    merged = replace(base, config=config, latent=adapter.latent, schedule=adapter.schedule)
-    ends = base.backbone.ends(base.config)
-    shapes = {key: Entry(key, entry.dtype, entry.shape) for key, entry in base.entries.items()}
-    dtypes = {key: shapes[key].dtype if key in shapes else base.tensors.dtype for key in adapter.tensors}
-    shapes = {key: entry for key, entry in shapes.items() if not key.startswith(ends.prefixes)}
-    shapes |= {key: Entry(key, dtypes[key], tuple(tensor.shape)) for key, tensor in adapter.tensors.items()}
-
-    def get(key: str) -> Tensor:
-        return (
-            adapter.tensors[key].to(dtypes[key])
-            if key in dtypes
-            else merge_tensor(key, base.get(key), adapter, strength)
-        )
-
-    return _write(merged, Path(out), names, dtype, get, model_metadata(merged, Path(out).stem), shapes)
+    return pack(merged_model(base, adapter, strength), out, names=names, dtype=dtype)
 
 
 def unpack(
@@ -135,22 +116,14 @@ def describe(path: str | os.PathLike[str]) -> str:
     return "\n".join([*lines, _describe_latent(model.latent), f"schedule: {_describe_schedule(model.schedule)}"])
 
 
-def _write(
-    model: Model,
-    out: Path,
-    names: str,
-    dtype: torch.dtype | None,
-    get: Get,
-    metadata: dict[str, str],
-    shapes: dict[str, Entry] | None = None,
-) -> Path:
+def _write(model: Model, out: Path, names: str, dtype: torch.dtype | None) -> Path:
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: the result is a .safetensors file; give it that ending")
     names = FORMER_NAMES.get(names, names)
     if names not in NAMES:
         raise ValueError(f"names must be one of {', '.join(NAMES)}, got {names!r}")
     with naming(model.tensors.path):
-        entries = shapes or model.entries
+        entries, get = model.entries, model.get
         if names == "diffusers":
             announced = [_cast_entry(entry, dtype) for entry in entries.values()]
             stream: Iterable[tuple[str, Tensor]] = ((entry.name, get(entry.name)) for entry in announced)
@@ -160,7 +133,7 @@ def _write(
             stream = chain(
                 ((rule.original, rule.join(get)) for rule, _ in joined), ((key, model.get_extra(key)) for key in extras)
             )
-        write_stream(out, announced, _cast(stream, dtype), metadata)
+        write_stream(out, announced, _cast(stream, dtype), model_metadata(model, out.stem))
     return out
 
 

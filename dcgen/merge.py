@@ -1,0 +1,53 @@
+"""A base with an adapter merged into it, tensor by tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .adapter import Adapter, check_model, merge_tensor
+from .files import Entry
+from .release import Model
+
+
+@dataclass
+class MergedModel(Model):
+    """base + adapter as one model on the adapter's latent; a tensor is merged when it is read."""
+
+    base: Model
+    adapter: Adapter
+    strength: float
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """All tensors by diffusers name, each of the dtype of the base's; new ones of the base's most common dtype."""
+        entries, tensors = self.base.entries, self.adapter.tensors
+        ends = self.backbone.ends(self.base.config).prefixes
+        dtypes = {key: entries[key].dtype if key in entries else self.tensors.dtype for key in tensors}
+        kept = {key: entry for key, entry in entries.items() if not key.startswith(ends)}
+        return kept | {key: Entry(key, dtypes[key], tuple(tensor.shape)) for key, tensor in tensors.items()}
+
+    def get(self, key: str) -> Tensor:
+        """One tensor by diffusers name: the adapter's own, or the base's with the LoRA at `strength`."""
+        if key in self.adapter.tensors:
+            return self.adapter.tensors[key].to(self.entries[key].dtype)
+        return merge_tensor(key, self.base.get(key), self.adapter, self.strength)
+
+
+def merged_model(base: Model, adapter: Adapter, strength: float = 1.0) -> MergedModel:
+    """base + adapter, not yet computed. ValueError when the adapter is for another base."""
+    if adapter.backbone != base.backbone.name:
+        raise ValueError(f"this is a {adapter.backbone} adapter, {base.tensors.path} is a {base.backbone.name} model")
+    check_model(adapter, base)
+    config = base.backbone.config_with_latent(base.config, adapter.latent.channels, adapter.patch_size)
+    return MergedModel(
+        base.tensors,
+        base.backbone,
+        config,
+        adapter.latent,
+        adapter.schedule,
+        base=base,
+        adapter=adapter,
+        strength=strength,
+    )
