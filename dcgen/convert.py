@@ -245,7 +245,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _open(path: Path, latent: str | None = None, fields: Sequence[str] = ()) -> Model:
+def open_as(path: Path, latent: str | None = None, fields: Sequence[str] = ()) -> Model:
+    """The model at `path` on the latent space of this name, with config fields as in `--set FIELD=VALUE`."""
     model = open_model(path)
     if fields:
         config = {**model.config, **_fields(fields, model)}
@@ -282,12 +283,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype = DTYPES.get(getattr(args, "dtype", None) or "")
     try:
         if args.command == "pack":
-            print(pack(_open(args.model, args.latent, args.set), args.out, names=args.names, dtype=dtype))
+            print(pack(open_as(args.model, args.latent, args.set), args.out, names=args.names, dtype=dtype))
         elif args.command == "merge":
             options = {"strength": args.strength, "names": args.names, "dtype": dtype}
-            print(merge_file(_open(args.base), load_adapter(args.adapter), args.out, **options))
+            print(merge_file(open_as(args.base), load_adapter(args.adapter), args.out, **options))
         elif args.command == "unpack":
-            print(unpack(_open(args.model, args.latent, args.set), args.out, parts=args.parts, dtype=dtype))
+            print(unpack(open_as(args.model, args.latent, args.set), args.out, parts=args.parts, dtype=dtype))
         elif args.command == "extract":
             print(_extract(args, dtype))
         elif args.command == "preview":
@@ -304,7 +305,7 @@ def _extract(args: argparse.Namespace, dtype: torch.dtype | None) -> str:
     def progress(step: int, steps: int, key: str) -> None:
         print(f"\r{step + 1}/{steps} {key:<70.70}", end="", file=sys.stderr, flush=True)
 
-    merged, base = _open(args.merged, args.latent, args.set), _open(args.base)
+    merged, base = open_as(args.merged, args.latent, args.set), open_as(args.base)
     options = {"rank": args.rank, "energy": args.energy, "dtype": dtype, "device": args.device}
     adapter, layers = extract(merged, base, progress=progress, **options)
     print(file=sys.stderr)

@@ -34,6 +34,10 @@ class MergedModel(Model):
             return self.adapter.tensors[key].to(self.entries[key].dtype)
         return merge_tensor(key, self.base.get(key), self.adapter, self.strength)
 
+    def check_values(self) -> None:
+        """As for any model; the adapter's values were checked when it was read."""
+        self.base.check_values()
+
 
 def merged_model(base: Model, adapter: Adapter, strength: float = 1.0) -> MergedModel:
     """base + adapter, not yet computed. ValueError when the adapter is for another base."""

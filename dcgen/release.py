@@ -143,6 +143,11 @@ class Model:
                 problem = f"config and tensors are not of one {self.backbone.name}"
                 raise ValueError(f"{problem}: {'; '.join(mismatches[:4])}{rest}")
 
+    def check_values(self) -> None:
+        """ValueError that names file and tensor when a value is NaN or infinite; reads every tensor once."""
+        for key in self.entries:
+            self.get(key)
+
     @property
     def extras(self) -> dict[str, Entry]:
         """Tensors of an original file without a diffusers name that are kept, by original name."""
@@ -167,8 +172,12 @@ class Model:
 def open_model(path: str | os.PathLike[str]) -> Model:
     """Open a release folder, a transformer folder, a .safetensors or a .pth; errors name the file and the remedy."""
     path = Path(path)
-    weights = path / TRANSFORMER if (path / TRANSFORMER).is_dir() else path
-    tensors = Tensors.open(weights)
+    return model_of(Tensors.open(path / TRANSFORMER if (path / TRANSFORMER).is_dir() else path), path)
+
+
+def model_of(tensors: Tensors, path: Path) -> Model:
+    """The model that these tensors of the file or release folder `path` are; ValueError names it and the remedy."""
+    weights = tensors.path
     network = [key for key in tensors.entries if key.startswith(ALL_IN_ONE)]
     if network and len(network) < len(tensors.entries):
         tensors = tensors.under(ALL_IN_ONE)

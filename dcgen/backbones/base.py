@@ -85,6 +85,10 @@ class Backbone(ABC):
     """Config fields that, besides the width, must agree for two models to take the same adapter."""
     identity_layers: ClassVar[Mapping[str, str]]
     """Kind of block in `stacks` -> a layer in it that every DC-Gen LoRA changes; see dcgen.identity."""
+    modulation: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Kind of block in `stacks` -> its layers with one output for all tokens (AdaLN), quantized to at least 8 bits."""
+    original_network: bool = True
+    """Whether ComfyUI's network has the original key names of the files, rather than diffusers'."""
     base_spatial_factor: int | None = None
     """f of the published bases' latents; None if they differ."""
     temporal_patch: int = 1

@@ -111,6 +111,10 @@ class Flux(Backbone):
         "single": ("num_single_layers", "single_transformer_blocks", "single_blocks"),
     }
     identity_layers: ClassVar[dict[str, str]] = {"double": "attn.to_q", "single": "attn.to_q"}
+    modulation: ClassVar[dict[str, tuple[str, ...]]] = {
+        "double": ("norm1.linear", "norm1_context.linear"),
+        "single": ("norm.linear",),
+    }
     base_spatial_factor = 8
     signature_fields = (
         "num_attention_heads",

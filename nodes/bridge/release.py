@@ -22,7 +22,7 @@ from .families import family_of_class
 from .family import Family
 from .kl_vae import load_kl_vae
 from .loader import load
-from .quantized import is_quantized, load_quantized
+from .quantized import load_quantized, quantized_file
 from .toy import listing_root
 from .vae import make_vae
 
@@ -154,8 +154,9 @@ def load_weights(
 def _load_weights(
     path: Path, options: dict[str, Any], autoencoder: str, disable_dynamic: bool
 ) -> comfy.model_patcher.ModelPatcher:
-    if path.is_file() and is_quantized(path):
-        return load_quantized(path, SPACES.get(autoencoder), options, disable_dynamic)
+    file = quantized_file(path)
+    if file is not None:
+        return load_quantized(file, SPACES.get(autoencoder), options, disable_dynamic)
     model = _with_latent(open_model(path), autoencoder, path)
     return load(model, native_pixels(path) if path.is_dir() else None, options, disable_dynamic)
 

@@ -1,0 +1,87 @@
+"""Quantizes a model for ComfyUI: python -m dcgen.quantize MODEL --format int8 -o OUT.safetensors.
+
+MODEL is a DC-Gen model or a base: a release folder, a transformer folder, or a file. With --adapter the adapter is
+merged into it first. --dequantize reverses it: a quantized MODEL with its weights expanded, to look at or to measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..adapter import load_adapter
+from ..convert import pack
+from ..merge import merged_model
+from ..release import Model
+from ..spaces import SPACES
+from .formats import FORMATS
+from .plan import counted, plan
+from .read import open_quantized
+from .write import open_source, quantize_model
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dcgen.quantize", description=__doc__.partition("\n\n")[2])
+    parser.add_argument("model", type=Path, help="release folder, transformer folder or file; not quantized")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--dequantize", action="store_true", help="write a quantized model in bfloat16")
+    task.add_argument("--format", choices=FORMATS, help="of the layers in the blocks")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the .safetensors to write")
+    parser.add_argument("--adapter", type=Path, help="DC-Gen adapter that is merged into the model first")
+    parser.add_argument("--strength", type=float, default=1.0, help="of the adapter's LoRA (default: %(default)s)")
+    parser.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="layers of blocks that stay as they are, e.g. 'transformer_blocks.0.*'; can be repeated",
+    )
+    parser.add_argument("--device", default="cpu", help="where weights are quantized, e.g. cuda (default: %(default)s)")
+    parser.add_argument("--latent", choices=SPACES, help="autoencoder, when the files do not name it")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="a config field, as in dcgen.convert"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written, and its size")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, or 1 after printing an error line to stderr."""
+    args = _parser().parse_args(arguments)
+    try:
+        print(_run(args))
+    except (ValueError, OSError) as error:
+        print(f"dcgen.quantize: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(args: argparse.Namespace) -> str:
+    if args.dequantize:
+        return str(pack(open_quantized(args.model), args.out, dtype=torch.bfloat16))
+    model, fmt = _source(args), FORMATS[args.format]
+    units = plan(model, fmt, args.keep)
+    size = sum(entry.nbytes for unit in units for entry in unit.written)
+    numbers = ", ".join(f"{number} layers {core}" for core, number in counted(units).items())
+    summary = f"{args.out}: {numbers}; {size / 1e9:.3f} GB"
+    if not args.dry_run:
+        quantize_model(model, args.out, fmt, keep=args.keep, device=args.device, progress=_progress)
+    return summary
+
+
+def _source(args: argparse.Namespace) -> Model:
+    model = open_source(args.model, args.latent, args.set)
+    return merged_model(model, load_adapter(args.adapter), args.strength) if args.adapter else model
+
+
+def _progress(step: int, steps: int, name: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{step + 1}/{steps} {name:<70.70}", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
