@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, load_adapter, save_adapter
+from .adapter import Adapter, check_name, load_adapter, save_adapter
 from .dcae import load_dcae, save_dcae
 from .extract import FactoredLayer, extract
 from .files import SUFFIXES, Entry, naming, opened, replacing_folder, write_stream
 from .folder import TRANSFORMER, note_schedule
 from .jsons import parse_json
 from .latent import LatentSpace
-from .merge import merged_model
+from .merge import MergedModel, merged_model, split
 from .preview import fit_preview
 from .release import Model, model_metadata, open_model
 from .schedule import Schedule
@@ -41,6 +41,10 @@ from .tensors import INDEX_SUFFIX, total_bytes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = ("original", "diffusers")
 FORMER_NAMES = {"native": "original"}  # --names of earlier versions
+SPLIT = (
+    "write only the blocks to the file, with the base's own embedder and head, for loaders that know the base but not "
+    "DC-Gen; and those of DC-Gen to this adapter, for Apply DC-Gen"
+)
 SHARD_BYTES = 5_000_000_000
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -226,6 +230,7 @@ def _parser() -> argparse.ArgumentParser:
             default=NAMES[0],
             help="key names (default: %(default)s, which ComfyUI uses)",
         )
+    merging.add_argument("--split", type=Path, metavar="ENDS", help=SPLIT)
     merging.add_argument("--strength", type=float, default=1.0, help="of the LoRA; 0 = alignment only")
     unpacking.add_argument("--parts", type=Path, help="release folder to copy the other parts from")
     extracting.add_argument("--rank", type=int, default=256, help="largest rank of a layer (default: %(default)s)")
@@ -285,8 +290,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command == "pack":
             print(pack(open_as(args.model, args.latent, args.set), args.out, names=args.names, dtype=dtype))
         elif args.command == "merge":
-            options = {"strength": args.strength, "names": args.names, "dtype": dtype}
-            print(merge_file(open_as(args.base), load_adapter(args.adapter), args.out, **options))
+            merged = merged_model(open_as(args.base), load_adapter(args.adapter), args.strength)
+            print(_merge(merged, args.out, args.split, args.names, dtype))
         elif args.command == "unpack":
             print(unpack(open_as(args.model, args.latent, args.set), args.out, parts=args.parts, dtype=dtype))
         elif args.command == "extract":
@@ -299,6 +304,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dcgen.convert: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _merge(merged: MergedModel, out: Path, ends: Path | None, names: str, dtype: torch.dtype | None) -> Path:
+    if ends is None:
+        return pack(merged, out, names=names, dtype=dtype)
+    check_name(ends)
+    blocks, adapter = split(merged)
+    pack(blocks, out, names=names, dtype=dtype)
+    save_adapter(ends, adapter)
+    return out
 
 
 def _extract(args: argparse.Namespace, dtype: torch.dtype | None) -> str:

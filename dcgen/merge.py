@@ -1,8 +1,12 @@
-"""A base with an adapter merged into it, tensor by tensor."""
+"""A base with an adapter merged into it, tensor by tensor: whole, or split into blocks and ends.
+
+The split form is for loaders that know the base but not DC-Gen: the blocks are a file of the base's own shape, which
+they read, and an adapter without LoRA has the ends.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -23,6 +27,8 @@ class MergedModel(Model):
     def entries(self) -> dict[str, Entry]:
         """All tensors by diffusers name, each of the dtype of the base's; new ones of the base's most common dtype."""
         entries, tensors = self.base.entries, self.adapter.tensors
+        if not tensors:
+            return entries
         ends = self.backbone.ends(self.base.config).prefixes
         dtypes = {key: entries[key].dtype if key in entries else self.tensors.dtype for key in tensors}
         kept = {key: entry for key, entry in entries.items() if not key.startswith(ends)}
@@ -55,3 +61,30 @@ def merged_model(base: Model, adapter: Adapter, strength: float = 1.0) -> Merged
         adapter=adapter,
         strength=strength,
     )
+
+
+def split(merged: MergedModel) -> tuple[MergedModel, Adapter]:
+    """(blocks, ends): the base with the LoRA merged but its own embedder and head, and the adapter without LoRA for it.
+
+    The ends applied to the blocks are the merged model. On the base itself they are refused: they know its identity.
+    """
+    base, adapter = merged.base, merged.adapter
+    lora = replace(adapter, tensors={})
+    blocks = MergedModel(
+        base.tensors,
+        base.backbone,
+        base.config,
+        base.latent,
+        base.schedule,
+        base=base,
+        adapter=lora,
+        strength=merged.strength,
+    )
+    ends = replace(
+        adapter,
+        lora={},
+        base_weights=blocks.identity(),
+        unmerged_weights=base.identity(),
+        base_latent=adapter.base_latent or base.latent,
+    )
+    return blocks, ends

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from ..adapter import load_adapter
-from ..convert import pack
-from ..merge import merged_model
+from ..adapter import Adapter, check_name, load_adapter, save_adapter
+from ..convert import SPLIT, pack
+from ..merge import merged_model, split
 from ..release import Model
 from ..spaces import SPACES
 from .formats import FORMATS
@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     task.add_argument("--format", choices=FORMATS, help="of the layers in the blocks")
     parser.add_argument("-o", "--out", type=Path, required=True, help="the .safetensors to write")
     parser.add_argument("--adapter", type=Path, help="DC-Gen adapter that is merged into the model first")
+    parser.add_argument("--split", type=Path, metavar="ENDS", help=SPLIT)
     parser.add_argument("--strength", type=float, default=1.0, help="of the adapter's LoRA (default: %(default)s)")
     parser.add_argument(
         "--keep",
@@ -63,19 +64,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> str:
     if args.dequantize:
         return str(pack(open_quantized(args.model), args.out, dtype=torch.bfloat16))
-    model, fmt = _source(args), FORMATS[args.format]
+    fmt, (model, ends) = FORMATS[args.format], _source(args)
     units = plan(model, fmt, args.keep)
     size = sum(entry.nbytes for unit in units for entry in unit.written)
     numbers = ", ".join(f"{number} layers {core}" for core, number in counted(units).items())
     summary = f"{args.out}: {numbers}; {size / 1e9:.3f} GB"
     if not args.dry_run:
         quantize_model(model, args.out, fmt, keep=args.keep, device=args.device, progress=_progress)
+        if ends is not None:
+            save_adapter(args.split, ends)
     return summary
 
 
-def _source(args: argparse.Namespace) -> Model:
+def _source(args: argparse.Namespace) -> tuple[Model, Adapter | None]:
+    """What is quantized, and the adapter of --split."""
     model = open_source(args.model, args.latent, args.set)
-    return merged_model(model, load_adapter(args.adapter), args.strength) if args.adapter else model
+    if args.split and not args.adapter:
+        raise ValueError(
+            "--split needs the base as MODEL, and --adapter: a merged model lacks the base's embedder and head. "
+            "python -m dcgen.convert extract makes an adapter of a merged model and its base"
+        )
+    if args.split:
+        check_name(args.split)
+    if not args.adapter:
+        return model, None
+    merged = merged_model(model, load_adapter(args.adapter), args.strength)
+    return split(merged) if args.split else (merged, None)
 
 
 def _progress(step: int, steps: int, name: str) -> None:

@@ -154,8 +154,8 @@ def _check_bits(tensors: Mapping[str, Tensor], formats: Mapping[str, str], path:
     if wide and "bits" not in known:
         raise ValueError(
             f"{path} has 6-bit layers ({wide[0]}), which the installed comfy-kitchen "
-            f"({importlib.metadata.version('comfy-kitchen')}) does not know. Update it to 0.2.40 or newer (pip install -U "
-            "comfy-kitchen), or use a file in another format (int8, w4a8)."
+            f"({importlib.metadata.version('comfy-kitchen')}) does not know. Update it to 0.2.40 or newer (pip install "
+            "-U comfy-kitchen), or use a file in another format (int8, w4a8)."
         )
 
 
