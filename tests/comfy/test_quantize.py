@@ -51,7 +51,9 @@ def written(tmp_path_factory):
         folder = folders[family] = tmp_path_factory.mktemp(family)
         base = open_model(TOY / f"{family}-base")
         adapter = load_adapter(TOY / "adapter" / f"toy-{family}-dcgen.safetensors")
-        adapter.tensors = {key: tensor.bfloat16() for key, tensor in adapter.tensors.items()}  # as the merged file has them
+        adapter.tensors = {
+            key: tensor.bfloat16() for key, tensor in adapter.tensors.items()
+        }  # as the merged file has them
         save_adapter(folder / "adapter.safetensors", adapter)
         merged = merged_model(base, adapter)
         blocks, ends = split(merged)
