@@ -89,6 +89,8 @@ class Backbone(ABC):
     """Kind of block in `stacks` -> its layers with one output for all tokens (AdaLN), quantized to at least 8 bits."""
     original_network: bool = True
     """Whether ComfyUI's network has the original key names of the files, rather than diffusers'."""
+    gguf_architecture: str = ""
+    """general.architecture of its GGUF files; "" when no loader of GGUF files knows the family."""
     base_spatial_factor: int | None = None
     """f of the published bases' latents; None if they differ."""
     temporal_patch: int = 1

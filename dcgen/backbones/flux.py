@@ -115,6 +115,7 @@ class Flux(Backbone):
         "double": ("norm1.linear", "norm1_context.linear"),
         "single": ("norm.linear",),
     }
+    gguf_architecture = "flux"
     base_spatial_factor = 8
     signature_fields = (
         "num_attention_heads",

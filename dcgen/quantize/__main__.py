@@ -19,6 +19,7 @@ from ..merge import merged_model, split
 from ..release import Model
 from ..spaces import SPACES
 from .formats import FORMATS
+from .gguf_file import GGUF_FORMATS, check_shape, write_gguf
 from .plan import counted, plan
 from .read import open_quantized
 from .write import open_source, quantize_model
@@ -29,8 +30,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, help="release folder, transformer folder or file; not quantized")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--dequantize", action="store_true", help="write a quantized model in bfloat16")
-    task.add_argument("--format", choices=FORMATS, help="of the layers in the blocks")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="the .safetensors to write")
+    task.add_argument("--format", choices=[*FORMATS, *GGUF_FORMATS], help="of the layers in the blocks")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the file to write: .safetensors, or .gguf")
     parser.add_argument("--adapter", type=Path, help="DC-Gen adapter that is merged into the model first")
     parser.add_argument("--split", type=Path, metavar="ENDS", help=SPLIT)
     parser.add_argument("--strength", type=float, default=1.0, help="of the adapter's LoRA (default: %(default)s)")
@@ -64,13 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> str:
     if args.dequantize:
         return str(pack(open_quantized(args.model), args.out, dtype=torch.bfloat16))
-    fmt, (model, ends) = FORMATS[args.format], _source(args)
+    fmt, (model, ends) = {**FORMATS, **GGUF_FORMATS}[args.format], _source(args)
+    if args.format in GGUF_FORMATS:
+        check_shape(model)
     units = plan(model, fmt, args.keep)
     size = sum(entry.nbytes for unit in units for entry in unit.written)
     numbers = ", ".join(f"{number} layers {core}" for core, number in counted(units).items())
     summary = f"{args.out}: {numbers}; {size / 1e9:.3f} GB"
     if not args.dry_run:
-        quantize_model(model, args.out, fmt, keep=args.keep, device=args.device, progress=_progress)
+        if args.format in GGUF_FORMATS:
+            write_gguf(model, args.out, fmt, keep=args.keep, progress=_progress)
+        else:
+            quantize_model(model, args.out, fmt, keep=args.keep, device=args.device, progress=_progress)
         if ends is not None:
             save_adapter(args.split, ends)
     return summary

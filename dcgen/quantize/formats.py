@@ -35,8 +35,10 @@ class Format(ABC):
     """As ComfyUI calls it."""
     bits: ClassVar[int]
     """Of a value, without scales."""
+    noted: ClassVar[bool] = True
+    """Whether a layer has JSON that names the format."""
     careful: ClassVar[str] = ""
-    """The format of layers that are too sensitive for this one; "" = this one."""
+    """Name of the format of layers that are too sensitive for this one; "" = this one."""
 
     @abstractmethod
     def check(self, shape: tuple[int, ...]) -> None:
@@ -53,6 +55,10 @@ class Format(ABC):
     @abstractmethod
     def dequantize(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """The stored weight of this shape, float32."""
+
+    def careful_format(self) -> Format:
+        """The format of layers that are too sensitive for this one."""
+        return FORMATS[self.careful] if self.careful else self
 
     def fields(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """Fields of the JSON besides the format and full_precision_matrix_mult."""
@@ -242,6 +248,8 @@ class Stored:
 
     def entries(self, layer: str, shape: tuple[int, ...]) -> list[Entry]:
         """All tensors of the layer's weight, by full name."""
-        note = self.format.note(shape, self.exact)
-        entries = [*self.format.entries(shape), Entry(NOTE, note.dtype, tuple(note.shape))]
+        entries = self.format.entries(shape)
+        if self.format.noted:
+            note = self.format.note(shape, self.exact)
+            entries = [*entries, Entry(NOTE, note.dtype, tuple(note.shape))]
         return [Entry(f"{layer}.{entry.name}", entry.dtype, entry.shape) for entry in entries]

@@ -35,7 +35,7 @@ def version() -> str:
 
 def knows(fmt: Format) -> bool:
     """Whether the installed version, if any, has this format."""
-    if not version():
+    if fmt.name not in LAYOUTS or not version():
         return False
     layout, options = _layout(fmt)
     return layout is not None and set(options) <= set(inspect.signature(layout.quantize).parameters)

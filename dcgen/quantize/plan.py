@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backbones import Backbone
 from ..files import Entry
 from ..release import Model
-from .formats import FORMATS, Format, Stored
+from .formats import Format, Stored
 
 WEIGHT = ".weight"
 
@@ -92,7 +92,7 @@ def plan(model: Model, fmt: Format, keep: Sequence[str] = ()) -> list[Unit]:
 
 def layer_formats(backbone: Backbone, base: Mapping[str, Any], fmt: Format) -> dict[str, Stored]:
     """How each Linear in the blocks of a base with this signature is stored, by diffusers path."""
-    careful = FORMATS[fmt.careful or fmt.name]
+    careful = fmt.careful_format()
     kinds = [kind for kind, (field, _, _) in backbone.stacks.items() if base[field]]
     formats = {}
     for kind, layers in backbone.layers(base).items():

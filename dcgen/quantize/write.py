@@ -59,12 +59,18 @@ def quantize_model(
     out = Path(out)
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: the result is a .safetensors file; give it that ending")
-    units = plan(model, fmt, keep)
-    model.check_values()
+    units = checked_plan(model, fmt, keep)
     metadata = {**model_metadata(model, out.stem), QUANTIZATION_KEY: json.dumps(description(model, fmt, units, keep))}
     written = [entry for unit in units for entry in unit.written]
     write_stream(out, written, _tensors(model, units, torch.device(device), progress), metadata)
     return out
+
+
+def checked_plan(model: Model, fmt: Format, keep: Sequence[str]) -> list[Unit]:
+    """As plan(); ValueError, too, when a value of the model is NaN or infinite."""
+    units = plan(model, fmt, keep)
+    model.check_values()
+    return units
 
 
 def description(model: Model, fmt: Format, units: Sequence[Unit], keep: Sequence[str] = ()) -> dict[str, Any]:
@@ -89,15 +95,21 @@ def quantized(fmt: Format, weight: Tensor) -> Parts:
     return kitchen.quantize(fmt, weight) if kitchen.knows(fmt) else fmt.quantize(weight)
 
 
+def finite(unit: Unit, model: Model) -> Tensor:
+    """The tensor; ValueError when a value is infinite: a sum of base and adapter can leave the range of float16."""
+    tensor = unit.read()
+    if not is_finite(tensor):
+        raise ValueError(f"{model.tensors.path}: values of {unit.entry.name} are infinite after the merge")
+    return tensor
+
+
 def _tensors(
     model: Model, units: Sequence[Unit], device: torch.device, progress: Progress | None
 ) -> Iterator[tuple[str, Tensor]]:
     for number, unit in enumerate(units):
         if progress:
             progress(number, len(units), unit.entry.name)
-        tensor = unit.read()
-        if not is_finite(tensor):  # a sum of base and adapter can leave the range of float16
-            raise ValueError(f"{model.tensors.path}: values of {unit.entry.name} are infinite after the merge")
+        tensor = finite(unit, model)
         if unit.stored is None:
             yield unit.entry.name, tensor
             continue
