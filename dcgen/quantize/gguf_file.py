@@ -21,7 +21,7 @@ from ..files import Entry, replacing
 from ..release import Model
 from .formats import Format, Parts
 from .plan import Unit
-from .write import QUANTIZATION_KEY, Progress, checked_plan, description, finite
+from .write import QUANTIZATION_KEY, Progress, check_base_latent, checked_plan, description, finite
 
 SUFFIX = ".gguf"
 BLOCK = 32  # inputs that share a scale, in all formats here
@@ -113,16 +113,9 @@ def write_gguf(
 
 def check_shape(model: Model) -> None:
     """ValueError unless loaders of GGUF files know the model: a base, or blocks in its shape."""
-    backbone = model.backbone
-    if not backbone.gguf_architecture:
-        raise ValueError(f"{model.tensors.path}: no loader of GGUF files reads a {backbone.title} model")
-    factor = backbone.base_spatial_factor
-    if model.latent is not None and model.latent.spatial_factor != factor:
-        raise ValueError(
-            f"{model.tensors.path} is on an f{model.latent.spatial_factor} latent; loaders of GGUF files know only the "
-            f"base's, f{factor}. Give the base as MODEL, with --adapter and --split: the blocks become the GGUF file, "
-            "the embedder and head an adapter for Apply DC-Gen"
-        )
+    if not model.backbone.gguf_architecture:
+        raise ValueError(f"{model.tensors.path}: no loader of GGUF files reads a {model.backbone.title} model")
+    check_base_latent(model, "loaders of GGUF files")
 
 
 def _stored(unit: Unit) -> tuple[str, np.dtype[Any], tuple[int, ...]]:

@@ -73,6 +73,17 @@ def checked_plan(model: Model, fmt: Format, keep: Sequence[str]) -> list[Unit]:
     return units
 
 
+def check_base_latent(model: Model, loaders: str) -> None:
+    """ValueError unless the model is on the latent of the family's base, the only one that these loaders know."""
+    factor = model.backbone.base_spatial_factor
+    if model.latent is not None and model.latent.spatial_factor != factor:
+        raise ValueError(
+            f"{model.tensors.path} is on an f{model.latent.spatial_factor} latent; {loaders} know only the base's, "
+            f"f{factor}. Give the base as MODEL, with --adapter and --split: the blocks become that file, the embedder "
+            "and head an adapter for Apply DC-Gen"
+        )
+
+
 def description(model: Model, fmt: Format, units: Sequence[Unit], keep: Sequence[str] = ()) -> dict[str, Any]:
     """What was done, for the metadata of the file."""
     source = model.tensors.path.name
