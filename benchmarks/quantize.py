@@ -18,17 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcgen import guidance
 from dcgen.adapter import load_adapter
-from dcgen.merge import merged_model
-from dcgen.quantize import floating, integer
+from dcgen.merge import merged_model, split
+from dcgen.quantize import floating, integer, packing
 from dcgen.quantize.formats import FORMATS, Format
+from dcgen.quantize.nunchaku_file import Packed, open_nunchaku, packed_layers, write_nunchaku
 from dcgen.quantize.plan import WEIGHT, plan
 from dcgen.quantize.read import open_quantized
+from dcgen.quantize.svdquant import SHIFT, SvdQuant
 from dcgen.quantize.write import quantize_model, quantized
 from dcgen.release import Model, open_model
+from dcgen.tensors import Tensors
+from train.activations import block_layers, largest_inputs
 from train.evaluate import FIRST_UNSEEN, Judge
 from train.generate import Pipeline
 from train.sample import seeded_noise
@@ -104,7 +109,7 @@ class Toy:
         self.load(self.model)
         self.wanted = self.velocities(), self.images()
 
-    def load(self, model: Model) -> None:
+    def load(self, model: Model | Replaced) -> None:
         """Take over the weights of a model."""
         network = self.pipeline.model
         shapes = {key: value.shape for key, value in network.state_dict().items()}
@@ -142,13 +147,13 @@ class Toy:
         with rounded_inputs(self.pipeline.model, self._layers(fmt, keep)):
             both, images = relative(self.velocities(), self.wanted[0]), self.images()
         errors = [f"{weights:.3f}", f"{both:.3f}", f"{psnr(images, self.wanted[1]):.1f}"]
-        return [fmt.name, f"{file.stat().st_size / 1e6:.2f}", *errors, f"{self._shown(images):.3f}", f"{seconds:.1f}"]
+        return [fmt.name, f"{file.stat().st_size / 1e6:.2f}", *errors, f"{self.shown(images):.3f}", f"{seconds:.1f}"]
 
     def reference(self) -> list[str]:
         size = sum(entry.nbytes for entry in self.model.entries.values())
-        return ["bf16", f"{size / 1e6:.2f}", "0", "0", "", f"{self._shown(self.wanted[1]):.3f}", ""]
+        return ["bf16", f"{size / 1e6:.2f}", "0", "0", "", f"{self.shown(self.wanted[1]):.3f}", ""]
 
-    def _shown(self, images: Tensor) -> float:
+    def shown(self, images: Tensor) -> float:
         return self.judge.score(images, self.pairs).both
 
     def _layers(self, fmt: Format, keep: Sequence[str]) -> dict[str, Format]:
@@ -165,6 +170,97 @@ def psnr(found: Tensor, wanted: Tensor) -> float:
     """Of all images together, in dB; both (B,3,H,W) in -1..1."""
     error = (found.clamp(-1, 1) - wanted.clamp(-1, 1)).square().mean()
     return float(10 * torch.log10(4 / error))
+
+
+# SVDQuant ---------------------------------------------------------------------------------------------------------
+
+
+def svdquant_inputs(fmt: SvdQuant, x: Tensor, smooth: Tensor, shifted: bool) -> Tensor:
+    """Inputs (...,K) rounded as nunchaku's kernels do: divided by `smooth`, per group, where they are shifted without a
+    sign.
+    """
+    shift = SHIFT if shifted and not fmt.fp4 else 0.0
+    groups = ((x + shift) / smooth).unflatten(-1, (-1, fmt.group))
+    if fmt.fp4:
+        scale = floating.to_e4m3(groups.abs().amax(-1, keepdim=True) / floating.E2M1_MAX).float()
+        scale = torch.where(scale == 0, 1.0, scale)
+        codes = floating.e2m1_codes(groups / scale)
+        table = torch.tensor([*floating.E2M1, *(-value for value in floating.E2M1)])
+        return (table[codes.int()] * scale).flatten(-2) * smooth
+    most, least = (15, 0) if shifted else (7, -7)
+    scale = (groups.abs().amax(-1, keepdim=True) / most).clamp(min=1e-8)
+    return ((groups / scale).round().clamp(least, most) * scale).flatten(-2) * smooth - shift
+
+
+class Branched:
+    """A Linear as nunchaku computes it: the branch of the inputs as they are, the residual of the rounded ones."""
+
+    def __init__(self, fmt: SvdQuant, file: Tensors, pieces: Sequence[Packed], part: str, bias: Tensor):
+        self.fmt, self.bias, self.pieces = fmt, bias, []
+        for packed in pieces:
+            names = [entry.name.rpartition(".")[2] for entry in packed.entries(fmt)]
+            stored = {name: file.get(f"{packed.name}.{name}") for name in names}
+            weight = fmt.dequantize(stored, packed.shape)
+            up, down = packing.unpacked_up(stored["lora_up"]), packing.unpacked_down(stored["lora_down"])
+            branch = (up.float() @ down.float())[: packed.shape[0], : packed.shape[1]]
+            smooth = packing.unpacked_vector(stored["smooth"]).float()[: packed.shape[1]]
+            first = sum(rows for rows, _ in packed.shapes[: packed.parts.index(part)])
+            rows = slice(first, first + packed.shapes[packed.parts.index(part)][0])
+            residual = (weight - branch)[rows]
+            self.pieces.append((packed.columns, packed.layer.shifted, smooth, residual, branch[rows]))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self.bias
+        for columns, shifted, smooth, residual, branch in self.pieces:
+            own = x[..., columns]
+            out = out + F.linear(svdquant_inputs(self.fmt, own, smooth, shifted), residual) + F.linear(own, branch)
+        return out
+
+
+def svdquant_row(toy: Toy, fmt: SvdQuant, folder: Path, activations: dict[str, Tensor] | None) -> list[str]:
+    """A line of the table. activations: for smoothing, from captions that are not compared."""
+    blocks, ends = split(toy.model)
+    start = time.perf_counter()
+    path = write_nunchaku(blocks, folder / f"{fmt.name}.safetensors", fmt, activations=activations)
+    seconds = time.perf_counter() - start
+    back, file, network = open_nunchaku(path), Tensors.open(path), toy.pipeline.model
+    toy.load(Replaced(back, ends.tensors))
+    weights = relative(toy.velocities(), toy.wanted[0])
+    layers: dict[str, list[Packed]] = {}
+    for packed in packed_layers(toy.model.backbone, toy.model.signature):
+        for part in () if packed.layer.splits else packed.parts:
+            layers.setdefault(part, []).append(packed)
+    for part, pieces in layers.items():
+        module: Any = network.get_submodule(part)
+        module.forward = Branched(fmt, file, pieces, part, module.bias.detach())
+    both, images = relative(toy.velocities(), toy.wanted[0]), toy.images()
+    for part in layers:
+        del network.get_submodule(part).forward
+    name = f"{fmt.name} r{fmt.rank}{' smoothed' if activations else ''}"
+    errors = [f"{weights:.3f}", f"{both:.3f}", f"{psnr(images, toy.wanted[1]):.1f}"]
+    return [name, f"{path.stat().st_size / 1e6:.2f}", *errors, f"{toy.shown(images):.3f}", f"{seconds:.1f}"]
+
+
+class Replaced:
+    """A model with other tensors for some names, for Toy.load."""
+
+    def __init__(self, model: Model, tensors: dict[str, Tensor]):
+        self.model, self.tensors = model, tensors
+
+    def get(self, key: str) -> Tensor:
+        return self.tensors[key] if key in self.tensors else self.model.get(key)
+
+
+def svdquant_rows(toy: Toy, folder: Path) -> Iterator[list[str]]:
+    """Lines of the table; the toy's widths allow a rank of 32, which is a larger share of them than of FLUX's."""
+    toy.load(toy.model)
+    with largest_inputs(toy.pipeline.model, block_layers(toy.pipeline)) as activations:
+        pairs = toy.judge.pictures.pairs("all")[1::16]
+        captions, seeds = toy.judge.captions(pairs), range(1000, 1000 + len(pairs))
+        toy.pipeline.latents(captions, seeds, SIZE, SIZE, steps=STEPS, guidance=GUIDANCE)
+    for fp4 in (True, False):
+        for rank, smooth in ((16, None), (32, None), (32, dict(activations))):
+            yield svdquant_row(toy, SvdQuant(fp4, rank), folder, smooth)
 
 
 # Blocks of the published widths -----------------------------------------------------------------------------------
@@ -209,7 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[2])
     parser.add_argument("--models", nargs="+", choices=[*TOYS, "blocks"], default=[*TOYS, "blocks"])
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=[*FORMATS])
+    parser.add_argument("--svdquant", action=argparse.BooleanOptionalAction, default=True, help="rows for nunchaku")
+    parser.add_argument("--formats", nargs="*", choices=FORMATS, default=[*FORMATS])
     parser.add_argument("--captions", type=int, default=CAPTIONS, help="default: %(default)s")
     options = parser.parse_args(arguments)
     formats = [FORMATS[name] for name in options.formats]
@@ -220,7 +317,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         toy = Toy(name, options.captions)
         with tempfile.TemporaryDirectory() as folder:
-            print(table(HEAD, [toy.reference(), *(toy.row(fmt, Path(folder)) for fmt in formats)]), flush=True)
+            rows = [toy.reference(), *(toy.row(fmt, Path(folder)) for fmt in formats)]
+            if options.svdquant and toy.model.backbone.nunchaku:
+                rows += svdquant_rows(toy, Path(folder))
+            print(table(HEAD, rows), flush=True)
 
 
 if __name__ == "__main__":
