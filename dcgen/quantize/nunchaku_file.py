@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..backbones import BACKBONES, Backbone
 from ..backbones.base import NunchakuLayer
-from ..fields import shown
-from ..files import Entry, is_finite, write_stream
+from ..fields import check_fields, shown
+from ..files import Entry, is_finite, naming, write_stream
 from ..jsons import parse_object
 from ..release import Model, model_metadata, model_of
 from ..tensors import Rows, Tensors
@@ -192,17 +192,22 @@ def open_nunchaku(path: str | os.PathLike[str]) -> Model:
     """A file of nunchaku's, as a model with float32 weights that are expanded when they are read."""
     path = Path(path)
     file = Tensors.open(path)
-    config = parse_object(file.metadata["config"], f"{path}: config")
+    config = parse_object(file.metadata.get("config", "{}"), f"{path}: config")
     known = [backbone for backbone in BACKBONES.values() if backbone.nunchaku]
     backbone = next((one for one in known if one.diffusers_class == config.get("_class_name")), None)
     if backbone is None:
         raise ValueError(f"{path}: class {shown(config.get('_class_name'))} is none that nunchaku runs")
+    with naming(path):
+        check_fields(config, backbone.fields, backbone.needed_fields)
     base = backbone.base_signature(config)
-    layout = parse_object(file.metadata[QUANTIZATION_CONFIG], f"{path}: {QUANTIZATION_CONFIG}")
-    fmt = SvdQuant(layout["weight"]["dtype"] == FP4, layout["rank"])
+    fmt = _format_of(file)
     entries: dict[str, Entry] = {}
     readers: dict[str, Rows] = {}
     layers = packed_layers(backbone, base)
+    for packed in layers:
+        for entry in packed.entries(fmt):
+            if file.entries.get(entry.name) != entry:
+                raise ValueError(f"{path}: {entry.name} is {file.entries.get(entry.name)}, expected {entry}")
     pieces: dict[str, list[Packed]] = {}
     for packed in layers:
         for part in packed.parts:
@@ -220,6 +225,18 @@ def open_nunchaku(path: str | os.PathLike[str]) -> Model:
             name = f"{block}.attn.{norm}" if key.startswith(blocks) else key
             entries[name], readers[name] = Entry(name, entry.dtype, entry.shape), partial(file.get, key)
     return model_of(Tensors(path, entries, file.metadata, readers), path)
+
+
+def _format_of(file: Tensors) -> SvdQuant:
+    """The format that the metadata states; ValueError when it is none of nunchaku's."""
+    layout = parse_object(file.metadata.get(QUANTIZATION_CONFIG, "{}"), f"{file.path}: {QUANTIZATION_CONFIG}")
+    weight, rank = layout.get("weight"), layout.get("rank")
+    dtype = weight.get("dtype") if isinstance(weight, dict) else None
+    if dtype not in (FP4, "int4") or not isinstance(rank, int):
+        raise ValueError(
+            f"{file.path}: {QUANTIZATION_CONFIG} is {shown(layout)}, not one of SVDQuant in nunchaku's files"
+        )
+    return SvdQuant(dtype == FP4, rank)
 
 
 def _expanded(

@@ -149,7 +149,9 @@ def _check_bits(tensors: Mapping[str, Tensor], formats: Mapping[str, str], path:
     wide = [
         layer
         for layer, name in formats.items()
-        if name == GROUPED and tensors[f"{layer}.weight"].shape[1] * 2 != _inputs(tensors, layer, name)
+        if name == GROUPED
+        and f"{layer}.weight" in tensors
+        and tensors[f"{layer}.weight"].shape[1] * 2 != _inputs(tensors, layer, name)
     ]
     if wide and "bits" not in known:
         raise ValueError(
@@ -165,7 +167,10 @@ def _inputs(tensors: Mapping[str, Tensor], layer: str, name: str) -> int:
     scales = tensors.get(f"{layer}.{GROUP_SCALES}")
     if name == GROUPED and scales is not None:
         note = parse_object(tensors[f"{layer}{FORMAT_SUFFIX}"].numpy().tobytes(), layer)
-        return scales.shape[1] * int(note.get("group_size", GROUP_SIZE))
+        size = note.get("group_size", GROUP_SIZE)
+        if not isinstance(size, int):
+            raise ValueError(f"{layer}: group_size is {size!r}, expected a whole number")
+        return scales.shape[1] * size
     return stored * 2 if name in HALVED else stored
 
 

@@ -255,6 +255,26 @@ def test_what_nunchaku_cannot_read_is_refused(tmp_path, capsys, case):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("damage", ["config", "quantization_config", "rank", "tensor"])
+def test_damaged_files_are_refused_by_name(tmp_path, blocks, capsys, damage):
+    out = tmp_path / "a.safetensors"
+    write_nunchaku(blocks, out, SvdQuant(True))
+    with opened(out) as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if damage == "tensor":
+        tensors.pop("transformer_blocks.1.mlp_fc1.lora_up")
+    elif damage == "rank":
+        metadata["quantization_config"] = metadata["quantization_config"].replace('"rank": 32', '"rank": "32"')
+    else:
+        metadata[damage] = "{}"
+    save_file(tensors, out, metadata)
+    assert main([str(out), "--dequantize", "-o", str(tmp_path / "b.safetensors")]) == 1
+    said = capsys.readouterr().err
+    assert "a.safetensors" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "b.safetensors").exists()
+
+
 def test_values_that_are_not_finite_are_refused(tmp_path):
     base = open_model(TOY / "flux-base")
     tensors = {key: base.get(key) for key in base.entries}
