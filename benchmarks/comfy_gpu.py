@@ -21,16 +21,17 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.dcae import narrowed
 from dcgen.adapter import load_adapter
 from dcgen.backbones import BACKBONES
-from dcgen.dcae import DCAE, VARIANTS, DCAEConfig, save_dcae
+from dcgen.dcae import DCAE, VARIANTS, save_dcae
 from dcgen.files import replacing
 from train.comfy_client import PACK, ComfyServer, find_comfyui
 from train.families import FAMILIES
@@ -139,15 +140,8 @@ def write_files(models: Path, small: bool) -> None:
     save_file(lora, models / "loras" / LORA)
     (models / "vae").mkdir(exist_ok=True)
     torch.manual_seed(0)
-    config = _narrow(VARIANTS[F64]) if small else VARIANTS[F64]
+    config = narrowed(VARIANTS[F64]) if small else VARIANTS[F64]
     save_dcae(DCAE(config, dtype=torch.bfloat16), models / "vae" / DEEP)
-
-
-def _narrow(config: DCAEConfig) -> DCAEConfig:
-    """The same network an eighth as wide."""
-    sides = ("encoder_block_out_channels", "decoder_block_out_channels")
-    widths: dict[str, Any] = {side: tuple(w // 8 for w in getattr(config, side)) for side in sides}
-    return replace(config, name="narrow", **widths)
 
 
 def jobs(small: bool, turns: int) -> dict[str, Callable[[ComfyServer], list[bytes]]]:

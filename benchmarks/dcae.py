@@ -31,7 +31,7 @@ from diffusers.utils import logging as diffusers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.peak_memory import PeakMemory
-from dcgen.dcae import DCAE, VARIANTS, Strip, choose_strip, peak_bytes
+from dcgen.dcae import DCAE, VARIANTS, DCAEConfig, Strip, choose_strip, peak_bytes
 
 # one of each network; the others are these under another name
 FAMILIES = (
@@ -130,9 +130,20 @@ class Table:
 
 
 def models(name: str, device: str, dtype_name: str) -> Models:
-    """Both models on the same random weights."""
-    config = dataclasses.replace(VARIANTS[name], scaling_factor=1.0)
-    dtype = getattr(torch, dtype_name)
+    """Both models of a variant on the same random weights."""
+    return models_of(VARIANTS[name], device, getattr(torch, dtype_name))
+
+
+def narrowed(config: DCAEConfig) -> DCAEConfig:
+    """The same network an eighth as wide, for trying a script out."""
+    sides = ("encoder_block_out_channels", "decoder_block_out_channels")
+    widths: dict[str, Any] = {side: tuple(width // 8 for width in getattr(config, side)) for side in sides}
+    return dataclasses.replace(config, name="narrow", **widths)
+
+
+def models_of(config: DCAEConfig, device: str, dtype: torch.dtype) -> Models:
+    """Both models of a config on the same random weights."""
+    config = dataclasses.replace(config, scaling_factor=1.0)
     with torch.device(device):
         oracle = AutoencoderDC.from_config(config.to_diffusers()).eval().requires_grad_(False).to(dtype)
     model = DCAE(config, dtype=dtype, device="meta").eval().requires_grad_(False)

@@ -2,8 +2,8 @@
 
 On the toy release: closed form against AdamW on Eq. 1; the fine-tuning step against the same step written plainly with
 diffusers and peft; the price of Eq. 7's empty branch; the loader against the step; peak memory with and without
-recomputation. Times on a CPU are the process's own, so that a busy machine counts less. On a GPU also tokens a second
-and MFU at FLUX's width with fewer blocks.
+recomputation. Times on a CPU are the process's own, so that a busy machine counts less. Tokens a second and MFU at
+FLUX's width, which need a GPU: `python -m benchmarks.gpu --parts training`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_recipe(recipe, only=stage)
     path = options.out / "results.json"
     machine = {"torch": torch.__version__, "threads": options.threads, "cores": os.cpu_count()}
-    for part in options.parts or [part for part in PARTS if part != "gpu" or torch.cuda.is_available()]:
+    for part in options.parts or PARTS:
         found = {part: PARTS[part](options)}
         write_json(path, {**(read_json(path) if path.is_file() else {}), **machine, **found})
     print(table(read_json(path)))
@@ -250,49 +250,12 @@ def _median_ms(step: Callable[[], None], count: int) -> float:
     return 1000 * median(times[WARM:])
 
 
-def gpu(options: argparse.Namespace) -> dict[str, float]:
-    """Tokens a second and model FLOP utilisation of a LoRA step at FLUX's width, bfloat16, on the first GPU."""
-    blocks, tokens, text, batch = (2, 4), 1024, 512, 4
-    from train.families import ARCHITECTURES
-    from train.lora import inject_lora
-
-    flux, published = ARCHITECTURES["dc-gen-flux-f32"]
-    small = {**published.config, "num_layers": blocks[0], "num_single_layers": blocks[1]}
-    with torch.device("cuda"):
-        model = flux.network_class().from_config(small).to(torch.bfloat16).requires_grad_(False)
-        inject_lora(model, flux, 256, 256.0, seed=0)
-        side = int(tokens**0.5)
-        x, sigma = torch.randn(batch, 32, side, side), torch.rand(batch)
-        cond = {"prompt_embeds": torch.randn(batch, text, 4096), "pooled": torch.randn(batch, 768)}
-        scale = torch.full((batch,), 3.5)
-
-    def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            flux.velocity(model, x, sigma, cond, scale).float().square().mean().backward()
-        torch.cuda.synchronize()
-
-    torch.cuda.reset_peak_memory_stats()
-    ms = _median_ms(step, STEPS)
-    linear = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "lora" not in n and "norm" not in n)
-    attention = 2 * sum(blocks) * (tokens + text) * 3072
-    # forward 2 FLOP a weight and token; backward of frozen weights needs the input gradient only: another 2
-    flops = 4 * batch * (tokens + text) * (linear + attention)
-    rate = flops / ms * 1000
-    return {
-        "tokens/s": batch * tokens / ms * 1000,
-        "TFLOP/s": rate / 1e12,
-        "peak GB": torch.cuda.max_memory_allocated() / 1e9,
-        "MFU of 989 TFLOP/s": rate / 989e12,
-    }
-
-
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "alignment": alignment,
     "step": step_against_plain,
     "empty branch": empty_branch,
     "loader": loader,
     "memory": memory,
-    "gpu": gpu,
 }
 
 

@@ -38,7 +38,7 @@ PIXELS = 128
 STEPS = 20
 SEED = 11
 NO_COMFYUI = "no ComfyUI found (set COMFYUI_PATH to its folder)"
-DRAWING = 400  # what it costs, as Demo counts
+DRAWING = 230  # what it costs, as Demo counts
 SCALE = 2  # the grid shows each image this many times as large
 
 

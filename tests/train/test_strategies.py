@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from dcgen.adapter import load_adapter
+from train.batches import BatchPlan
 from train.config import load_recipe
 from train.distributed import Ranks
 from train.run import make_stage, run_recipe
+from train.stages import denoising
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 
@@ -107,3 +109,32 @@ def test_autoencoder_alignment_lowers_its_loss_and_writes_an_autoencoder(debug_r
     assert float(rows[1]["alignment"]) < 0.8 * float(rows[0]["alignment"])
     model = diffusers.AutoencoderDC.from_pretrained(tmp_path / "ae-align" / "model")
     assert model.config.scaling_factor == pytest.approx(numbers["scaling_factor"])
+
+
+def test_plain_attention_is_the_same_attention(debug_run, tmp_path, monkeypatch):
+    """Loss and gradients of a stage, by plain attention as the CPU takes it, and by torch's own choice."""
+    stage = stage_of(debug_run, tmp_path)
+    batches = BatchPlan(stage.buckets(), stage.config.batch, 0).micro_batches(
+        0, rank=0, world=1, accumulate=1, device=CPU.device
+    )
+
+    def trained():
+        torch.manual_seed(0)
+        loss, _ = stage.loss(batches[0])
+        loss.backward()
+        gradients = [p.grad for p in stage.model.parameters() if p.grad is not None]
+        return loss.detach(), gradients, stage.model.zero_grad()
+
+    def operations(profile):
+        return {event.key for event in profile.key_averages()}
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss, gradients, _ = trained()
+    flash = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert flash not in operations(profile)
+    monkeypatch.setattr(denoising, "PLAIN_ATTENTION_TOKENS", 0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        expected, expected_gradients, _ = trained()
+    assert flash in operations(profile)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Demo:
-    """Graph of the shipped workflow, and cost in rounds of choose_threads, measured on a 2-core CPU (AMD EPYC)."""
+    """Graph of the shipped workflow, and cost in rounds of choose_threads, by processor time on an AMD EPYC."""
 
     workflow: str
-    step: int  # of training
+    step: float  # of training
     fixed: int  # of cache and align
     output: str
 
 
 DEMOS = {
-    "toy-flux": Demo("workflows/api/dcgen_toy.json", 43, 2900, "runs/demo"),
-    "toy-sana": Demo("workflows/api/dcgen_toy_sana.json", 6, 2900, "runs/demo-toy-sana"),
+    "toy-flux": Demo("workflows/api/dcgen_toy.json", 9, 1250, "runs/demo"),
+    "toy-sana": Demo("workflows/api/dcgen_toy_sana.json", 1.4, 1250, "runs/demo-toy-sana"),
 }

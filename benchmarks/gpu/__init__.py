@@ -1,0 +1,1 @@
+"""One script for a GPU: see __main__.py."""
