@@ -34,8 +34,9 @@ def with_rows(weight: Tensor, rows: int) -> Tensor:
 
 
 def tensor_scale(weight: Tensor, largest: float) -> Tensor:
-    """The scale that brings the largest magnitude to `largest`; 1 for a weight of zeros."""
-    scale = weight.abs().amax() / largest
+    """The float32 scale that brings the largest magnitude to `largest`; 1 for a weight of zeros."""
+    low, high = weight.aminmax()  # without a copy of the weight
+    scale = torch.maximum(high, -low).float() / largest
     return scale if scale else torch.ones_like(scale)
 
 

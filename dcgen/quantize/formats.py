@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ Parts = dict[str, Tensor]
 
 
 class Format(ABC):
-    """One format of a weight (N,K), always computed from float32."""
+    """One format of a weight (N,K), always computed in float32."""
 
     name: ClassVar[str]
     """As the command calls it."""
@@ -50,7 +50,7 @@ class Format(ABC):
 
     @abstractmethod
     def quantize(self, weight: Tensor) -> Parts:
-        """The tensors that store a weight (N,K) float32 of finite values."""
+        """The tensors that store a weight (N,K) of finite values, of any floating dtype."""
 
     @abstractmethod
     def dequantize(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -75,8 +75,10 @@ class Format(ABC):
         return torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)
 
 
-def _by_rows(weight: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(weight, max(1, ROW_VALUES // weight.shape[1]))
+def _by_rows(weight: Tensor) -> Iterator[Tensor]:
+    """Some rows at a time in float32, so that the whole weight never is."""
+    for rows in torch.split(weight, max(1, ROW_VALUES // weight.shape[1])):
+        yield rows.float()
 
 
 def _joined(parts: list[Parts]) -> Parts:
@@ -195,7 +197,8 @@ class MxFp8(Format):
         return [Entry("weight", torch.float8_e4m3fn, (N, K)), Entry("weight_scale", torch.uint8, scales)]
 
     def quantize(self, weight: Tensor) -> Parts:
-        values, scales = floating.quantize_mx(floating.with_rows(weight, floating.MX_BLOCK))
+        parts = [floating.quantize_mx(rows) for rows in _by_rows(floating.with_rows(weight, floating.MX_BLOCK))]
+        values, scales = (torch.cat(part) for part in zip(*parts, strict=True))
         return {"weight": values, "weight_scale": floating.tiled(scales)}
 
     def dequantize(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -225,9 +228,9 @@ class NvFp4(Format):
 
     def quantize(self, weight: Tensor) -> Parts:
         scale = floating.tensor_scale(weight, floating.E4M3_MAX * floating.E2M1_MAX)
-        rows = [floating.quantize_nv(rows, scale) for rows in _by_rows(floating.with_rows(weight, floating.NV_BLOCK))]
-        scales = torch.cat([part for _, part in rows])
-        values = torch.cat([part for part, _ in rows])
+        weight = floating.with_rows(weight, floating.NV_BLOCK)
+        parts = [floating.quantize_nv(rows, scale) for rows in _by_rows(weight)]
+        values, scales = (torch.cat(part) for part in zip(*parts, strict=True))
         return {"weight": values, "weight_scale": floating.tiled(scales), "weight_scale_2": scale}
 
     def dequantize(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:

@@ -165,7 +165,7 @@ def codebook(weight: Tensor) -> Tensor:
     rows = max(1, ROW_SAMPLES // weight.shape[1])
     if len(weight) > rows:
         weight = weight[torch.linspace(0, len(weight) - 1, rows, device=weight.device).long()]
-    grouped = rearrange(rotated(weight), "n (g k) -> n g k", k=GROUP)
+    grouped = rearrange(rotated(weight.float()), "n (g k) -> n g k", k=GROUP)
     values = (grouped / grouped.abs().amax(dim=-1, keepdim=True).clamp(min=TINY)).flatten()
     sample = _sampled(values, KURTOSIS_SAMPLES)
     kurtosis = ((sample - sample.mean()) / (sample.std() + 1e-9)).pow(4).mean() - 3

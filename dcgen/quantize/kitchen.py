@@ -42,14 +42,17 @@ def knows(fmt: Format) -> bool:
 
 
 def quantize(fmt: Format, weight: Tensor) -> Parts:
-    """As Format.quantize. A weight of zeros is left to the format: comfy-kitchen divides by its largest value."""
+    """As Format.quantize, with the whole weight in float32.
+
+    A weight of zeros is left to the format: comfy-kitchen divides by its largest value.
+    """
     if not weight.any():
         return fmt.quantize(weight)
     from comfy_kitchen.tensor import QuantizedTensor
 
     layout, options = _layout(fmt)
     sizes = {key: value for key, value in fmt.fields(tuple(weight.shape)).items() if key == "convrot_groupsize"}
-    stored = QuantizedTensor.from_float(weight, layout.__name__, **options, **sizes).state_dict("weight")
+    stored = QuantizedTensor.from_float(weight.float(), layout.__name__, **options, **sizes).state_dict("weight")
     return {name: _as_written(tensor) for name, tensor in stored.items()}
 
 

@@ -124,7 +124,7 @@ def _tensors(
         if unit.stored is None:
             yield unit.entry.name, tensor
             continue
-        weight = tensor.reshape(unit.matrix).to(device, torch.float32)
+        weight = tensor.reshape(unit.matrix).to(device)
         del tensor
         for name, part in quantized(unit.stored.format, weight).items():
             yield f"{unit.layer}.{name}", part

@@ -153,9 +153,9 @@ def test_merged_first_as_the_merged_file(tmp_path):
 
 
 def living():
-    """Bytes of the tensors that are larger than a bias."""
-    found = [o for o in gc.get_objects() if type(o) is torch.Tensor]
-    return sum(o.nbytes for o in found if o.nbytes > 1 << 14)
+    """Bytes of the tensors that are larger than a bias; what several share counts once."""
+    found = [o.untyped_storage() for o in gc.get_objects() if type(o) is torch.Tensor]
+    return sum({store.data_ptr(): store.nbytes() for store in found if store.nbytes() > 1 << 14}.values())
 
 
 def test_one_tensor_in_memory_at_a_time(tmp_path, monkeypatch):
@@ -172,11 +172,13 @@ def test_one_tensor_in_memory_at_a_time(tmp_path, monkeypatch):
     model = open_model(TOY / "flux-base")
     before = living()
     monkeypatch.setattr(write, "_tensors", watched)
+    monkeypatch.setattr(kitchen, "version", lambda: "")  # it takes the whole weight in float32
+    monkeypatch.setattr("dcgen.quantize.formats.ROW_VALUES", 192 * 32)
     quantize_model(model, tmp_path / "a.safetensors", FORMATS["int8"])
     largest = max(entry.nbytes for entry in (unit.entry for unit in plan(model, FORMATS["int8"])))
-    # The weight in float32, twice its size in bfloat16, and what is written of it; the model has 60 times as much.
+    # The weight in bfloat16, and in the format at half its size; the model has 60 times as much.
     assert largest / 2 < min(seen) - before
-    assert max(seen) - before <= 3 * largest
+    assert max(seen) - before <= 1.6 * largest
 
 
 def run(*arguments):

@@ -64,6 +64,13 @@ def test_in_parts_as_at_once(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_of_a_bfloat16_weight_the_same_as_of_its_values_in_float32(name):
+    fmt, weight = FORMATS[name], weights(192)["outliers"].bfloat16()
+    one, other = fmt.quantize(weight), fmt.quantize(weight.float())
+    assert all(bits(one[key]).equal(bits(other[key])) for key in one)
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_dequantized_as_comfy_kitchen_does(name):
     from comfy_kitchen.tensor import QuantizedTensor
 
