@@ -176,9 +176,10 @@ def test_one_tensor_in_memory_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr("dcgen.quantize.formats.ROW_VALUES", 192 * 32)
     quantize_model(model, tmp_path / "a.safetensors", FORMATS["int8"])
     largest = max(entry.nbytes for entry in (unit.entry for unit in plan(model, FORMATS["int8"])))
-    # The weight in bfloat16, and in the format at half its size; the model has 60 times as much.
+    # The weight in bfloat16, and in the format at half its size; the model has 20 times as much. Rotations are kept.
+    rotations = 4 * (256**2 + 64**2)
     assert largest / 2 < min(seen) - before
-    assert max(seen) - before <= 1.6 * largest
+    assert max(seen) - before <= 1.5 * largest + rotations
 
 
 def run(*arguments):
