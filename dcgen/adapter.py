@@ -32,14 +32,16 @@ FORMAT = "2"
 SUPPORTED = ("1", "2")  # format 1 has no latent and no identity of the base
 LORA_PREFIX = "transformer."
 ALPHA_LIMIT = 1e6
+MERGED_VALUES = 1 << 22  # merged at a time
 REMEDY = "Choose a file that DC-Gen training wrote."
 SECOND_STEP = (
     "for a second step (1K over 512) that is the first step's merged model. Or use the adapter that `export` writes "
     "for the first base, or make it with python -m dcgen.convert extract MERGED BASE OUT."
 )
 BASE_WEIGHTS, BASE_LATENT = "dcgen.base_weights", "dcgen.base_latent"
+UNMERGED_WEIGHTS = "dcgen.unmerged_weights"
 _REQUIRED = ("dcgen.format", "dcgen.backbone", METADATA_KEY, "dcgen.patch_size", "dcgen.base", "dcgen.schedule")
-_RESERVED = (*_REQUIRED, BASE_WEIGHTS, BASE_LATENT)
+_RESERVED = (*_REQUIRED, BASE_WEIGHTS, BASE_LATENT, UNMERGED_WEIGHTS)
 _LORA_PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".alpha": "alpha"}
 
 
@@ -62,10 +64,13 @@ class LoraPair:
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    def delta(self, strength: float = 1.0) -> Tensor:
-        """strength * (alpha/r) * B @ A in the shape of the layer's weight, float32 on A's device."""
-        change = (strength * self.scale) * (self.B.flatten(1).float() @ self.A.flatten(1).float())
-        return change.reshape(len(self.B), *self.A.shape[1:])
+    def delta(self, strength: float = 1.0, start: int = 0, stop: int | None = None) -> Tensor:
+        """strength * (alpha/r) * B @ A in the shape of the layer's weight, or its rows start:stop; float32 on A's
+        device.
+        """
+        B = self.B[start:stop]
+        change = (strength * self.scale) * (B.flatten(1).float() @ self.A.flatten(1).float())
+        return change.reshape(len(B), *self.A.shape[1:])
 
     def shaped(self, weight: tuple[int, ...]) -> LoraPair:
         """The same pair for a layer with a weight of this shape: (out,in) or (out,in,1,1)."""
@@ -82,8 +87,9 @@ class Adapter:
     backbone: key of BACKBONES; tensors: embedder and head (and, when trained, the norm before the head) by diffusers
     name; lora: by diffusers module path without prefix; latent: the latent space after the move; base:
     Backbone.base_signature of the base it was trained on; schedule: a Schedule, or {"rule": ...} as in a file;
-    base_weights, base_latent: identity of that base's weights, and its latent space, if known; metadata: other strings,
-    such as `modelspec.*`.
+    base_weights, base_latent: identity of that base's weights, and its latent space, if known; unmerged_weights: of an
+    adapter for blocks with a merged LoRA (dcgen.merge.split), the identity of the base without it; metadata: other
+    strings, such as `modelspec.*`.
     """
 
     backbone: str
@@ -96,6 +102,7 @@ class Adapter:
     metadata: dict[str, str] = field(default_factory=dict)
     base_weights: BaseIdentity | None = None
     base_latent: LatentSpace | None = None
+    unmerged_weights: BaseIdentity | None = None
 
     def __post_init__(self) -> None:
         self.schedule = Schedule.parse(self.schedule)
@@ -122,6 +129,7 @@ class Adapter:
         """ValueError when this was trained on other weights than these, which have `bits` bits per value; a warning in
         the log when that is unknown.
         """
+        self._check_merged(weights, source_name)
         same = None if self.base_weights is None else self.base_weights.is_of(weights, bits)
         title = self.metadata.get("modelspec.title", "this adapter")
         if same is None:
@@ -131,6 +139,21 @@ class Adapter:
             raise ValueError(
                 f"{title} was trained over other weights than those of {source_name}, which would give noise. "
                 f"Load the base that it was trained over: {SECOND_STEP}"
+            )
+
+    def _check_merged(self, weights: BaseIdentity, source_name: str) -> None:
+        """ValueError when these weights are rather the base without the LoRA that this adapter expects in its blocks.
+
+        At few bits both may be within the rounding of the format, so the nearer one counts.
+        """
+        if self.base_weights is None or self.unmerged_weights is None:
+            return
+        merged, plain = self.base_weights.distance(weights), self.unmerged_weights.distance(weights)
+        if merged is not None and plain is not None and plain < merged:
+            title = self.metadata.get("modelspec.title", "this adapter")
+            raise ValueError(
+                f"{source_name} is the base without DC-Gen's LoRA, and {title} has only an embedder and a head. Load "
+                "the file of merged blocks that was written with it, or apply the whole adapter to this base."
             )
 
     def check_base_latent(self, space: LatentSpace, source_name: str) -> None:
@@ -192,8 +215,7 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter) -> None:
 
     ValueError when it is inconsistent, has a value that is not finite, or its metadata uses a reserved key.
     """
-    if Path(path).suffix != ".safetensors":
-        raise ValueError(f"{path}: an adapter is a .safetensors file; give it that ending")
+    check_name(path)
     adapter.check()
     tensors = _to_tensors(adapter)
     invalid = [key for key, tensor in tensors.items() if not files.is_finite(tensor)]
@@ -202,6 +224,12 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter) -> None:
     metadata = _to_metadata(adapter, Path(path).stem)
     with files.replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+
+
+def check_name(path: str | os.PathLike[str]) -> None:
+    """ValueError unless an adapter can be written to a file of this name."""
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"{path}: an adapter is a .safetensors file; give it that ending")
 
 
 def load_adapter(path: str | os.PathLike[str]) -> Adapter:
@@ -267,10 +295,15 @@ def merge_tensor(key: str, tensor: Tensor, adapter: Adapter, strength: float = 1
     pair = adapter.lora.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
     if pair is None or strength == 0:
         return tensor
-    delta = pair.delta(strength)
-    if delta.shape != tensor.shape:
-        raise ValueError(f"{key}: the base has {tuple(tensor.shape)}, the adapter's LoRA {tuple(delta.shape)}")
-    return (tensor.float() + delta.to(tensor.device)).to(tensor.dtype)
+    shape = (len(pair.B), *pair.A.shape[1:])
+    if shape != tensor.shape:
+        raise ValueError(f"{key}: the base has {tuple(tensor.shape)}, the adapter's LoRA {shape}")
+    merged = torch.empty_like(tensor)
+    rows = max(1, MERGED_VALUES // tensor[0].numel())
+    for start in range(0, len(tensor), rows):  # in parts: the sum is in float32, often twice as large as the weights
+        part = slice(start, start + rows)
+        merged[part] = tensor[part].float() + pair.delta(strength, part.start, part.stop).to(tensor.device)
+    return merged
 
 
 def _to_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -311,8 +344,10 @@ def _to_metadata(adapter: Adapter, title: str) -> dict[str, str]:
 
 def _base_metadata(adapter: Adapter) -> dict[str, str]:
     metadata = {}
-    if adapter.base_weights is not None and adapter.base_weights.values:
-        metadata[BASE_WEIGHTS] = json.dumps(adapter.base_weights.to_dict(), sort_keys=True)
+    identities = {BASE_WEIGHTS: adapter.base_weights, UNMERGED_WEIGHTS: adapter.unmerged_weights}
+    for key, identity in identities.items():
+        if identity is not None and identity.values:
+            metadata[key] = json.dumps(identity.to_dict(), sort_keys=True)
     if adapter.base_latent is not None:
         metadata[BASE_LATENT] = adapter.base_latent.to_metadata()[METADATA_KEY]
     return metadata
@@ -340,9 +375,14 @@ def _from_metadata(metadata: Mapping[str, str], keys: list[str]) -> dict[str, An
         "base": _json_object(metadata, "dcgen.base"),
         "schedule": _json_object(metadata, "dcgen.schedule"),
         "metadata": {key: value for key, value in metadata.items() if key not in _RESERVED},
-        "base_weights": BaseIdentity.parse(_json_object(metadata, BASE_WEIGHTS)) if BASE_WEIGHTS in metadata else None,
+        "base_weights": _identity(metadata, BASE_WEIGHTS),
+        "unmerged_weights": _identity(metadata, UNMERGED_WEIGHTS),
         "base_latent": _base_latent(metadata) if BASE_LATENT in metadata else None,
     }
+
+
+def _identity(metadata: Mapping[str, str], key: str) -> BaseIdentity | None:
+    return BaseIdentity.parse(_json_object(metadata, key)) if key in metadata else None
 
 
 def _base_latent(metadata: Mapping[str, str]) -> LatentSpace:

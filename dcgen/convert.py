@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, check_model, load_adapter, merge_tensor, save_adapter
+from .adapter import Adapter, check_name, load_adapter, save_adapter
 from .dcae import load_dcae, save_dcae
 from .extract import FactoredLayer, extract
 from .files import SUFFIXES, Entry, naming, opened, replacing_folder, write_stream
 from .folder import TRANSFORMER, note_schedule
 from .jsons import parse_json
 from .latent import LatentSpace
+from .merge import MergedModel, merged_model, split
 from .preview import fit_preview
 from .release import Model, model_metadata, open_model
 from .schedule import Schedule
@@ -40,10 +41,12 @@ from .tensors import INDEX_SUFFIX, total_bytes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = ("original", "diffusers")
 FORMER_NAMES = {"native": "original"}  # --names of earlier versions
+SPLIT = (
+    "write only the blocks to the file, with the base's own embedder and head, for loaders that know the base but not "
+    "DC-Gen; and those of DC-Gen to this adapter, for Apply DC-Gen"
+)
 SHARD_BYTES = 5_000_000_000
 WEIGHTS = "diffusion_pytorch_model"
-
-Get = Callable[[str], Tensor]
 
 
 def pack(
@@ -53,7 +56,7 @@ def pack(
 
     names: "original" (which ComfyUI uses) or "diffusers". dtype: of floating-point tensors, None = unchanged.
     """
-    return _write(model, Path(out), names, dtype, model.get, model_metadata(model, Path(out).stem))
+    return _write(model, Path(out), names, dtype)
 
 
 def merge_file(
@@ -66,25 +69,7 @@ def merge_file(
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write base + adapter as one .safetensors, as pack() does. ValueError when the adapter is for another base."""
-    if adapter.backbone != base.backbone.name:
-        raise ValueError(f"this is a {adapter.backbone} adapter, {base.tensors.path} is a {base.backbone.name} model")
-    check_model(adapter, base)
-    config = base.backbone.config_with_latent(base.config, adapter.latent.channels, adapter.patch_size)
-    merged = replace(base, config=config, latent=adapter.latent, schedule=adapter.schedule)
-    ends = base.backbone.ends(base.config)
-    shapes = {key: Entry(key, entry.dtype, entry.shape) for key, entry in base.entries.items()}
-    dtypes = {key: shapes[key].dtype if key in shapes else base.tensors.dtype for key in adapter.tensors}
-    shapes = {key: entry for key, entry in shapes.items() if not key.startswith(ends.prefixes)}
-    shapes |= {key: Entry(key, dtypes[key], tuple(tensor.shape)) for key, tensor in adapter.tensors.items()}
-
-    def get(key: str) -> Tensor:
-        return (
-            adapter.tensors[key].to(dtypes[key])
-            if key in dtypes
-            else merge_tensor(key, base.get(key), adapter, strength)
-        )
-
-    return _write(merged, Path(out), names, dtype, get, model_metadata(merged, Path(out).stem), shapes)
+    return pack(merged_model(base, adapter, strength), out, names=names, dtype=dtype)
 
 
 def unpack(
@@ -135,22 +120,14 @@ def describe(path: str | os.PathLike[str]) -> str:
     return "\n".join([*lines, _describe_latent(model.latent), f"schedule: {_describe_schedule(model.schedule)}"])
 
 
-def _write(
-    model: Model,
-    out: Path,
-    names: str,
-    dtype: torch.dtype | None,
-    get: Get,
-    metadata: dict[str, str],
-    shapes: dict[str, Entry] | None = None,
-) -> Path:
+def _write(model: Model, out: Path, names: str, dtype: torch.dtype | None) -> Path:
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: the result is a .safetensors file; give it that ending")
     names = FORMER_NAMES.get(names, names)
     if names not in NAMES:
         raise ValueError(f"names must be one of {', '.join(NAMES)}, got {names!r}")
     with naming(model.tensors.path):
-        entries = shapes or model.entries
+        entries, get = model.entries, model.get
         if names == "diffusers":
             announced = [_cast_entry(entry, dtype) for entry in entries.values()]
             stream: Iterable[tuple[str, Tensor]] = ((entry.name, get(entry.name)) for entry in announced)
@@ -160,7 +137,7 @@ def _write(
             stream = chain(
                 ((rule.original, rule.join(get)) for rule, _ in joined), ((key, model.get_extra(key)) for key in extras)
             )
-        write_stream(out, announced, _cast(stream, dtype), metadata)
+        write_stream(out, announced, _cast(stream, dtype), model_metadata(model, out.stem))
     return out
 
 
@@ -253,6 +230,7 @@ def _parser() -> argparse.ArgumentParser:
             default=NAMES[0],
             help="key names (default: %(default)s, which ComfyUI uses)",
         )
+    merging.add_argument("--split", type=Path, metavar="ENDS", help=SPLIT)
     merging.add_argument("--strength", type=float, default=1.0, help="of the LoRA; 0 = alignment only")
     unpacking.add_argument("--parts", type=Path, help="release folder to copy the other parts from")
     extracting.add_argument("--rank", type=int, default=256, help="largest rank of a layer (default: %(default)s)")
@@ -272,7 +250,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _open(path: Path, latent: str | None = None, fields: Sequence[str] = ()) -> Model:
+def open_as(path: Path, latent: str | None = None, fields: Sequence[str] = ()) -> Model:
+    """The model at `path` on the latent space of this name, with config fields as in `--set FIELD=VALUE`."""
     model = open_model(path)
     if fields:
         config = {**model.config, **_fields(fields, model)}
@@ -309,12 +288,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype = DTYPES.get(getattr(args, "dtype", None) or "")
     try:
         if args.command == "pack":
-            print(pack(_open(args.model, args.latent, args.set), args.out, names=args.names, dtype=dtype))
+            print(pack(open_as(args.model, args.latent, args.set), args.out, names=args.names, dtype=dtype))
         elif args.command == "merge":
-            options = {"strength": args.strength, "names": args.names, "dtype": dtype}
-            print(merge_file(_open(args.base), load_adapter(args.adapter), args.out, **options))
+            merged = merged_model(open_as(args.base), load_adapter(args.adapter), args.strength)
+            print(_merge(merged, args.out, args.split, args.names, dtype))
         elif args.command == "unpack":
-            print(unpack(_open(args.model, args.latent, args.set), args.out, parts=args.parts, dtype=dtype))
+            print(unpack(open_as(args.model, args.latent, args.set), args.out, parts=args.parts, dtype=dtype))
         elif args.command == "extract":
             print(_extract(args, dtype))
         elif args.command == "preview":
@@ -327,11 +306,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _merge(merged: MergedModel, out: Path, ends: Path | None, names: str, dtype: torch.dtype | None) -> Path:
+    if ends is None:
+        return pack(merged, out, names=names, dtype=dtype)
+    check_name(ends)
+    blocks, adapter = split(merged)
+    pack(blocks, out, names=names, dtype=dtype)
+    save_adapter(ends, adapter)
+    return out
+
+
 def _extract(args: argparse.Namespace, dtype: torch.dtype | None) -> str:
     def progress(step: int, steps: int, key: str) -> None:
         print(f"\r{step + 1}/{steps} {key:<70.70}", end="", file=sys.stderr, flush=True)
 
-    merged, base = _open(args.merged, args.latent, args.set), _open(args.base)
+    merged, base = open_as(args.merged, args.latent, args.set), open_as(args.base)
     options = {"rank": args.rank, "energy": args.energy, "dtype": dtype, "device": args.device}
     adapter, layers = extract(merged, base, progress=progress, **options)
     print(file=sys.stderr)

@@ -107,7 +107,7 @@ def factor(
     rounding.
     """
     delta = with_float64(delta)
-    U, S, V = _svd(delta, rank)
+    U, S, V = leading_svd(delta, rank)
     total = delta.double().square().sum()
     # The error of float arithmetic, bounded as in numpy's matrix_rank.
     limit = max(floor, float(S[0]) * max(delta.shape) * torch.finfo(delta.dtype).eps)
@@ -133,7 +133,7 @@ def rounding_floor(weight: Tensor, stored: Iterable[torch.dtype]) -> float:
     return roundoff / math.sqrt(3) * float(norms)
 
 
-def _svd(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def leading_svd(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """U, S, V of a matrix: in full when that is cheap, else the first rank + OVERSAMPLING directions."""
     width = min(delta.shape)
     if rank + OVERSAMPLING >= width // 4:

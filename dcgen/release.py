@@ -145,6 +145,11 @@ class Model:
                 problem = f"config and tensors are not of one {self.backbone.name}"
                 raise ValueError(f"{problem}: {'; '.join(mismatches[:4])}{rest}")
 
+    def check_values(self) -> None:
+        """ValueError that names file and tensor when a value is NaN or infinite; reads every tensor once."""
+        for key in self.entries:
+            self.get(key)
+
     @property
     def extras(self) -> dict[str, Entry]:
         """Tensors of an original file without a diffusers name that are kept, by original name."""

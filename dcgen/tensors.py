@@ -46,11 +46,11 @@ class Tensors:
         entries: dict[str, Entry],
         metadata: dict[str, str],
         readers: Mapping[str, Rows],
-        places: dict[str, tuple[Path, str]],
+        places: Mapping[str, tuple[Path, str]] | None = None,
     ):
         self.path, self.entries, self.metadata = path, entries, metadata
-        self.places = places
-        """The file that each tensor is in, and its name there."""
+        self.places = places or {}
+        """The file that each tensor is in, and its name there; empty for tensors that are made from those of a file."""
         self._readers = readers
 
     @classmethod

@@ -69,6 +69,23 @@ class Ends:
         return self.embedder, self.head, *self.named
 
 
+@dataclass(frozen=True)
+class NunchakuLayer:
+    """A layer of nunchaku's network in a block: its name there, and the diffusers layers that are joined in it.
+
+    columns: of the joined weight, in units of the width (the last None = to the end); bias: whether the layer has the
+    bias of its parts; shifted: its inputs come from a GELU, which int4 kernels shift to be positive; splits: of a
+    modulation layer, the number of its outputs per channel.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    columns: tuple[int, int | None] = (0, None)
+    bias: bool = True
+    shifted: bool = False
+    splits: int = 0
+
+
 class Backbone(ABC):
     """A family of base models on disk: its embedder and head, and the names and shapes of its tensors.
 
@@ -95,6 +112,16 @@ class Backbone(ABC):
     """Config fields that, besides the width, must agree for two models to take the same adapter."""
     identity_layers: ClassVar[Mapping[str, str]]
     """Kind of block in `stacks` -> a layer in it that every DC-Gen LoRA changes; see dcgen.identity."""
+    modulation: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Kind of block in `stacks` -> its layers with one output for all tokens (AdaLN), quantized to at least 8 bits."""
+    original_network: bool = True
+    """Whether ComfyUI's network has the original key names of the files, rather than diffusers'."""
+    nunchaku: ClassVar[Mapping[str, tuple[NunchakuLayer, ...]]] = {}
+    """Kind of block in `stacks` -> its layers in nunchaku's files; empty when nunchaku does not run the family."""
+    nunchaku_class: str = ""
+    """The class of nunchaku's network."""
+    gguf_architecture: str = ""
+    """general.architecture of its GGUF files; "" when no loader of GGUF files knows the family."""
     base_spatial_factor: int | None = None
     """f of the published bases' latents; None if they differ."""
     temporal_patch: int = 1
@@ -110,6 +137,10 @@ class Backbone(ABC):
     @abstractmethod
     def ends(self, config: Mapping[str, Any]) -> Ends:
         """Patch embedder and output head of a model with this config, or with this base signature and patch_size."""
+
+    def comfy_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """ComfyUI's description of a base with this config, which ComfyUI-nunchaku reads from its files."""
+        raise NotImplementedError(f"ComfyUI-nunchaku runs no {self.title} model")
 
     @abstractmethod
     def config_with_latent(self, config: Config, channels: int, patch_size: int = 1) -> Config:

@@ -74,6 +74,9 @@ class DiT(Backbone):
     }
     stacks: ClassVar[dict[str, tuple[str, str, str]]] = {"block": ("num_layers", "transformer_blocks", "blocks")}
     identity_layers: ClassVar[dict[str, str]] = {"block": "attn1.to_q"}
+    modulation: ClassVar[dict[str, tuple[str, ...]]] = {
+        "block": ("norm1.linear", *(f"norm1.emb.timestep_embedder.linear_{n}" for n in (1, 2)))
+    }
     base_spatial_factor = 8
     signature_fields = ("num_layers", "num_attention_heads", "num_embeds_ada_norm")
     extra_signature_fields = ("learned_sigma",)

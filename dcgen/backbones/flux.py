@@ -11,7 +11,7 @@ from torch import Tensor
 from ..fields import Check, items
 from ..latent import LatentSpace
 from ..schedule import Schedule
-from .base import BLOCKS, FIELDS, SIZE, Backbone, Config, Ends, dimension
+from .base import BLOCKS, FIELDS, SIZE, Backbone, Config, Ends, NunchakuLayer, dimension
 from .keymap import REST, KeyMap, Row
 
 _QKV = ("to_q", "to_k", "to_v")
@@ -111,6 +111,33 @@ class Flux(Backbone):
         "single": ("num_single_layers", "single_transformer_blocks", "single_blocks"),
     }
     identity_layers: ClassVar[dict[str, str]] = {"double": "attn.to_q", "single": "attn.to_q"}
+    modulation: ClassVar[dict[str, tuple[str, ...]]] = {
+        "double": ("norm1.linear", "norm1_context.linear"),
+        "single": ("norm.linear",),
+    }
+    nunchaku: ClassVar[dict[str, tuple[NunchakuLayer, ...]]] = {
+        "double": (
+            NunchakuLayer("norm1.linear", ("norm1.linear",), splits=6),
+            NunchakuLayer("norm1_context.linear", ("norm1_context.linear",), splits=6),
+            NunchakuLayer("qkv_proj", tuple(f"attn.{name}" for name in _QKV)),
+            NunchakuLayer("qkv_proj_context", tuple(f"attn.{name}" for name in _ADDED_QKV)),
+            NunchakuLayer("out_proj", ("attn.to_out.0",)),
+            NunchakuLayer("out_proj_context", ("attn.to_add_out",)),
+            NunchakuLayer("mlp_fc1", ("ff.net.0.proj",)),
+            NunchakuLayer("mlp_fc2", ("ff.net.2",), shifted=True),
+            NunchakuLayer("mlp_context_fc1", ("ff_context.net.0.proj",)),
+            NunchakuLayer("mlp_context_fc2", ("ff_context.net.2",), shifted=True),
+        ),
+        "single": (
+            NunchakuLayer("norm.linear", ("norm.linear",), splits=3),
+            NunchakuLayer("qkv_proj", tuple(f"attn.{name}" for name in _QKV)),
+            NunchakuLayer("out_proj", ("proj_out",), columns=(0, 1), bias=False),
+            NunchakuLayer("mlp_fc1", ("proj_mlp",)),
+            NunchakuLayer("mlp_fc2", ("proj_out",), columns=(1, None), shifted=True),
+        ),
+    }
+    nunchaku_class = "NunchakuFluxTransformer2dModel"
+    gguf_architecture = "flux"
     base_spatial_factor = 8
     signature_fields = (
         "num_attention_heads",
@@ -203,6 +230,28 @@ class Flux(Backbone):
             "guidance_embeds": any(key in keys for key in guidance),
             "axes_dims_rope": rope_axes(head_dim),
         }
+
+    def comfy_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        patch = 2  # of every base
+        model_config = {
+            "image_model": "flux",
+            "in_channels": config["in_channels"] // patch**2,
+            "out_channels": config["in_channels"] // patch**2,
+            "patch_size": patch,
+            "vec_in_dim": config["pooled_projection_dim"],
+            "context_in_dim": config["joint_attention_dim"],
+            "hidden_size": self.width(config),
+            "num_heads": config["num_attention_heads"],
+            "depth": config["num_layers"],
+            "depth_single_blocks": config["num_single_layers"],
+            "axes_dim": list(_axes(config)),
+            "mlp_ratio": 4.0,
+            "theta": 10000,
+            "qkv_bias": True,
+            "guidance_embed": bool(config["guidance_embeds"]),
+            "disable_unet_model_creation": True,
+        }
+        return {"model_class": "Flux" if config["guidance_embeds"] else "FluxSchnell", "model_config": model_config}
 
     def packed_channels(self, config: Mapping[str, Any]) -> int:
         return int(config["in_channels"])

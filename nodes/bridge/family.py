@@ -25,10 +25,13 @@ class Family(ABC):
     """
 
     backbone: ClassVar[Backbone]
-    original_names: ClassVar[bool]
-    """Whether ComfyUI's network uses the original key names of the files, rather than diffusers'."""
     text_node: ClassVar[str]
     """The node that encodes a prompt for this family, for messages."""
+
+    @property
+    def original_names(self) -> bool:
+        """Whether ComfyUI's network uses the original key names of the files, rather than diffusers'."""
+        return self.backbone.original_network
 
     @abstractmethod
     def recognises(self, model: comfy.model_base.BaseModel) -> bool:

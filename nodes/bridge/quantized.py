@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import inspect
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,8 +30,10 @@ from .loading import by_layer
 # Where a file states the formats of its layers: in a tensor per layer, or in the metadata.
 FORMAT_SUFFIX, FORMAT_METADATA = ".comfy_quant", "_quantization_metadata"
 QUANTIZED = (FORMAT_SUFFIX, ".weight_scale", ".scale_weight")
-# Formats with two values per byte, along the inputs. All others store one value per element.
-HALVED = ("nvfp4", "convrot_w4a4", "asym_w4a8_int8")
+# Formats with two values per byte, along the inputs. All others but GROUPED store one value per element.
+HALVED = ("nvfp4", "convrot_w4a4")
+# The format with 4 or 6 bits per value, and a scale for each group of inputs.
+GROUPED, GROUP_SCALES, GROUP_SIZE = "asym_w4a8_int8", "weight_s_rel", 16
 # The first ComfyUI that was found to read a format; for the message only.
 SINCE = {
     "mxfp8": "0.33.0",
@@ -61,6 +65,7 @@ def load_quantized(
     tensors, metadata = comfy.utils.convert_old_quants(dict(backbone.bare_keys(tensors)), "", metadata=metadata)
     formats = _layer_formats(tensors)
     _check_formats(formats, path)
+    _check_bits(tensors, formats, path)
     logical = _logical(tensors, formats)
     config = (
         parse_object(metadata[CONFIG_KEY], f"{path}: {CONFIG_KEY}")
@@ -128,6 +133,39 @@ def _check_formats(formats: Mapping[str, str], path: Path) -> None:
         )
 
 
+def _check_bits(tensors: Mapping[str, Tensor], formats: Mapping[str, str], path: Path) -> None:
+    """ValueError when the file has 6-bit layers and ComfyUI's comfy-kitchen reads the format only with 4 bits."""
+    if GROUPED not in formats.values():
+        return
+    known = inspect.signature(comfy.quant_ops.AsymW4A8Int8Layout.quantize).parameters
+    wide = [
+        layer
+        for layer, name in formats.items()
+        if name == GROUPED
+        and f"{layer}.weight" in tensors
+        and tensors[f"{layer}.weight"].shape[1] * 2 != _inputs(tensors, layer, name)
+    ]
+    if wide and "bits" not in known:
+        raise ValueError(
+            f"{path} has 6-bit layers ({wide[0]}), which the installed comfy-kitchen "
+            f"({importlib.metadata.version('comfy-kitchen')}) does not know. Update it to 0.2.40 or newer (pip install "
+            "-U comfy-kitchen), or use a file in another format (int8, w4a8)."
+        )
+
+
+def _inputs(tensors: Mapping[str, Tensor], layer: str, name: str) -> int:
+    """Number of inputs of a layer in this format."""
+    stored = tensors[f"{layer}.weight"].shape[1]
+    scales = tensors.get(f"{layer}.{GROUP_SCALES}")
+    if name == GROUPED and scales is not None:
+        note = parse_object(tensors[f"{layer}{FORMAT_SUFFIX}"].numpy().tobytes(), layer)
+        size = note.get("group_size", GROUP_SIZE)
+        if not isinstance(size, int):
+            raise ValueError(f"{layer}: group_size is {size!r}, expected a whole number")
+        return scales.shape[1] * size
+    return stored * 2 if name in HALVED else stored
+
+
 def _logical(tensors: Mapping[str, Tensor], formats: Mapping[str, str]) -> dict[str, Tensor]:
     """Meta tensors with the unpacked shapes of the weights, without scales and format tensors."""
     shapes = {}
@@ -136,8 +174,8 @@ def _logical(tensors: Mapping[str, Tensor], formats: Mapping[str, str]) -> dict[
         if layer in formats and kind not in ("weight", "bias"):
             continue
         shape = list(tensor.shape)
-        if kind == "weight" and formats.get(layer) in HALVED:
-            shape[1] *= 2
+        if kind == "weight" and layer in formats:
+            shape[1] = _inputs(tensors, layer, formats[layer])
         if kind == "weight" and layer in formats and f"{layer}.bias" in tensors:
             shape[0] = tensors[f"{layer}.bias"].shape[0]  # rows of some formats are padded
         shapes[key] = torch.empty(shape, device="meta")

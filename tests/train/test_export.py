@@ -237,3 +237,25 @@ def test_what_lies_beside_a_release_is_neither_copied_nor_read(debug_run, tmp_pa
     assert planned == pytest.approx(tree(stage.folder).size, rel=0.02)
     read = {path.relative_to(base).as_posix() for path in stage.reads()["base"].files}
     assert read == {name for name in own & written if not name.startswith("vae/")}
+
+
+def test_the_split_form_has_the_velocity_of_training(debug_run, trained, tmp_path):
+    """Blocks in the base's shape, and an adapter without LoRA that is refused on the base itself."""
+    from dcgen.merge import merged_model
+
+    overrides = [f"output={tmp_path}", "export.forms=[split]", f"export.adapter={debug_run}/finetune"]
+    overrides += [f"defaults.base={debug_run}/tiny/release", f"defaults.autoencoder={debug_run}/tiny/dc-ae"]
+    run_recipe(load_recipe("debug", overrides), only="export")
+    folder = tmp_path / "export"
+    written = {path.name for path in folder.iterdir() if path.suffix == ".safetensors"}
+    assert written == {"debug-blocks.safetensors", "debug-ends.safetensors"}
+    blocks, ends = open_model(folder / "debug-blocks.safetensors"), load_adapter(folder / "debug-ends.safetensors")
+    assert not ends.lora
+    model = merged_model(blocks, ends)
+    network = diffusers.FluxTransformer2DModel.from_config(model.config)
+    network.load_state_dict({key: model.get(key) for key in model.entries})
+    expected, call = trained
+    with torch.no_grad():
+        torch.testing.assert_close(FLUX.velocity(network.eval(), *call), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="the base without DC-Gen's LoRA"):
+        check_model(ends, open_model(debug_run / "tiny" / "release"))

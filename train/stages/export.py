@@ -10,9 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from dcgen.adapter import Adapter, check_model, load_adapter, save_adapter
-from dcgen.convert import merge_file
+from dcgen.convert import merge_file, pack
 from dcgen.extract import extract
 from dcgen.folder import TRANSFORMER, VAE
+from dcgen.merge import merged_model, split
 from dcgen.release import open_model
 from train.autoencoders import check_autoencoder
 from train.config import Name, StageConfig
@@ -21,11 +22,13 @@ from train.models import network_bytes, network_files, read_base
 from train.release import check_parts, release_files, write_release
 from train.stages.base import Stage, complaints
 
-Form = Literal["adapter", "single", "release"]
+Form = Literal["adapter", "single", "release", "split"]
 
 
 class ExportStage(Stage):
-    """Writes NAME.safetensors (adapter), NAME-merged.safetensors (single) and release/ (diffusers layout).
+    """Writes NAME.safetensors (adapter), NAME-merged.safetensors (single), release/ (diffusers layout), and
+    NAME-blocks.safetensors with NAME-ends.safetensors (split: merged blocks in the base's shape, and an adapter of the
+    embedder and head for them).
 
     `release/` is also how training goes on: as the base of the next resolution or of the next autoencoder. The adapter
     of such a step is for that release alone; with `original` NAME-over-original.safetensors does all steps at once.
@@ -33,7 +36,9 @@ class ExportStage(Stage):
 
     class Config(StageConfig):
         adapter: str = Field("finetune", description="stage whose adapter is exported")
-        base: str = Field("", description="release folder the adapter is for; needed by single, release and original")
+        base: str = Field(
+            "", description="release folder the adapter is for; needed by single, release, split and original"
+        )
         autoencoder: str = Field("", description="folder of the new autoencoder, release/vae; needed by release")
         forms: tuple[Form, ...] = Field(("adapter",), min_length=1)
         name: Name | Literal[""] = Field("", description="file name without ending; default the recipe's name")
@@ -57,8 +62,8 @@ class ExportStage(Stage):
     def check(self) -> list[str]:
         c = self.config
         problems = []
-        if {"single", "release"} & set(c.forms) and not c.base:
-            problems.append("forms single and release need `base`")
+        if {"single", "release", "split"} & set(c.forms) and not c.base:
+            problems.append("forms single, release and split need `base`")
         if c.original and not c.base:
             problems.append("`original` needs `base`: the model is merged before it is compared with the original")
         if "release" in c.forms and not c.autoencoder:
@@ -97,7 +102,8 @@ class ExportStage(Stage):
         base = self.context.resolve(c.base)
         values, stored = network_bytes(base)
         merged = stored if c.store == "as base" else values * getattr(torch, c.store).itemsize
-        total = adapter + merged  # one file, written for every form
+        total = adapter + (merged if self._merges() else 0)
+        total += merged if "split" in c.forms else 0
         if "release" in c.forms and c.autoencoder:
             total += (
                 merged
@@ -129,9 +135,13 @@ class ExportStage(Stage):
             check_model(adapter, open_model(base))
         if "adapter" in c.forms:
             save_adapter(self.folder / f"{name}.safetensors", adapter)
-        if base is None or (c.forms == ("adapter",) and not c.original):
-            return {}
         dtype = None if c.store == "as base" else getattr(torch, c.store)
+        if base is not None and "split" in c.forms:
+            blocks, ends = split(merged_model(open_model(base), adapter))
+            pack(blocks, self.folder / f"{name}-blocks.safetensors", dtype=dtype)
+            save_adapter(self.folder / f"{name}-ends.safetensors", ends)
+        if base is None or not self._merges():
+            return {}
         merged = merge_file(open_model(base), adapter, self.folder / f"{name}-merged.safetensors", dtype=dtype)
         if "release" in c.forms:
             vae = self.context.resolve(c.autoencoder)
@@ -140,6 +150,10 @@ class ExportStage(Stage):
         if "single" not in c.forms:
             merged.unlink()
         return numbers
+
+    def _merges(self) -> bool:
+        """Whether the merged model is written, for good or on the way to another form."""
+        return bool({"single", "release"} & set(self.config.forms) or self.config.original)
 
     def _write_over_original(self, merged: Path, adapter: Adapter, name: str) -> dict[str, object]:
         """The merged model as an adapter of the base that the first step started from."""

@@ -46,6 +46,7 @@ class Sana(Backbone):
     }
     stacks: ClassVar[dict[str, tuple[str, str, str]]] = {"block": ("num_layers", "transformer_blocks", "blocks")}
     identity_layers: ClassVar[dict[str, str]] = {"block": "attn1.to_q"}
+    original_network = False
     signature_fields = (
         "num_layers",
         "num_attention_heads",

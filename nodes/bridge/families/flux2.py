@@ -31,7 +31,6 @@ class Flux2(Family):
     """FLUX.2."""
 
     backbone = BACKBONES["flux2"]
-    original_names = True
     text_node = (
         "CLIPTextEncode with Qwen3 from CLIPLoader, type flux2 (ComfyUI 0.9.2 or newer), or Load Release (DC-Gen)"
     )

@@ -27,7 +27,6 @@ class ZImage(Family):
     """Z-Image and Z-Image-Turbo."""
 
     backbone = BACKBONES["zimage"]
-    original_names = True
     text_node = "CLIPTextEncode with Qwen3-4B from CLIPLoader (type lumina2), or Load Release (DC-Gen)"
 
     def recognises(self, model: comfy.model_base.BaseModel) -> bool:

@@ -26,7 +26,6 @@ class Flux(Family):
     """FLUX.1."""
 
     backbone = BACKBONES["flux"]
-    original_names = True
     text_node = "CLIP Text Encode with CLIP-L and T5-XXL"
 
     def recognises(self, model: comfy.model_base.BaseModel) -> bool:

@@ -124,7 +124,6 @@ class Sana(Family):
     """SANA, SANA-1.5 and SANA-Sprint."""
 
     backbone = BACKBONES["sana"]
-    original_names = False
     text_node = "SANA Text Encode (DC-Gen)"
 
     def recognises(self, model: comfy.model_base.BaseModel) -> bool:

@@ -95,7 +95,6 @@ class PebbleConfig(comfy.supported_models_base.BASE):
 
 class Pebble(Family):
     backbone = BACKBONES["pebble"]
-    original_names = True
     text_node = "a node of the test's"
 
     def recognises(self, model: comfy.model_base.BaseModel) -> bool:

@@ -1,0 +1,1 @@
+"""Quantizes models for ComfyUI, GGUF and nunchaku: python -m dcgen.quantize --help."""
