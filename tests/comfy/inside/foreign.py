@@ -30,10 +30,10 @@ def everything(pack, tensors, params):
     return out, facts
 
 
-def _load(pack, params, kind="release", options=None):
+def _load(pack, params, kind="release", options=None, disable_dynamic=False):
     release = __import__(f"{pack}.dcgen.release", fromlist=["open_model"])
     source = release.open_model(release_of(pack, params[kind]))
-    return bridge(pack, "loader").load(source, options=options or {}), source
+    return bridge(pack, "loader").load(source, options=options or {}, disable_dynamic=disable_dynamic), source
 
 
 def _apply(pack, model, file, strength=1.0):
@@ -143,7 +143,8 @@ class GGUFModelPatcher(comfy.model_patcher.ModelPatcher):
 
 
 def gguf(pack, tensors, params):
-    plain, _ = _load(pack, params, options={"custom_operations": PackedOps})
+    # A plain patcher writes into the weights, which are read-only in a dynamic one's.
+    plain, _ = _load(pack, params, options={"custom_operations": PackedOps}, disable_dynamic=True)
     model = GGUFModelPatcher(plain.model, plain.load_device, plain.offload_device)
     # The same weights, expanded, under core's own layers.
     other, _ = _load(pack, params)
@@ -151,7 +152,7 @@ def gguf(pack, tensors, params):
         name: part for name, part in model.model.named_modules() if isinstance(getattr(part, "weight", 0), Packed)
     }
     for name, part in packed.items():
-        other.model.get_submodule(name).weight.copy_(part.weight.expand_weight())
+        comfy.utils.set_attr_param(other.model, f"{name}.weight", part.weight.expand_weight())
     of = {kind: {k: v for k, v in tensors.items() if k.startswith(kind)} for kind in ("base", "deep")}
     out = {}
     for prefix, base in (("packed-", model), ("expanded-", other)):
