@@ -26,7 +26,7 @@ FILES = ("requirements.txt", "train/requirements.txt", "requirements-dev.txt")
 RUNTIME = FILES[:2]  # --oldest bounds these; the tools of the tests stay new
 LOCK = "constraints.txt"
 # The user's choice of torch brings these along; a pin of ours could contradict it.
-TORCHS = ("torch", "setuptools", "triton", "nvidia-", "cuda-")
+TORCHS = re.compile(r"torch|setuptools|triton|nvidia-.+|cuda-.+")
 STAMP = ".ready"
 NETWORK = re.compile(
     r"NewConnectionError|Max retries|Connection (refused|reset|aborted)|timed out|name resolution|getaddrinfo|"
@@ -145,7 +145,7 @@ def lower_bounds() -> list:
             found = re.match(r"([\w.-]+)\s*>=\s*([\w.]+)$", line)
             if line and not found:
                 raise SetupError(f"{ROOT / name}: {line!r} has no lower bound alone; write it as name>=version")
-            if found and not found.group(1).lower().startswith(TORCHS):
+            if found and not TORCHS.fullmatch(found.group(1).lower()):
                 bounds[found.group(1)] = found.group(2)
     return [f"{name}=={version}" for name, version in bounds.items()]
 
@@ -163,7 +163,7 @@ def write_lock() -> None:
         how += ["--no-annotate", "--no-header", "--quiet", "--output-file", str(place / "lock.txt")]
         run([python, "-m", "uv", "pip", "compile", *how, *(str(ROOT / name) for name in FILES)], "resolve")
         lines = (place / "lock.txt").read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if "'never'" not in line and not line.startswith(TORCHS)]
+    kept = [line for line in lines if "'never'" not in line and not TORCHS.fullmatch(re.split("[ =]", line)[0])]
     (ROOT / LOCK).write_text(HEADER + "\n".join(kept) + "\n", encoding="utf-8")
     print(f"{ROOT / LOCK}: {len(kept)} lines")
 

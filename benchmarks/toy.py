@@ -27,7 +27,7 @@ from dcgen.folder import autoencoder_space
 from dcgen.release import open_model
 from train.autoencoders import load_autoencoder
 from train.config import Recipe, load_recipe, parse_recipe
-from train.evaluate import FIRST_UNSEEN, Judge, frechet
+from train.evaluate.judge import FIRST_UNSEEN, Judge, frechet
 from train.files import digest_json, read_json, write_json
 from train.generate import Pipeline
 from train.log import save_png

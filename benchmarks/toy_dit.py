@@ -18,7 +18,7 @@ from torch import Tensor
 
 from train.autoencoders import load_autoencoder
 from train.config import load_recipe
-from train.evaluate import FIRST_UNSEEN, Judge
+from train.evaluate.judge import FIRST_UNSEEN, Judge
 from train.files import write_json
 from train.generate import Pipeline
 from train.run import run_recipe

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .backbones import BACKBONES, Backbone, Config
-from .dcae import DCAEConfig
+from .dcae import DCAEConfig, DCAESource
 from .fields import Check, check_fields, items, optional, shown, text, whole
 from .files import naming, replacing, weight_files
 from .jsons import read_object
@@ -25,6 +25,7 @@ from .schedule import SCHEDULE_KEY, Schedule
 from .spaces import SPACES
 from .tensors import Tensors
 
+MODEL_INDEX, CONFIG = "model_index.json", "config.json"
 TRANSFORMER, VAE = "transformer", "vae"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
@@ -38,14 +39,97 @@ KL_FIELDS: dict[str, Check] = {
 
 
 @dataclass(frozen=True)
-class Release:
-    """A release folder: family and config of its network, its latent space, and its schedule."""
+class Autoencoder:
+    """An autoencoder folder: its config.json, the header of its weights (None without weights), its latent space."""
 
     path: Path
-    backbone: Backbone
-    config: Config
+    config: Mapping[str, Any]
+    weights: Tensors | None
     latent: LatentSpace
-    schedule: Schedule
+
+    @property
+    def native_pixels(self) -> int | None:
+        """The image side in pixels that the release was trained for, if the config names it (1024 for FLUX.1)."""
+        size = self.config.get("sample_size")
+        return size if isinstance(size, int) else None
+
+    @property
+    def is_dcae(self) -> bool:
+        """Whether it is a DC-AE rather than an AutoencoderKL."""
+        return bool(self.config["_class_name"] == "AutoencoderDC")
+
+    def stored(self) -> Tensors:
+        """Its weights; FileNotFoundError when the folder has only a config.json."""
+        if self.weights is None:
+            raise FileNotFoundError(f"{self.path} has a config.json but no weights (.safetensors): download them too")
+        return self.weights
+
+    def dcae_source(self) -> DCAESource:
+        """For load_dcae: what is read already is not read again."""
+        weights = self.stored()
+        return DCAESource(
+            self.path, str(self.path), self.path.name, weights.entries, weights.get, weights.metadata, self.config
+        )
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release folder in the diffusers layout. Each of its files is read once, when it is first needed.
+
+    FileNotFoundError or ValueError name a missing or damaged file.
+    """
+
+    path: Path
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """model_index.json: part -> [library, class]."""
+        return read_object(self.path / MODEL_INDEX)
+
+    @cached_property
+    def network_config(self) -> dict[str, Any]:
+        """config.json of the network; empty when there is none."""
+        file = self.path / TRANSFORMER / CONFIG
+        return read_object(file) if file.is_file() else {}
+
+    @cached_property
+    def weights(self) -> Tensors:
+        """The header of the network's weights."""
+        return Tensors.open(part(self.path, TRANSFORMER))
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder | None:
+        """The autoencoder; None when there is no vae/config.json."""
+        return open_autoencoder(self.path / VAE) if (self.path / VAE / CONFIG).is_file() else None
+
+    @cached_property
+    def stored_schedule(self) -> Schedule | None:
+        """The schedule in scheduler_config.json; None when it leaves the shift to the model."""
+        return stored_schedule(self.path)
+
+    @cached_property
+    def _network(self) -> tuple[Backbone, Config]:
+        return known_network(self.network_config, part(self.path, TRANSFORMER) / CONFIG)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The family of the network, by the class in its config.json."""
+        return self._network[0]
+
+    @property
+    def config(self) -> Config:
+        """The network's config, checked."""
+        return self._network[1]
+
+    @property
+    def latent(self) -> LatentSpace:
+        """The latent space of the autoencoder, which must be there."""
+        return (self.autoencoder or open_autoencoder(part(self.path, VAE))).latent
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule that the release states, else the one of the published models on its latent."""
+        return self.stored_schedule or self.backbone.default_schedule(self.latent, self.config)
 
     @property
     def patch_size(self) -> int:
@@ -62,18 +146,17 @@ class Release:
         """Backbone.base_signature of the config."""
         return self.backbone.base_signature(self.config)
 
-    @cached_property
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of most of the network's stored values."""
-        return Tensors.open(self.path / TRANSFORMER).dtype
+        return self.weights.dtype
 
 
 def read_release(path: str | os.PathLike[str]) -> Release:
-    """Read a release folder; FileNotFoundError or ValueError name the missing or damaged file."""
-    path = Path(path)
-    backbone, config = network_config(part(path, TRANSFORMER))
-    latent = autoencoder_space(part(path, VAE))
-    return Release(path, backbone, config, latent, stored_schedule(path) or backbone.default_schedule(latent, config))
+    """A release folder whose configs are all read and checked; no weights need to be there."""
+    release = Release(Path(path))
+    _ = release.config, release.latent, release.schedule
+    return release
 
 
 def part(release: str | os.PathLike[str], name: str) -> Path:
@@ -86,10 +169,14 @@ def part(release: str | os.PathLike[str], name: str) -> Path:
 
 def network_config(folder: Path) -> tuple[Backbone, Config]:
     """Family and checked config of a transformer folder, from its config.json."""
-    file = folder / "config.json"
+    file = folder / CONFIG
+    return known_network(read_object(file) if file.is_file() else {}, file)
+
+
+def known_network(config: dict[str, Any], file: Path) -> tuple[Backbone, Config]:
+    """Family and checked config of a network by what its config.json says; errors name that file."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found; a release's network is config.json + safetensors")
-    config = read_object(file)
     class_name = config.get("_class_name")
     for backbone in BACKBONES.values():
         if backbone.diffusers_class == class_name:
@@ -100,9 +187,13 @@ def network_config(folder: Path) -> tuple[Backbone, Config]:
     raise ValueError(f"{file}: class {shown(class_name)} is not a known backbone; known: {known}")
 
 
-def autoencoder_config(folder: Path) -> dict[str, Any]:
-    """config.json of an autoencoder folder; errors name an unknown class or a missing file."""
-    file = folder / "config.json"
+def open_autoencoder(folder: str | os.PathLike[str]) -> Autoencoder:
+    """Open an autoencoder folder; errors name a missing file, an unknown class or a wrong number in the config.
+
+    The preview factors of the latent space are from the metadata of the weights.
+    """
+    folder = Path(folder)
+    file = folder / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found; an autoencoder is a diffusers folder (config.json + safetensors)")
     config = read_object(file)
@@ -110,14 +201,19 @@ def autoencoder_config(folder: Path) -> dict[str, Any]:
         if config.get("_class_name") not in AUTOENCODERS:
             raise ValueError(f"class {shown(config.get('_class_name'))}; expected {' or '.join(AUTOENCODERS)}")
         check_fields(config, {"_name_or_path": optional(text(4096))})
-        space_of_config(config)
-    return config
+        latent = space_of_config(config, folder.resolve().name)
+    weights = Tensors.open(folder) if weight_files(folder) else None
+    return Autoencoder(folder, config, weights, _with_preview(latent, weights.metadata if weights else {}))
+
+
+def autoencoder_config(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """config.json of an autoencoder folder, checked as by open_autoencoder."""
+    return open_autoencoder(folder).config
 
 
 def autoencoder_space(folder: str | os.PathLike[str]) -> LatentSpace:
-    """Latent space of an autoencoder folder, from its config.json; preview factors from the metadata of its weights."""
-    folder = Path(folder)
-    return _with_preview(space_of_config(autoencoder_config(folder), folder.resolve().name), folder)
+    """Latent space of an autoencoder folder."""
+    return open_autoencoder(folder).latent
 
 
 def space_of_config(config: Mapping[str, Any], folder: str = "") -> LatentSpace:
@@ -147,8 +243,7 @@ def _published(space: LatentSpace) -> LatentSpace:
     return replace(space, name=candidates[0]) if unique else space
 
 
-def _with_preview(space: LatentSpace, folder: Path) -> LatentSpace:
-    metadata = Tensors.open(folder).metadata if weight_files(folder) else {}
+def _with_preview(space: LatentSpace, metadata: Mapping[str, str]) -> LatentSpace:
     stored = LatentSpace.from_metadata(metadata) if METADATA_KEY in metadata else None
     if stored is None or stored.channels != space.channels:
         return space

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from .adapter import Adapter, check_model, merge_tensor
+from .backbones.keymap import Rule
 from .files import Entry
 from .release import Model
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MergedModel(Model):
     """base + adapter as one model on the adapter's latent; a tensor is merged when it is read."""
 
@@ -39,6 +40,10 @@ class MergedModel(Model):
         if key in self.adapter.tensors:
             return self.adapter.tensors[key].to(self.entries[key].dtype)
         return merge_tensor(key, self.base.get(key), self.adapter, self.strength)
+
+    def get_original(self, rule: Rule) -> Tensor:
+        """The original tensor of a rule, joined from merged ones."""
+        return rule.join(self.get)
 
     def check_values(self) -> None:
         """As for any model; the adapter's values were checked when it was read."""

@@ -16,7 +16,7 @@ from .backbones import Backbone, Config, detect_backbone
 from .backbones.keymap import Rule
 from .fields import shown
 from .files import Entry, check_finite, naming
-from .folder import TRANSFORMER, VAE, autoencoder_space, stored_schedule
+from .folder import CONFIG, TRANSFORMER, VAE, Release
 from .identity import BaseIdentity, identity_of
 from .jsons import parse_object, read_object
 from .kinds import ALL_IN_ONE, is_quantised, what_it_may_be
@@ -44,7 +44,8 @@ def same_shape(shape: tuple[int, ...], expected: tuple[int, ...] | None) -> bool
 class Model:
     """A denoising network on disk in any layout, by its diffusers names; tensors are read on demand.
 
-    latent is None when neither the file nor the folder names the autoencoder.
+    latent is None when neither the file nor the folder names the autoencoder; native_pixels: the image side that the
+    release was trained for, if its autoencoder's config names it.
     """
 
     tensors: Tensors
@@ -52,6 +53,7 @@ class Model:
     config: Config
     latent: LatentSpace | None
     schedule: Schedule | None
+    native_pixels: int | None = None
 
     @property
     def patch_size(self) -> int:
@@ -166,32 +168,54 @@ class Model:
             rows = parts[0].shape[0] if rule.copied else sum(part.shape[0] for part in parts)
             yield rule, Entry(rule.original, parts[0].dtype, (rows, *parts[0].shape[1:]))
 
+    def get_original(self, rule: Rule) -> Tensor:
+        """The tensor of a rule from original_entries: read as it is from a file with original names, else joined."""
+        if self.backbone.is_original(self._bare):
+            return self._read(rule.original_key(self._bare))
+        return rule.join(self.get)
+
     native_entries = original_entries  # its former name, which scripts elsewhere call
 
 
 def open_model(path: str | os.PathLike[str]) -> Model:
     """Open a release folder, a transformer folder, a .safetensors or a .pth; errors name the file and the remedy."""
     path = Path(path)
-    return model_of(Tensors.open(path / TRANSFORMER if (path / TRANSFORMER).is_dir() else path), path)
+    if (path / TRANSFORMER).is_dir():
+        return model_of_release(Release(path))
+    tensors = Tensors.open(path)
+    if not path.is_dir():
+        return model_of(tensors)
+    config = read_object(path / CONFIG) if (path / CONFIG).is_file() else {}
+    return model_of(tensors, config, Release(path if (path / VAE).is_dir() else path.parent))
 
 
-def model_of(tensors: Tensors, path: Path) -> Model:
-    """The model that these tensors of the file or release folder `path` are; ValueError names it and the remedy."""
-    weights = tensors.path
+def model_of_release(release: Release) -> Model:
+    """The network of a release folder."""
+    return model_of(release.weights, release.network_config, release)
+
+
+def model_of(tensors: Tensors, config_json: Mapping[str, Any] | None = None, release: Release | None = None) -> Model:
+    """The network that these tensors are, checked. config_json: the config.json beside them, if there is one.
+
+    release: the folder they are in, for what their own metadata leaves open: latent space, schedule, native size.
+    """
     network = [key for key in tensors.entries if key.startswith(ALL_IN_ONE)]
     if network and len(network) < len(tensors.entries):
         tensors = tensors.under(ALL_IN_ONE)
-    with naming(weights):
+    with naming(tensors.path):
         backbone, config = detect_backbone(tensors.meta())
         names = backbone.bare_keys({key: key for key in tensors.entries})
         config |= backbone.read_values(names, lambda key: tensors.get(names[key]))
-        config |= _stored_config(tensors, weights, backbone)
-        latent, schedule = _latent(tensors.metadata, path), _schedule(tensors.metadata, path)
-        model = Model(tensors, backbone, config, latent, schedule)
-        model.check()
-        if latent is not None and schedule is None:
-            model.schedule = backbone.default_schedule(latent, config)
-    return model
+        config |= _stored_config(tensors.metadata, config_json or {}, backbone)
+        latent, schedule = _own_latent(tensors.metadata), _own_schedule(tensors.metadata)
+    autoencoder = release.autoencoder if release else None
+    if release and autoencoder:
+        latent = latent or autoencoder.latent
+    if release:
+        schedule = schedule or release.stored_schedule
+    model = Model(tensors, backbone, config, latent, schedule, autoencoder.native_pixels if autoencoder else None)
+    model.check()
+    return model if latent is None else model.on_latent(latent)
 
 
 def model_metadata(model: Model, title: str) -> dict[str, str]:
@@ -213,31 +237,22 @@ def model_metadata(model: Model, title: str) -> dict[str, str]:
     return metadata
 
 
-def _latent(metadata: Mapping[str, str], path: Path) -> LatentSpace | None:
-    if METADATA_KEY in metadata:
-        return LatentSpace.from_metadata(metadata)
-    for folder in (path / VAE, path.parent / VAE):
-        if path.is_dir() and (folder / "config.json").is_file():
-            return autoencoder_space(folder)
-    return None
+def _own_latent(metadata: Mapping[str, str]) -> LatentSpace | None:
+    return LatentSpace.from_metadata(metadata) if METADATA_KEY in metadata else None
 
 
-def _stored_config(tensors: Tensors, folder: Path, backbone: Backbone) -> Config:
-    if CONFIG_KEY in tensors.metadata:
-        return parse_object(tensors.metadata[CONFIG_KEY], CONFIG_KEY)
-    file = folder / "config.json"
-    if not folder.is_dir() or not file.is_file():
-        return {}
-    config = read_object(file)
-    class_name = config.get("_class_name", backbone.diffusers_class)
+def _own_schedule(metadata: Mapping[str, str]) -> Schedule | None:
+    if SCHEDULE_KEY not in metadata:
+        return None
+    return Schedule.parse(parse_object(metadata[SCHEDULE_KEY], SCHEDULE_KEY))
+
+
+def _stored_config(metadata: Mapping[str, str], config_json: Mapping[str, Any], backbone: Backbone) -> Config:
+    if CONFIG_KEY in metadata:
+        return parse_object(metadata[CONFIG_KEY], CONFIG_KEY)
+    class_name = config_json.get("_class_name", backbone.diffusers_class)
     if class_name != backbone.diffusers_class:
         raise ValueError(
             f"config.json says {shown(class_name)}, the tensors are a {backbone.diffusers_class}: not from one model"
         )
-    return {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
-
-
-def _schedule(metadata: Mapping[str, str], path: Path) -> Schedule | None:
-    if SCHEDULE_KEY in metadata:
-        return Schedule.parse(parse_object(metadata[SCHEDULE_KEY], SCHEDULE_KEY))
-    return stored_schedule(path)
+    return {key: value for key, value in config_json.items() if not key.startswith("_") and value is not None}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dcgen.dcae import load_dcae
 from dcgen.files import weight_files
-from dcgen.folder import autoencoder_config, autoencoder_space
+from dcgen.folder import autoencoder_config, autoencoder_space, open_autoencoder
 from dcgen.latent import LatentSpace
 from train.files import sha256
 
@@ -49,15 +49,15 @@ def load_autoencoder(
 ) -> Autoencoder:
     """Load a diffusers autoencoder folder (AutoencoderKL or AutoencoderDC), frozen and in eval mode."""
     folder = Path(folder)
-    config = autoencoder_config(folder)
+    opened = open_autoencoder(folder)
     _weights(folder)
-    if config["_class_name"] == "AutoencoderDC":
-        model: nn.Module = load_dcae(folder, dtype=dtype, device=device)
+    if opened.is_dcae:
+        model: nn.Module = load_dcae(opened.dcae_source(), dtype=dtype, device=device)
     else:
         import diffusers
 
         model = diffusers.AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(device)
-    return Autoencoder(autoencoder_space(folder), model.eval().requires_grad_(False), folder)
+    return Autoencoder(opened.latent, model.eval().requires_grad_(False), folder)
 
 
 def check_autoencoder(folder: str | Path) -> None:

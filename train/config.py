@@ -151,7 +151,7 @@ def load_recipe(
     RecipeError naming the field, the value and the nearest valid name.
     """
     path = find_recipe(source)
-    raw = _yaml(_text(path), str(path))
+    raw = parse_yaml(read_text(path), str(path))
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with `name` and `stages`, found {type(raw).__name__}")
     if not isinstance(raw.get("stages") or {}, dict):
@@ -167,7 +167,7 @@ def load_recipe(
 
 def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
     """Validate a recipe given as plain data; each stage is parsed by its own Config class."""
-    recipe = _validate(Recipe, raw, where)
+    recipe = validate(Recipe, raw, where)
     if not recipe.stages:
         raise RecipeError(f"{where}: `stages` is empty; name at least one stage")
     used: set[str] = set()
@@ -187,7 +187,7 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
         used |= set(shared)
         if not stage.has_loss():
             shared.pop("steps", None)  # of stages that train
-        stages[name] = _validate(config, {**shared, **fields}, f"{where}: stages.{name}")
+        stages[name] = validate(config, {**shared, **fields}, f"{where}: stages.{name}")
     for key in recipe.defaults:
         if key not in used:
             raise RecipeError(f"{where}: defaults.{key} is a field of no stage here{nearest(key, known)}")
@@ -235,7 +235,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"{hint} Valid: {', '.join(valid)}"
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a recipe's file; RecipeError where it is too long for one or not UTF-8."""
     if path.stat().st_size > MAX_BYTES:
         raise RecipeError(f"{path}: {path.stat().st_size} bytes, more than a recipe has ({MAX_BYTES})")
     try:
@@ -275,7 +276,7 @@ def _override(raw: dict[str, Any], item: str) -> tuple[str, ...]:
         if not isinstance(node.get(part), dict):
             node[part] = {}
         node = node[part]
-    node[parts[-1]] = _yaml(text, f"override {item!r}") if text else ""
+    node[parts[-1]] = parse_yaml(text, f"override {item!r}") if text else ""
     return tuple(parts)
 
 
@@ -378,7 +379,8 @@ def _kept(raw: dict[str, Any], given: Sequence[tuple[str, ...]]) -> list[str]:
     return lines
 
 
-def _yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """The value that YAML stands for, of bounded size; RecipeError, which begins with `where`, for anything else."""
     try:
         return _unshared(yaml.safe_load(text), where)
     except RecursionError:
@@ -387,7 +389,8 @@ def _yaml(text: str, where: str) -> Any:
         raise error if isinstance(error, RecipeError) else RecipeError(f"{where}: not YAML ({error})") from None
 
 
-def _validate(model: type[Strict], fields: dict[str, Any], where: str) -> Any:
+def validate(model: type[Strict], fields: dict[str, Any], where: str) -> Any:
+    """A section from plain data; RecipeError with a line for each field that is unknown, missing or wrong."""
     try:
         return model.model_validate(fields)
     except ValidationError as error:

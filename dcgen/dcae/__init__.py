@@ -1,7 +1,7 @@
 """DC-AE, the deep compression autoencoder: all published variants, both file formats, exact streaming."""
 
 from .config import DCAEConfig, DCAEError
-from .files import load_dcae, save_dcae
+from .files import DCAESource, load_dcae, open_dcae, save_dcae
 from .memory import choose_strip, peak_bytes
 from .model import DCAE
 from .plan import Strip, free_memory
@@ -12,10 +12,12 @@ __all__ = [
     "VARIANTS",
     "DCAEConfig",
     "DCAEError",
+    "DCAESource",
     "Strip",
     "choose_strip",
     "free_memory",
     "load_dcae",
+    "open_dcae",
     "peak_bytes",
     "save_dcae",
 ]

@@ -185,7 +185,7 @@ class GLUMBConv(nn.Module, Layer):
         self.conv_point = operations.Conv2d(hidden, channels, 1, bias=False, **factory_kwargs)
         self.norm = RMSNorm(channels, **factory_kwargs)
         self.channels = channels
-        self.live, self.work = 28 * channels, sum(weight.numel() for weight in self.parameters())
+        self.live, self.work = 22 * channels, sum(weight.numel() for weight in self.parameters())
         self.carried = 18 * channels
 
     def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,37 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files import is_finite, replacing, weight_files
+from ..files import Entry, is_finite, replacing, weight_files
 from ..jsons import read_object
-from ..latent import METADATA_KEY, LatentSpace
 from ..tensors import PICKLES, Tensors
 from .config import DCAEConfig, DCAEError
 from .identify import CONFIG_KEY, identify
-from .keys import FORMATS, as_diffusers, listed, rename_table, to_original
+from .keys import FORMATS, from_stored, listed, rename_table, stored_names, to_original
 from .model import DCAE
 
 HASH_KEY = "dcgen.sha256"
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
+@dataclasses.dataclass(frozen=True)
+class DCAESource:
+    """An opened DC-AE whose tensors are not read yet: their names, dtypes and shapes, metadata, and a config.json.
+
+    path: the file or folder, None for a state dict; label names the weights in errors; stem names the autoencoder if
+    nothing else does; get: one tensor by its name in the file.
+    """
+
+    path: Path | None
+    label: str
+    stem: str
+    entries: Mapping[str, Entry | Tensor]
+    get: Callable[[str], Tensor]
+    metadata: Mapping[str, str]
+    config_json: Mapping[str, Any] | None
+
+
 def load_dcae(
-    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    source: str | os.PathLike[str] | Mapping[str, Tensor] | DCAESource,
     *,
     scaling_factor: float | None = None,
     dtype: torch.dtype | None = None,
@@ -45,40 +61,25 @@ def load_dcae(
     Raises DCAEError, before any compute, for a file which is not a DC-AE, is damaged, has missing, unexpected or
     misshapen tensors, or leaves the scale open (the message lists the candidates).
     """
-    opened = _open(source)
-    with _naming(opened.label):
-        identity = identify(opened.tensors, opened.metadata, opened.config_json, opened.stem, scaling_factor)
-        config = identity.config
-        tensors = {key.removeprefix(identity.prefix): tensor for key, tensor in opened.tensors.items()}
-        state = as_diffusers(tensors, identity.format, config, _shapes(config))
-        _check_checksum(opened)
+    source = source if isinstance(source, DCAESource) else open_dcae(source)
+    with _naming(source.label):
+        identity = identify(source.entries, source.metadata, source.config_json, source.stem, scaling_factor)
+        table = stored_names(identity.bare(source.entries), identity.format, identity.config, _shapes(identity.config))
+        state = from_stored(identity.bare(_read(source)), table)
         _check_finite(state)
-        space = _stored_space(opened.metadata, config)
     dtype = dtype or _compute_dtype(state["decoder.conv_in.weight"].dtype)
-    model = DCAE(config, operations=operations, dtype=dtype, device="meta")
+    model = DCAE(identity.config, operations=operations, dtype=dtype, device="meta")
     model.load_state_dict({key: _cast(tensor, dtype, device) for key, tensor in state.items()}, assign=True)
-    if space is not None and space.rgb_factors is not None:
-        model.rgb_factors, model.rgb_bias = space.rgb_factors, space.rgb_bias
+    if identity.stored_space is not None:
+        model.rgb_factors, model.rgb_bias = identity.stored_space.rgb_factors, identity.stored_space.rgb_bias
     return model.eval().requires_grad_(False)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Opened:
-    """The content of a source: tensors by their names there, safetensors metadata, and a config.json beside them.
-
-    label names the source in errors, stem the autoencoder if nothing else does.
-    """
-
-    label: str
-    stem: str
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-    config_json: dict[str, Any] | None
-
-
-def _open(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> _Opened:
+def open_dcae(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> DCAESource:
+    """Open a file, a diffusers folder or a state dict, and the config.json beside it; errors as in load_dcae."""
     if isinstance(source, Mapping):
-        return _Opened("state dict", "", _unwrapped(source), {}, None)
+        state = _unwrapped(source)
+        return DCAESource(None, "state dict", "", state, state.__getitem__, {}, None)
     path = Path(source)
     if path.is_dir():
         weights, config, stem = _weights_in(path), path / "config.json", path.name
@@ -89,7 +90,6 @@ def _open(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> _Opened:
         raise DCAEError(f"{path}: no such file or folder; give a .safetensors file or a diffusers folder")
     try:
         stored = Tensors.open(weights)
-        tensors = {name: stored.get(name) for name in stored.entries}
     except (ValueError, OSError) as error:
         kind = "PyTorch" if weights.suffix in PICKLES else "safetensors"
         raise DCAEError(f"{weights}: damaged, truncated or not a {kind} file: {error}") from error
@@ -97,7 +97,7 @@ def _open(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> _Opened:
         config_json = read_object(config) if config.is_file() else None
     except ValueError as error:
         raise DCAEError(str(error)) from error
-    return _Opened(str(weights), stem, tensors, stored.metadata, config_json)
+    return DCAESource(path, str(weights), stem, stored.entries, stored.get, stored.metadata, config_json)
 
 
 def _unwrapped(state: Any) -> dict[str, Tensor]:
@@ -138,33 +138,22 @@ def _shapes(config: DCAEConfig) -> dict[str, torch.Size]:
         raise DCAEError(f"its config describes no network that can be built: {error}") from error
 
 
-def _check_checksum(opened: _Opened) -> None:
-    """The tensors must be those that the writer left a checksum of, where it did."""
-    expected = opened.metadata.get(HASH_KEY)
-    if expected is not None and checksum(opened.tensors) != expected:
+def _read(source: DCAESource) -> dict[str, Tensor]:
+    """All tensors; they must be those that the writer left a checksum of, where it did."""
+    try:
+        tensors = {name: source.get(name) for name in source.entries}
+    except (ValueError, OSError) as error:
+        raise DCAEError(f"damaged or truncated: {error}") from error
+    expected = source.metadata.get(HASH_KEY)
+    if expected is not None and checksum(tensors) != expected:
         raise DCAEError("damaged (the tensors do not match the checksum in its metadata); fetch it again")
+    return tensors
 
 
 def _check_finite(state: Mapping[str, Tensor]) -> None:
     broken = [key for key, tensor in state.items() if not is_finite(tensor)]
     if broken:
         raise DCAEError(f"damaged, NaN or infinite weights in {listed(broken)}; fetch it again")
-
-
-def _stored_space(metadata: Mapping[str, str], config: DCAEConfig) -> LatentSpace | None:
-    """The space with preview factors that the file's metadata holds, if it does."""
-    if METADATA_KEY not in metadata:
-        return None
-    try:
-        space = LatentSpace.from_metadata(metadata)
-    except ValueError as error:
-        raise DCAEError(str(error)) from error
-    if space.channels != config.latent_channels:
-        raise DCAEError(
-            f"its metadata speaks of {space.channels} latent channels, its config of {config.latent_channels}; fetch "
-            "it again"
-        )
-    return space
 
 
 def _compute_dtype(stored: torch.dtype) -> torch.dtype:

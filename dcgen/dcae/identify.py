@@ -8,18 +8,21 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..fields import shown
+from ..files import Entry
 from ..jsons import parse_object
 from ..kinds import is_quantised, what_it_may_be
+from ..latent import METADATA_KEY, LatentSpace
 from .config import MAX_STAGES, DCAEConfig, DCAEError
 from .keys import OUT, PROJ, listed
 from .variants import VARIANTS
 
+T = TypeVar("T")
 CONFIG_KEY = "dcgen.dcae"  # of the config in the metadata of a .safetensors file
 MARKS = {"diffusers": "decoder.conv_in.weight", "original": "decoder.project_in."}
 STAGE_KEY = re.compile(r"(encoder|decoder)\.(?:down_blocks|up_blocks|stages)\.(\d+)\.(?:op_list\.)?(\d+)\.(.+)")
@@ -33,15 +36,23 @@ SCALE_LEAF = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """Format of the keys ("diffusers" or "original"), the prefix that a wrapper put before each, and the config."""
+    """Format of the keys ("diffusers" or "original"), the prefix that a wrapper put before each, and the config.
+
+    stored_space: the latent space in the file's metadata, which has the preview factors; None without one.
+    """
 
     format: str
     prefix: str
     config: DCAEConfig
+    stored_space: LatentSpace | None
+
+    def bare(self, tensors: Mapping[str, T]) -> dict[str, T]:
+        """Tensors of the file, or anything by their names, without the prefix."""
+        return {key.removeprefix(self.prefix): tensor for key, tensor in tensors.items()}
 
 
 def identify(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Entry | Tensor],
     metadata: Mapping[str, str],
     config_json: Mapping[str, Any] | None,
     stem: str,
@@ -55,7 +66,7 @@ def identify(
     format, prefix = _format(list(tensors))
     if is_quantised(tensors):
         raise DCAEError("a quantised DC-AE (its weights have scales beside them): take the plain one")
-    shapes = {key.removeprefix(prefix): tensor.shape for key, tensor in tensors.items()}
+    shapes = {key.removeprefix(prefix): torch.Size(tensor.shape) for key, tensor in tensors.items()}
     video = [key for key, shape in shapes.items() if len(shape) == 5]
     if video:
         raise DCAEError(f"a video autoencoder (DC-AE-V): {listed(video)} have 5 dimensions; this reads images")
@@ -72,7 +83,24 @@ def identify(
     if scale is None:
         raise DCAEError(_ambiguity(variants))
     name = config.name if config.name in VARIANTS else _name(config, variants, scale, stem)
-    return Identity(format, prefix, dataclasses.replace(config, name=name, scaling_factor=float(scale)))
+    config = dataclasses.replace(config, name=name, scaling_factor=float(scale))
+    return Identity(format, prefix, config, _stored_space(metadata, config))
+
+
+def _stored_space(metadata: Mapping[str, str], config: DCAEConfig) -> LatentSpace | None:
+    """The latent space that the file's metadata holds, if it does."""
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        space = LatentSpace.from_metadata(metadata)
+    except ValueError as error:
+        raise DCAEError(str(error)) from error
+    if space.channels != config.latent_channels:
+        raise DCAEError(
+            f"its metadata speaks of {space.channels} latent channels, its config of {config.latent_channels}; fetch "
+            "it again"
+        )
+    return space
 
 
 def _format(keys: list[str]) -> tuple[str, str]:

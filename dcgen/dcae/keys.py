@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..fields import shown
+from ..files import Entry
 from .config import DCAEConfig, DCAEError
 
 FORMATS = ("diffusers", "original")
@@ -34,29 +35,32 @@ GATED_CONV = {
 QKV, PROJ = "context_module.main.qkv.conv.weight", "context_module.main.proj.conv.weight"
 THIRDS = ("attn.to_q.weight", "attn.to_k.weight", "attn.to_v.weight")
 OUT = "attn.to_out.weight"
+# Batch normalisation's training counter, which some writers drop.
+COUNTER = "num_batches_tracked"
 
 
-def as_diffusers(
-    tensors: Mapping[str, Tensor], format: str, config: DCAEConfig, shapes: Mapping[str, torch.Size]
-) -> dict[str, Tensor]:
-    """The tensors of a file in either format as a state dict of `shapes`, which is what the config's network has.
+def stored_names(
+    entries: Mapping[str, Entry | Tensor], format: str, config: DCAEConfig, shapes: Mapping[str, torch.Size]
+) -> dict[str, Rename]:
+    """Where a file in either format has each tensor of `shapes`, which is what the config's network has.
 
-    Raises DCAEError that lists missing, unexpected and misshapen tensors in the names of the file.
+    entries: what the file has, without wrapper prefix. Raises DCAEError that lists missing, unexpected and misshapen
+    tensors in the names of the file.
     """
     table = rename_table(config, list(shapes), format)
     expected = stored_shapes(table, shapes)
-    optional = {key for key in expected if key.endswith("num_batches_tracked")}  # a training counter some writers drop
-    missing = sorted(set(expected) - set(tensors) - optional)
-    unexpected = sorted(set(tensors) - set(expected))
+    optional = {key for key in expected if key.endswith(COUNTER)}
+    missing = sorted(set(expected) - set(entries) - optional)
+    unexpected = sorted(set(entries) - set(expected))
     misshapen = [
-        f"{key} {tuple(tensors[key].shape)} instead of {tuple(shape)}"
+        f"{key} {tuple(entries[key].shape)} instead of {tuple(shape)}"
         for key, shape in expected.items()
-        if key in tensors and tensors[key].shape != shape
+        if key in entries and entries[key].shape != shape
     ]
     misshapen += [
-        f"{key} {tensors[key].dtype} instead of floating point"
+        f"{key} {entries[key].dtype} instead of floating point"
         for key in expected
-        if key in tensors and key not in optional and not tensors[key].is_floating_point()
+        if key in entries and key not in optional and not entries[key].dtype.is_floating_point
     ]
     problems = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
     if missing or unexpected or misshapen:
@@ -65,7 +69,7 @@ def as_diffusers(
             f"the tensors do not fit {config.name or 'DC-AE'!r} ({format} keys). {details}. The file is damaged, or "
             "its config belongs to another autoencoder"
         )
-    return from_stored({key: tensors.get(key, torch.tensor(0)) for key in expected}, table)
+    return table
 
 
 def listed(keys: list[str], count: int = 5) -> str:
@@ -156,7 +160,7 @@ def from_stored(state: Mapping[str, Tensor], table: Mapping[str, Rename]) -> dic
     """A file's tensors under diffusers keys; attention weights become (out, in) matrices."""
     tensors = {}
     for key, rename in table.items():
-        tensor = state[rename.key]
+        tensor = state[rename.key] if rename.key in state else torch.tensor(0)  # a COUNTER, of no use here
         if rename.linear:
             tensor = tensor.reshape(tensor.shape[0], tensor.shape[1])
         if rename.third is not None:

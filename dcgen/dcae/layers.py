@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .stream import Chunks, Handover, Window, in_rows
+from .stream import Chunks, Handover, Window, has_spare_rows, in_rows, with_spare_rows
 
 Device = torch.device | str | None
 
@@ -29,6 +29,12 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "relu6": F.relu6,
     "gelu": F.gelu,
     "mish": F.mish,
+}
+# Those that can write into another tensor; gelu's does not heed how that lies in memory.
+ACTIVATIONS_INTO: dict[str, Callable[..., Tensor]] = {
+    "silu": torch.ops.aten.silu.out,
+    "relu": torch.ops.aten.relu.out,
+    "mish": torch.ops.aten.mish.out,
 }
 
 
@@ -44,6 +50,24 @@ def activate(name: str, x: Tensor) -> Tensor:
     if x.requires_grad or name == "gelu":
         return function(x)
     return function(x, inplace=True)
+
+
+def activated(name: str, x: Tensor) -> Tensor:
+    """The activation of x, with spare rows where the Window after it can use them; may overwrite x."""
+    if x.requires_grad or x.shape[0] > 1 or name not in ACTIVATIONS_INTO:
+        return activate(name, x)
+    out = with_spare_rows(x.shape, x)
+    ACTIVATIONS_INTO[name](x, out=out)
+    return out
+
+
+def added(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, with spare rows where the Window after it can use them; may overwrite x."""
+    if x.requires_grad or y.requires_grad:
+        return x + y
+    if x.shape[0] > 1 or has_spare_rows(x):
+        return x.add_(y)
+    return torch.add(x, y, out=with_spare_rows(x.shape, x))
 
 
 class RMSNorm(nn.Module):
@@ -66,8 +90,8 @@ class RMSNorm(nn.Module):
             y = torch.addcmul(bias, (x * scale).to(x.dtype), weight)
             return finite(y if residual is None else y + residual)
         torch.mul(x, scale, out=x)  # computed in float32, without a float32 copy of x
-        x.mul_(weight).add_(bias)
-        return finite(x if residual is None else x.add_(residual))
+        torch.addcmul(bias, x, weight, out=x)
+        return finite(x if residual is None else added(x, residual))
 
 
 class ChannelNorm(nn.BatchNorm2d):
@@ -75,7 +99,7 @@ class ChannelNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = super().forward(x)
-        return finite(y if residual is None else y + residual)
+        return finite(y if residual is None else added(y, residual))
 
 
 def make_norm(kind: str, channels: int, dtype: torch.dtype | None, device: Device) -> RMSNorm | ChannelNorm:
@@ -97,7 +121,16 @@ def pointwise(layer: Any, x: Tensor) -> Tensor:
     """A 1x1 convolution, as a matrix product (in channels_last that needs no copy)."""
     if not plain(layer):
         return finite(layer(x))
-    return finite(F.linear(x.movedim(1, -1), layer.weight.flatten(1), layer.bias)).movedim(-1, 1)
+    weight = layer.weight.flatten(1)
+    if x.shape[0] > 1 or x.dtype != weight.dtype or x.requires_grad or weight.requires_grad:
+        return finite(F.linear(x.movedim(1, -1), weight, layer.bias)).movedim(-1, 1)
+    out = with_spare_rows((1, len(weight), *x.shape[2:]), x)
+    tokens, result = x.movedim(1, -1).reshape(-1, x.shape[1]), out.movedim(1, -1).view(-1, out.shape[1])
+    if layer.bias is None:
+        torch.mm(tokens, weight.T, out=result)
+    else:
+        torch.addmm(layer.bias, tokens, weight.T, out=result)
+    return finite(out)
 
 
 def conv3x3(operations: Any, c_in: int, c_out: int, **kwargs: Any) -> Any:
@@ -159,7 +192,7 @@ class Conv(Layer):
                 return None
             y = finite(self.conv(rows))
             if self.shortcut:
-                y = finite(y + channel_shortcut(rows[:, :, 1:-1], y.shape[1]))
+                y = finite(added(y, channel_shortcut(rows[:, :, 1:-1], y.shape[1])))
             return y
 
         return step
@@ -197,7 +230,7 @@ class ResBlock(nn.Module, Layer):
         self.conv2 = conv3x3(operations, channels, channels, bias=False, **factory_kwargs)
         self.norm = make_norm(norm, channels, dtype, device)
         self.channels = channels
-        self.live, self.work, self.reach = 6 * channels, 2 * self.conv1.weight.numel(), 2
+        self.live, self.work, self.reach = 5 * channels, 2 * self.conv1.weight.numel(), 2
         self.carried = 4 * channels
 
     def stepper(self) -> Callable[[Tensor, bool], Tensor | None]:
@@ -209,7 +242,7 @@ class ResBlock(nn.Module, Layer):
             if rows is None:
                 return None
             top = done["middle"] - 1  # image row of rows[0]
-            middle = activate(self.act, finite(self.conv1(rows)))
+            middle = activated(self.act, finite(self.conv1(rows)))
             done["middle"] += middle.shape[2]
             around = second(middle, last)
             del middle
@@ -256,7 +289,7 @@ class Down(nn.Module, Layer):
             y = self.conv(rows)
             y = finite(F.pixel_unshuffle(y, 2) if self.unshuffle else y)
             if self.shortcut:
-                y = finite(y + unshuffle_shortcut(rows[:, :, 1 : 1 + 2 * y.shape[2]], self.c_out))
+                y = finite(added(y, unshuffle_shortcut(rows[:, :, 1 : 1 + 2 * y.shape[2]], self.c_out)))
             return y
 
         return step
@@ -309,10 +342,22 @@ class Up(nn.Module, Layer):
         return step
 
     def finish(self, y: Tensor, rows: Tensor) -> Tensor:
-        if not self.shortcut:
-            return finite(y)
-        repeats = 4 * self.c_out // rows.shape[1]
-        return finite(finite(y) + F.pixel_shuffle(rows[:, :, 1:-1].repeat_interleave(repeats, dim=1), 2))
+        y = finite(y)
+        return finite(with_repeated(y, rows[:, :, 1:-1])) if self.shortcut else y
+
+
+def with_repeated(y: Tensor, x: Tensor) -> Tensor:
+    """y (B,C,2H,2W) + pixel-shuffle of x (B,Cx,H,W) with each channel repeated 4C/Cx times; may overwrite y."""
+    repeats = 4 * y.shape[1] // x.shape[1]
+    if y.requires_grad or x.requires_grad or (repeats % 4 and 4 % repeats):
+        return y + F.pixel_shuffle(x.repeat_interleave(repeats, dim=1), 2)
+    for position in range(4):  # of the four pixels that one becomes: channel 4c + position of the repeated ones
+        if repeats % 4:
+            part = x[:, position // repeats :: 4 // repeats]
+        else:
+            part = x.repeat_interleave(repeats // 4, dim=1) if repeats > 4 else x
+        y[:, :, position // 2 :: 2, position % 2 :: 2] += part
+    return y
 
 
 def fold_nearest(weight: Tensor) -> list[list[Tensor]]:
@@ -335,13 +380,22 @@ def fold_nearest(weight: Tensor) -> list[list[Tensor]]:
 def conv_nearest(rows: Tensor, kernels: list[list[Tensor]], bias: Tensor | None) -> Tensor:
     """Apply fold_nearest's kernels to (B,C,H+2,W): result (B,C_out,2H,2W)."""
     height, width = rows.shape[2] - 2, rows.shape[3]
-    lines = []
-    for dy, pair in enumerate(kernels):
-        part = rows[:, :, dy : dy + height + 1]
-        halves = [F.conv2d(part, kernel, bias, padding=(0, 1)) for kernel in pair]
-        # the padded 2x2 convolution has one column too many: the last for the left position, the first for the right
-        lines.append(torch.stack([halves[0][..., :width], halves[1][..., 1:]], 4).flatten(3))
-    return torch.stack(lines, 3).flatten(2, 3)
+    # the padded 2x2 convolution has one column too many: the last for the left position, the first for the right
+    quarters = (
+        (dy, dx, F.conv2d(rows[:, :, dy : dy + height + 1], kernel, bias, padding=(0, 1))[..., dx : dx + width])
+        for dy, pair in enumerate(kernels)
+        for dx, kernel in enumerate(pair)
+    )
+    if rows.requires_grad or kernels[0][0].requires_grad:
+        return F.pixel_shuffle(torch.stack([quarter for _, _, quarter in quarters], 2).flatten(1, 2), 2)
+    out: Tensor | None = None
+    for dy, dx, quarter in quarters:
+        if out is None:
+            out = with_spare_rows((*quarter.shape[:2], 2 * height, 2 * width), quarter)
+        out[:, :, dy::2, dx::2] = quarter
+        del quarter
+    assert out is not None
+    return out
 
 
 class Head(Layer):

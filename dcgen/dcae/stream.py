@@ -16,11 +16,49 @@ Result = TypeVar("Result")
 Chunks = Iterator[Tensor]  # (B, C, rows, W) pieces of one image, top to bottom
 
 
+# Most rows that a Window puts before a chunk (halving the size), and after the last one.
+HEAD, TAIL = 3, 1
+_SPARE = "_dcgen_spare_rows"
+
+
+def with_spare_rows(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
+    """An empty chunk in memory with HEAD rows before it and TAIL after it, which a Window fills instead of copying.
+
+    Only for one image: those of a batch would not lie one behind the other. dtype and device are those of `like`.
+    """
+    batch, channels, rows, columns = shape
+    extra = HEAD + TAIL if batch == 1 else 0
+    buffer = torch.empty(
+        (batch, channels, rows + extra, columns),
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last,
+    )
+    return _marked(buffer[:, :, HEAD : HEAD + rows], HEAD, TAIL) if extra else buffer
+
+
+def _marked(chunk: Tensor, head: int, tail: int) -> Tensor:
+    """Note on the chunk itself how many rows of its memory belong to it before and after: a view does not tell."""
+    setattr(chunk, _SPARE, (head, tail))
+    return chunk
+
+
+def _spare(chunk: Tensor) -> tuple[int, int]:
+    found: tuple[int, int] = getattr(chunk, _SPARE, (0, 0))
+    return found
+
+
+def has_spare_rows(chunk: Tensor) -> bool:
+    """Whether `chunk` is one of with_spare_rows."""
+    return hasattr(chunk, _SPARE)
+
+
 class Window:
     """The rows that a k-row operator needs from the chunks before, and the zero rows outside of the image.
 
     ``span`` rows in give one step of output, each step moves ``step`` rows down; ``top`` / ``bottom`` zero rows pad
     the image. Calling it with a chunk returns all rows that complete steps need, or None when there are too few.
+    Where a chunk has spare rows, they take the other rows and nothing is copied.
     """
 
     def __init__(self, span: int, step: int, top: int, bottom: int) -> None:
@@ -28,14 +66,7 @@ class Window:
         self.kept: Tensor | None = None
 
     def __call__(self, x: Tensor, last: bool) -> Tensor | None:
-        parts = [x]
-        if self.kept is not None:
-            parts.insert(0, self.kept)
-        elif self.top:
-            parts.insert(0, self._zeros(x, self.top))
-        if last and self.bottom:
-            parts.append(self._zeros(x, self.bottom))
-        joined = torch.cat(parts, 2) if len(parts) > 1 else x
+        joined = self._joined(x, self.bottom if last else 0)
         steps = (joined.shape[2] - self.span) // self.step + 1
         if steps <= 0:
             self.kept = joined
@@ -43,6 +74,35 @@ class Window:
         if not last:
             self.kept = joined[:, :, steps * self.step :].clone()
         return joined[:, :, : (steps - 1) * self.step + self.span]
+
+    def _joined(self, x: Tensor, after: int) -> Tensor:
+        """The kept rows or the zeros at the top, x, and `after` rows of zeros."""
+        before = self.top if self.kept is None else self.kept.shape[2]
+        head, tail = _spare(x)
+        if before <= head and after <= tail:
+            return self._filled(x, before, after)
+        parts = [x]
+        if self.kept is not None:
+            parts.insert(0, self.kept)
+        elif self.top:
+            parts.insert(0, self._zeros(x, self.top))
+        if after:
+            parts.append(self._zeros(x, after))
+        return torch.cat(parts, 2) if len(parts) > 1 else x
+
+    def _filled(self, x: Tensor, before: int, after: int) -> Tensor:
+        """x and the rows around it in the same memory. Before a part of a chunk these are the rows kept from it."""
+        if not before and not after:
+            return x
+        rows = x.shape[2]
+        offset = x.storage_offset() - before * x.stride(2)
+        joined = x.as_strided((*x.shape[:2], before + rows + after, x.shape[3]), x.stride(), offset)
+        if before:
+            edge = joined[:, :, :before]
+            edge.zero_() if self.kept is None else edge.copy_(self.kept)
+        if after:
+            joined[:, :, before + rows :].zero_()
+        return joined
 
     @staticmethod
     def _zeros(x: Tensor, rows: int) -> Tensor:
@@ -100,8 +160,16 @@ def _cut(held: list[Tensor], rows: int) -> list[Tensor]:
     joined = held[0] if len(held) == 1 else torch.cat(held, 2)
     held.clear()
     count = joined.shape[2]
+    if count <= rows:
+        return [joined]
     part = math.ceil(count / math.ceil(count / rows))
-    return [joined[:, :, start : start + part] for start in range(0, count, part)]
+    head, tail = _spare(joined)
+    if not head:
+        return [joined[:, :, start : start + part] for start in range(0, count, part)]
+    return [
+        _marked(joined[:, :, start : start + part], head + start, tail if start + part >= count else 0)
+        for start in range(0, count, part)
+    ]
 
 
 def drain(items: list[Item]) -> Iterator[Item]:

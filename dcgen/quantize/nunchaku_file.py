@@ -224,7 +224,7 @@ def open_nunchaku(path: str | os.PathLike[str]) -> Model:
             block, norm = key.rsplit(".", 2)[0], ".".join(key.rsplit(".", 2)[1:])
             name = f"{block}.attn.{norm}" if key.startswith(blocks) else key
             entries[name], readers[name] = Entry(name, entry.dtype, entry.shape), partial(file.get, key)
-    return model_of(Tensors(path, entries, file.metadata, readers), path)
+    return model_of(Tensors(path, entries, file.metadata, readers, {}))
 
 
 def _format_of(file: Tensors) -> SvdQuant:

@@ -40,7 +40,7 @@ def open_quantized(path: str | os.PathLike[str]) -> Model:
         key = f"{layer}.weight"
         entries[key] = Entry(key, torch.float32, shape)
         readers[key] = partial(_expanded, file, layer, fmt, shape)
-    return model_of(Tensors(path, entries, file.metadata, readers), path)
+    return model_of(Tensors(path, entries, file.metadata, readers, {}))
 
 
 def _stored(file: Tensors, layer: str) -> tuple[Format, tuple[int, int]]:

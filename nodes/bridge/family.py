@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import comfy.model_base
@@ -13,6 +12,7 @@ import comfy.sd
 from torch import Tensor, nn
 
 from ...dcgen.backbones import Backbone, Config
+from ...dcgen.folder import Release
 from .latent_format import ModelInfo
 
 
@@ -60,8 +60,8 @@ class Family(ABC):
         """Channels of the text features that the network takes."""
 
     @abstractmethod
-    def load_text(self, release: Path, index: dict[str, Any], disable_dynamic: bool = False) -> comfy.sd.CLIP:
-        """CLIP of a release folder with this model_index.json that encodes like the release's diffusers pipeline."""
+    def load_text(self, release: Release, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+        """CLIP of a release folder that encodes like the release's diffusers pipeline."""
 
     def renamed(self, part: dict[str, Tensor], model_config: Any) -> dict[str, Tensor]:
         """Tensors of a layer with the names and shapes of the network."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import comfy.sd
 import torch
@@ -13,21 +12,21 @@ from torch import Tensor
 
 from ...dcgen.backbones.keymap import KeyMap, Row
 from ...dcgen.files import naming
-from ...dcgen.tensors import Tensors
+from ...dcgen.folder import Autoencoder
 
 _GROUPS = 32
 # Names of releases before 2023 -> today's.
 _FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def load_kl_vae(folder: Path, config: dict[str, Any]) -> comfy.sd.VAE:
-    """VAE from a folder with an AutoencoderKL config.json and its weights."""
+def load_kl_vae(source: Autoencoder) -> comfy.sd.VAE:
+    """VAE from a folder with an AutoencoderKL."""
+    folder, config, weights = source.path, source.config, source.stored()
     widths = config["block_out_channels"]
     if any(width % _GROUPS or width % widths[0] for width in widths):
         raise ValueError(
             f"{folder}: ComfyUI's f8 VAE takes widths in multiples of {_GROUPS} and of the first, found {widths}"
         )
-    weights = Tensors.open(folder)
     layers = config.get("layers_per_block", 2)
     with naming(folder):
         tensors = original_keys({name: weights.get(name) for name in weights.entries}, len(widths), layers)

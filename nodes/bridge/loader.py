@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,46 +25,53 @@ from .families import FAMILIES, titles
 from .family import Family
 from .guard import guarded
 from .latent_format import FamilyInfo, latent_format
-from .loading import Parts, by_layer, fill, is_dynamic, new_patcher, set_dtype
+from .loading import Parts, by_layer, fill, is_dynamic, mapped, new_patcher, set_dtype
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights by the names of ComfyUI's network: all shapes (meta tensors suffice), and the tensors layer by layer."""
+    """Weights by the names of ComfyUI's network: all shapes (meta tensors suffice), and the tensors layer by layer.
+
+    parts: gets whether read-only tensors in core's memory map of the files will do, which are only read when used.
+    """
 
     path: Path
     shapes: Mapping[str, Tensor]
-    parts: Parts
+    parts: Callable[[bool], Parts]
 
 
 @torch.inference_mode(False)  # inference tensors cannot be trained through (TrainLoraNode)
 def load(
-    source: Model,
-    pixels: int | None = None,
-    options: Mapping[str, Any] | None = None,
-    disable_dynamic: bool = False,
+    source: Model, options: Mapping[str, Any] | None = None, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
     """A MODEL from weights in either naming, read one layer at a time: no weight is in memory twice.
 
-    source: its latent must be known; pixels: the image side that it was trained for, if known; options: dtype,
-    fp8_optimizations, custom_operations as in comfy.sd.load_diffusion_model. ValueError names what does not fit.
+    source: its latent must be known; options: dtype, fp8_optimizations, custom_operations as in
+    comfy.sd.load_diffusion_model. ValueError names what does not fit.
     """
     family = FAMILIES.get(source.backbone.name)
     if family is None:
         raise ValueError(f"{source.tensors.path} is a {source.backbone.name} model; this node loads {titles('and')}.")
     if source.latent is None or source.schedule is None:
         raise ValueError(f"{source.tensors.path} does not say which autoencoder its latents come from")
-    info = info_for(family, source.latent, source.patch_size, source.schedule, source.config, pixels)
+    info = info_for(family, source.latent, source.patch_size, source.schedule, source.config, source.native_pixels)
     return build(family, _plain_weights(source, family), info, options or {}, disable_dynamic)
 
 
 def _plain_weights(source: Model, family: Family) -> Weights:
-    if not family.original_names:
-        parts: Parts = ({key: source.get(key) for key in keys} for keys in by_layer(source.entries))
-        return Weights(source.tensors.path, meta_tensors(source.entries.values()), parts)
-    plan = {rule.original: (rule, entry) for rule, entry in source.original_entries(source.entries)}
-    parts = ({name: plan[name][0].join(source.get) for name in names} for names in by_layer(plan))
-    return Weights(source.tensors.path, meta_tensors(entry for _, entry in plan.values()), parts)
+    rules = {}
+    entries = source.entries
+    if family.original_names:
+        plan = list(source.original_entries(entries))
+        rules = {rule.original: rule for rule, _ in plan}
+        entries = {entry.name: entry for _, entry in plan}
+
+    def parts(lazy: bool) -> Parts:
+        model = replace(source, tensors=mapped(source.tensors)) if lazy else source
+        for names in by_layer(entries):
+            yield {name: model.get_original(rules[name]) if rules else model.get(name) for name in names}
+
+    return Weights(source.tensors.path, meta_tensors(entries.values()), parts)
 
 
 def info_for(
@@ -102,7 +109,8 @@ def build(
     model = model_config.get_model(dict(weights.shapes), "").to(comfy.model_management.unet_offload_device())
     family.prepare(model)
     patcher = new_patcher(model, disable_dynamic)
-    fill(model.diffusion_model, _renamed(family, weights.parts, model_config), weights.path, is_dynamic(patcher))
+    lazy = is_dynamic(patcher)
+    fill(model.diffusion_model, _renamed(family, weights.parts(lazy), model_config), weights.path, lazy)
     finish(family, model, info)
     on_base_latent = info.space.spatial_factor == family.backbone.base_spatial_factor
     return guarded(patcher if on_base_latent else lora.with_report(patcher))

@@ -11,6 +11,9 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ...dcgen.files import SUFFIXES
+from ...dcgen.tensors import Tensors
+
 Parts = Iterable[dict[str, Tensor]]
 LISTED = 8
 
@@ -55,6 +58,17 @@ def by_layer(names: Iterable[str]) -> list[list[str]]:
     for name in names:
         groups.setdefault(name.rpartition(".")[0], []).append(name)
     return list(groups.values())
+
+
+def mapped(tensors: Tensors) -> Tensors:
+    """The same tensors in core's memory map of the files: core reads them, from disk to the device, when it uses them.
+
+    Only for a network with a dynamic patcher: the pages are read-only. Files that are no safetensors are not mapped.
+    """
+    files = {file for file, _ in tensors.places.values()}
+    if not all(file.suffix in SUFFIXES for file in files):
+        return tensors
+    return tensors.with_values({file: comfy.utils.load_torch_file(str(file)) for file in files})
 
 
 def fill(network: nn.Module, parts: Parts, file: Any, assign: bool = False) -> None:

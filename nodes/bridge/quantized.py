@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 
 from ...dcgen.backbones import Backbone
-from ...dcgen.files import weight_files
-from ...dcgen.folder import TRANSFORMER
 from ...dcgen.jsons import parse_object
 from ...dcgen.latent import METADATA_KEY, LatentSpace
 from ...dcgen.release import CONFIG_KEY, SCHEDULE_KEY
@@ -45,17 +43,11 @@ SINCE = {
 }
 
 
-def is_quantized(path: Path) -> bool:
-    """Whether a file holds core's quantized layers."""
-    tensors = Tensors.open(path)
-    return FORMAT_METADATA in tensors.metadata or any(key.endswith(QUANTIZED) for key in tensors.entries)
-
-
-def quantized_file(path: Path) -> Path | None:
-    """The file with core's quantized layers at `path`, a file or a release folder; None when there is none."""
-    folder = path / TRANSFORMER
-    files = weight_files(folder) if folder.is_dir() else [path] if path.is_file() else []
-    return files[0] if len(files) == 1 and is_quantized(files[0]) else None
+def quantized_file(tensors: Tensors) -> Path | None:
+    """The file of an opened network if that is one file with core's quantized layers; else None."""
+    files = {file for file, _ in tensors.places.values()}
+    quantized = FORMAT_METADATA in tensors.metadata or any(key.endswith(QUANTIZED) for key in tensors.entries)
+    return files.pop() if quantized and len(files) == 1 else None
 
 
 def load_quantized(
@@ -90,7 +82,7 @@ def load_quantized(
     info = info_for(family, space, backbone.patch_size(config, space, str(path)), schedule, config)
     # The format tensors stay among the shapes: core chooses its operations by them.
     shapes = {**logical, **{key: value for key, value in tensors.items() if key.endswith(FORMAT_SUFFIX)}}
-    return build(family, Weights(path, shapes, _parts(tensors)), info, options, disable_dynamic)
+    return build(family, Weights(path, shapes, lambda _: _parts(tensors)), info, options, disable_dynamic)
 
 
 def _family(tensors: Mapping[str, Tensor], path: Path) -> Family:

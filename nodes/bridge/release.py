@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +11,19 @@ import comfy.sd
 import folder_paths
 import torch
 
-from ...dcgen.files import naming
-from ...dcgen.jsons import read_object
-from ...dcgen.release import Model, open_model
+from ...dcgen.folder import MODEL_INDEX, VAE, Release
+from ...dcgen.release import Model, model_of, model_of_release
 from ...dcgen.spaces import SPACES
+from ...dcgen.tensors import Tensors
 from .boundary import reading
 from .families import family_of_class
 from .family import Family
 from .kl_vae import load_kl_vae
+from .listing import listed
 from .loader import load
 from .quantized import load_quantized, quantized_file
-from .toy import listing_root
 from .vae import make_vae
 
-INDEX = "model_index.json"
 FROM_FILE = "from the file"
 WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -39,84 +36,89 @@ _DEPTH = 3
 
 def release_names() -> list[str]:
     """Release folders in models/diffusers and its extra paths, as paths relative to their root."""
-    names: dict[str, None] = {}
-    for root in map(Path, folder_paths.get_folder_paths("diffusers")):
-        names.update({folder.relative_to(listing_root(root)).as_posix(): None for folder in _with_index(root)})
-    return list(names)
+    return list(_releases())
 
 
-def _with_index(root: Path) -> Iterator[Path]:
-    for folder, children, files in os.walk(root, followlinks=True):
-        depth = len(Path(folder).relative_to(root).parts)
-        children[:] = [] if depth >= _DEPTH or INDEX in files else sorted(c for c in children if not c.startswith("."))
-        if INDEX in files and depth:
-            yield Path(folder)
+def _releases() -> dict[str, Path]:
+    folders: dict[str, Path] = {}
+    for name, folder in listed(map(Path, folder_paths.get_folder_paths("diffusers")), MODEL_INDEX, _DEPTH):
+        folders.setdefault(name, folder)
+    return folders
 
 
 def find_release(name: str) -> Path:
-    """The folder of a name from release_names(); ValueError lists the folders that were searched.
-
-    No other path is accepted: an untrusted graph can pass any text here through a link.
-    """
-    roots = folder_paths.get_folder_paths("diffusers")
-    for root in map(Path, roots if name in release_names() else ()):
-        folder = listing_root(root) / name
-        if (folder / INDEX).is_file():
-            return folder
-    raise ValueError(f"no release {name!r} (a folder with {INDEX}) in {', '.join(roots)}. Put it in models/diffusers.")
+    """The folder of a name from release_names(); ValueError lists the folders that were searched."""
+    folder = _releases().get(name)
+    if folder is None:
+        searched = ", ".join(folder_paths.get_folder_paths("diffusers"))
+        raise ValueError(
+            f"no release {name!r} (a folder with {MODEL_INDEX}) in {searched}. Put it in models/diffusers."
+        )
+    return folder
 
 
 def load_release(
     name: str, weight_dtype: str = "default"
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """MODEL, CLIP and VAE of a release folder of any family, DC-Gen or base."""
-    folder = find_release(name)
-    index = read_object(folder / INDEX)
-    _family_of(folder, index)
-    return load_weights(folder, weight_dtype, FROM_FILE), load_text(folder), load_vae(folder, index)
+    release = Release(find_release(name))
+    family = _family_of(release)
+    return load_network(release, weight_dtype), load_text(release, family), load_vae(release)
 
 
-def load_text(folder: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
-    """CLIP of a release folder."""
-    index = read_object(folder / INDEX)
-    with reading(folder):
-        clip = _family_of(folder, index).load_text(folder, index, disable_dynamic)
-    clip.patcher.cached_patcher_init = (_text_patcher, (folder,))
+def _family_of(release: Release) -> Family:
+    """The family that model_index.json names."""
+    with reading(release.path / MODEL_INDEX):
+        return family_of_class(release.index.get("transformer", [None, None])[1])
+
+
+def load_network(
+    release: Release, weight_dtype: str = "default", autoencoder: str = FROM_FILE, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    """MODEL of a release folder."""
+    with reading(release.path):
+        patcher = _loaded(release.weights, release, weight_dtype, autoencoder, disable_dynamic)
+    patcher.cached_patcher_init = (load_weights, (release.path, weight_dtype, autoencoder))
+    return patcher
+
+
+def _loaded(
+    tensors: Tensors, release: Release | None, weight_dtype: str, autoencoder: str, disable_dynamic: bool
+) -> comfy.model_patcher.ModelPatcher:
+    """MODEL of an opened network, plain or quantized, in a release or on its own."""
+    options, file = WEIGHT_DTYPES[weight_dtype], quantized_file(tensors)
+    if file is not None:
+        return load_quantized(file, SPACES.get(autoencoder), options, disable_dynamic)
+    model = model_of_release(release) if release else model_of(tensors)
+    return load(_on_a_latent(model, autoencoder, release.path if release else tensors.path), options, disable_dynamic)
+
+
+def load_text(release: Release, family: Family | None = None, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    """CLIP of a release folder. family: the release's, if it is known already."""
+    family = family or _family_of(release)
+    with reading(release.path):
+        clip = family.load_text(release, disable_dynamic)
+    clip.patcher.cached_patcher_init = (_text_patcher, (release.path,))
     return clip
 
 
-def _family_of(folder: Path, index: dict[str, Any]) -> Family:
-    with reading(folder / INDEX), naming(folder):
-        return family_of_class(index.get("transformer", [None, None])[1])
-
-
 def _text_patcher(folder: Path, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    return load_text(folder, disable_dynamic).patcher
+    return load_text(Release(folder), disable_dynamic=disable_dynamic).patcher
 
 
-def load_vae(folder: Path, index: dict[str, Any]) -> comfy.sd.VAE:
+def load_vae(release: Release) -> comfy.sd.VAE:
     """VAE of a release folder: core's own class for an f8 AutoencoderKL, ours for a DC-AE.
 
     When model_index.json says that the release has no VAE, it is core's empty VAE, which raises an error when used.
     """
-    if index.get("vae") == [None, None]:
-        logging.info("DC-Gen: %s comes without an autoencoder; load its VAE with another node", folder)
+    if release.index.get(VAE) == [None, None]:
+        logging.info("DC-Gen: %s comes without an autoencoder; load its VAE with another node", release.path)
         return comfy.sd.VAE(sd={})
-    file = folder / "vae" / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} has no vae/config.json, so it is not a whole release. Download it again.")
-    config = read_object(file)
-    with reading(folder / "vae"):
-        if config.get("_class_name") == "AutoencoderKL":
-            return load_kl_vae(folder / "vae", config)
-        return make_vae(folder / "vae")
-
-
-def native_pixels(folder: Path) -> int | None:
-    """Native image side in pixels from the autoencoder's config, if it has one (1024 for FLUX)."""
-    file = folder / "vae" / "config.json"
-    size = read_object(file).get("sample_size") if file.is_file() else None
-    return size if isinstance(size, int) else None
+    with reading(release.path / VAE):
+        autoencoder = release.autoencoder
+        if autoencoder is None:
+            raise ValueError(f"{release.path} has no vae/config.json, so it is not a whole release. Download it again.")
+        return make_vae(autoencoder.dcae_source()) if autoencoder.is_dcae else load_kl_vae(autoencoder)
 
 
 def model_names() -> list[str]:
@@ -131,9 +133,7 @@ def autoencoder_names() -> list[str]:
 
 def model_path(name: str) -> Path:
     """The path of a name from model_names(); any other name is an error."""
-    if name in release_names():
-        return find_release(name)
-    return Path(folder_paths.get_full_path_or_raise("diffusion_models", name))
+    return _releases().get(name) or Path(folder_paths.get_full_path_or_raise("diffusion_models", name))
 
 
 def load_model(name: str, weight_dtype: str, autoencoder: str) -> comfy.model_patcher.ModelPatcher:
@@ -145,23 +145,15 @@ def load_weights(
     path: Path, weight_dtype: str, autoencoder: str, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
     """MODEL of a release folder or a single file; core can load it again through cached_patcher_init."""
+    if path.is_dir():
+        return load_network(Release(path), weight_dtype, autoencoder, disable_dynamic)
     with reading(path):
-        patcher = _load_weights(path, WEIGHT_DTYPES[weight_dtype], autoencoder, disable_dynamic)
+        patcher = _loaded(Tensors.open(path), None, weight_dtype, autoencoder, disable_dynamic)
     patcher.cached_patcher_init = (load_weights, (path, weight_dtype, autoencoder))
     return patcher
 
 
-def _load_weights(
-    path: Path, options: dict[str, Any], autoencoder: str, disable_dynamic: bool
-) -> comfy.model_patcher.ModelPatcher:
-    file = quantized_file(path)
-    if file is not None:
-        return load_quantized(file, SPACES.get(autoencoder), options, disable_dynamic)
-    model = _with_latent(open_model(path), autoencoder, path)
-    return load(model, native_pixels(path) if path.is_dir() else None, options, disable_dynamic)
-
-
-def _with_latent(model: Model, autoencoder: str, path: Path) -> Model:
+def _on_a_latent(model: Model, autoencoder: str, path: Path) -> Model:
     """The model with its latent space: its own, else the one that the user chose."""
     if model.latent is not None:
         return model

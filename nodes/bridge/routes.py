@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import folder_paths
 from aiohttp import web
 
 from ...dcgen.adapter import load_adapter
+from ...dcgen.files import disk_state
 from ...dcgen.latent import LatentSpace
 from ...dcgen.release import open_model
 from ...dcgen.spaces import SPACES
@@ -51,19 +54,31 @@ def describe(kind: str, name: str, autoencoder: str = "") -> dict[str, Any]:
 
     autoencoder: the latent space to use when the model's file does not name its own.
     """
+    path = _path(kind, name)
+    return dict(_described(kind, path, disk_state(path), autoencoder))
+
+
+def _path(kind: str, name: str) -> Path:
     if kind == "adapter" and name in folder_paths.get_filename_list("model_patches"):
-        adapter = load_adapter(folder_paths.get_full_path_or_raise("model_patches", name))
-        return _facts(adapter.latent, adapter.patch_size, adapter.base)
+        return Path(folder_paths.get_full_path_or_raise("model_patches", name))
     if kind in ("release", "model") and name in release_names():
-        model = open_model(find_release(name))
-    elif kind == "model" and name in folder_paths.get_filename_list("diffusion_models"):
-        model = open_model(folder_paths.get_full_path_or_raise("diffusion_models", name))
-    else:
-        raise UnknownName(f"no {kind} of that name")
+        return find_release(name)
+    if kind == "model" and name in folder_paths.get_filename_list("diffusion_models"):
+        return Path(folder_paths.get_full_path_or_raise("diffusion_models", name))
+    raise UnknownName(f"no {kind} of that name")
+
+
+@lru_cache(maxsize=64)
+def _described(kind: str, path: Path, state: str, autoencoder: str) -> dict[str, Any]:
+    """The facts of a file or folder. state: changes with its content, so that an unchanged one is read once."""
+    if kind == "adapter":
+        adapter = load_adapter(path)
+        return _facts(adapter.latent, adapter.patch_size, adapter.base)
+    model = open_model(path)
     if model.latent is None and autoencoder in SPACES:
         model = model.on_latent(SPACES[autoencoder])
     if model.latent is None:
-        raise ValueError(f"{name} does not say what its latent is")
+        raise ValueError(f"{path.name} does not say what its latent is")
     return _facts(model.latent, model.patch_size, model.config)
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.sd
 import folder_paths
-import transformers
 from comfy.sd1_clip import SDTokenizer
 
 from ...dcgen.jsons import read_object
 from ...dcgen.tensors import Tensors
+
+if TYPE_CHECKING:
+    import transformers
 
 LONGEST_PROMPT = 32768  # tokens; far more than any encoder here reads
 
@@ -53,6 +55,8 @@ def load_tokenizer(folder: Path, entry: list[str] | None) -> transformers.PreTra
 
     A class may fail on a folder written by another version of transformers. tokenizer.json alone is then used.
     """
+    import transformers  # takes a second, which the start of ComfyUI should not wait for
+
     kind: Any = getattr(transformers, entry[1], None) if entry and entry[0] == "transformers" else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)):
         kind = transformers.AutoTokenizer
@@ -81,6 +85,8 @@ def _check_files(folder: Path) -> None:
 
 def _plain_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
     """tokenizer.json alone, with the special tokens and the length from tokenizer_config.json."""
+    import transformers
+
     file = folder / "tokenizer_config.json"
     config = read_object(file) if file.is_file() else {}
     names = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
@@ -91,6 +97,8 @@ def _plain_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
 
 
 def _unreadable(folder: Path, error: Exception) -> str:
+    import transformers
+
     return (
         f"{folder}: transformers {transformers.__version__} cannot read the tokenizer there ({error}). A newer release "
         "may have written it: update transformers in ComfyUI's Python, as ComfyUI's requirements.txt says."

@@ -21,7 +21,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...dcgen.dcae import DCAE, Strip, choose_strip, load_dcae, peak_bytes
+from ...dcgen.dcae import DCAE, DCAESource, Strip, choose_strip, load_dcae, peak_bytes
 from ...dcgen.dcae.model import check_latent
 from ...dcgen.latent import LatentSpace
 from .guard import check_finite, check_frames
@@ -220,9 +220,11 @@ def smaller(strip: Strip, h: int, w: int) -> Strip:
 
 @torch.inference_mode(False)
 def make_vae(
-    source: DCAE | str | os.PathLike[str], scaling_factor: float | None = None, disable_dynamic: bool = False
+    source: DCAE | DCAESource | str | os.PathLike[str],
+    scaling_factor: float | None = None,
+    disable_dynamic: bool = False,
 ) -> DCAEVAE:
-    """VAE from a DC-AE file, a folder (config.json beside the weights), or a loaded DCAE built on comfy.ops layers.
+    """VAE from a DC-AE file or folder, by path or opened, or from a loaded DCAE built on comfy.ops layers.
 
     Raises DCAEError, which names the file, for anything that is not a DC-AE.
     """
@@ -230,7 +232,8 @@ def make_vae(
         return DCAEVAE(source, disable_dynamic)
     dcae = load_dcae(source, operations=comfy.ops.disable_weight_init, scaling_factor=scaling_factor)
     vae = DCAEVAE(dcae, disable_dynamic)
-    vae.patcher.cached_patcher_init = (_patcher, (source, scaling_factor))
+    path = source.path if isinstance(source, DCAESource) else source
+    vae.patcher.cached_patcher_init = (_patcher, (path, scaling_factor))
     return vae
 
 

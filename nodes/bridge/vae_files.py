@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import folder_paths
 
 from ...dcgen.jsons import read_object
-from .toy import TOY, listing_root
+from .listing import listed
+from .toy import TOY
 from .vae import DCAEVAE, make_vae
 
 CONFIG = "config.json"
@@ -23,18 +22,11 @@ def names() -> list[str]:
 
 def _folders() -> dict[str, Path]:
     folders: dict[str, Path] = {}
-    for root in [*map(Path, folder_paths.get_folder_paths("vae")), TOY]:
-        for folder in _with_config(root):
-            folders.setdefault(folder.relative_to(listing_root(root)).as_posix(), folder)
+    roots = [*map(Path, folder_paths.get_folder_paths("vae")), TOY]
+    for name, folder in listed(roots, CONFIG, _DEPTH, nested=True):
+        if name not in folders and _is_dcae(folder / CONFIG):
+            folders[name] = folder
     return folders
-
-
-def _with_config(root: Path) -> Iterator[Path]:
-    for folder, children, files in os.walk(root, followlinks=True):
-        depth = len(Path(folder).relative_to(root).parts)
-        children[:] = [] if depth >= _DEPTH else sorted(child for child in children if not child.startswith("."))
-        if depth and CONFIG in files and _is_dcae(Path(folder) / CONFIG):
-            yield Path(folder)
 
 
 def _is_dcae(config: Path) -> bool:

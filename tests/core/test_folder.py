@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from dcgen import files, folder, tensors
 from dcgen.folder import autoencoder_space, read_release
-from dcgen.release import open_model
+from dcgen.release import model_of_release, open_model
 from dcgen.schedule import Schedule
 
 DC_AE = {
@@ -65,3 +69,46 @@ def test_a_latent_that_cannot_fill_a_token_is_refused(make_flux, tmp_path):
     write_vae(tmp_path / "vae", **DC_AE, scaling_factor=0.3189)
     with pytest.raises(ValueError, match=r"64 values per token.*32 channels cannot fill"):
         read_release(tmp_path).patch_size  # noqa: B018
+
+
+def test_a_release_reads_each_file_once(make_flux, tmp_path, monkeypatch):
+    """For training's use of the configs and for the network, from one opened release."""
+    make_flux(in_channels=64).save_pretrained(tmp_path / "transformer")
+    kl = {"_class_name": "AutoencoderKL", "block_out_channels": [1, 1, 1, 1], "latent_channels": 16}
+    write_vae(tmp_path / "vae", **kl, scaling_factor=0.3611, shift_factor=0.1159, sample_size=256)
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"shift": 3.0}))
+    opened = Counter()
+    for module, name in ((folder, "read_object"), (files, "safe_open")):
+        original = getattr(module, name)
+
+        def counting(path, *args, original=original, **kwargs):
+            opened[Path(path).relative_to(tmp_path).as_posix()] += 1
+            return original(path, *args, **kwargs)
+
+        monkeypatch.setattr(module, name, counting)
+    release = read_release(tmp_path)
+    model = model_of_release(release)
+    assert (model.latent, model.schedule, model.native_pixels) == (release.latent, release.schedule, 256)
+    assert release.dtype == torch.float32
+    assert opened == {
+        "transformer/config.json": 1,
+        "vae/config.json": 1,
+        "scheduler/scheduler_config.json": 1,
+        "transformer/diffusion_pytorch_model.safetensors": 1,
+    }
+
+
+@pytest.mark.parametrize("piece", [1 << 24, 100, 7])
+def test_a_tensor_read_in_pieces_by_several_threads(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(tensors, "READ_BYTES", piece)
+    state = {"a": torch.randn(37, 5), "b": torch.randn(9).bfloat16(), "c": torch.randint(0, 99, (4, 3))}
+    save_file(state, tmp_path / "a.safetensors")
+    stored = tensors.Tensors.open(tmp_path / "a.safetensors")
+    for name, value in state.items():
+        assert torch.equal(stored.get(name), value)
+    assert torch.equal(stored.get("a", 3, 30), state["a"][3:30])
+    data = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(data[:-400])
+    with pytest.raises(ValueError, match=r"a\.safetensors: the file ended"):
+        [stored.get(name) for name in state]

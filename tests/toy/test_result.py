@@ -10,7 +10,7 @@ import torch
 from benchmarks.toy import draw, untrained
 from dcgen.adapter import save_adapter
 from train.config import load_recipe
-from train.evaluate import Judge
+from train.evaluate.judge import Judge
 from train.generate import Pipeline
 from train.run import run_recipe
 

@@ -11,7 +11,7 @@ from benchmarks.toy import draw
 from dcgen.adapter import load_adapter
 from dcgen.schedule import Schedule
 from train.config import load_recipe, parse_recipe
-from train.evaluate import Judge
+from train.evaluate.judge import Judge
 from train.families.sana import sana_instruction
 from train.files import read_json
 from train.generate import Pipeline

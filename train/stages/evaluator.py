@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from train.batches import Batch
 from train.config import StageConfig
-from train.evaluate import FIRST_UNSEEN, Evaluator
+from train.evaluate.judge import FIRST_UNSEEN, Evaluator
 from train.files import write_folder
 from train.inputs import Read
 from train.stages.base import Stage

@@ -103,9 +103,9 @@ def damaged(pack, _tensors, params):
                     if part == "transformer":
                         release.load_weights(copy, "default", release.FROM_FILE)
                     elif part == "vae":
-                        release.load_vae(copy, {})
+                        release.load_vae(release.Release(copy))
                     else:
-                        release.load_text(copy)
+                        release.load_text(release.Release(copy))
                     said[f"{family}/{part}/{damage}"] = ""
                 except Exception as error:
                     said[f"{family}/{part}/{damage}"] = f"{type(error).__name__}: {error}"

@@ -346,7 +346,7 @@ def text_encoders(pack, _tensors, params):
     release, out = bridge(pack, "release"), {}
     folder_paths.add_model_folder_path("loras", params["loras"])
     for name, folder in params["releases"].items():
-        clip = release.load_text(Path(folder))
+        clip = release.load_text(release.Release(Path(folder)))
         weights = {
             key: value
             for key, value in clip.cond_stage_model.state_dict().items()

@@ -1,7 +1,6 @@
 """Run inside ComfyUI: our loaders and DCGenApply, asked for plain tensors."""
 
 import importlib
-import json
 from pathlib import Path
 
 import comfy.model_management
@@ -16,6 +15,10 @@ def release_of(pack, folder):
     folder = Path(folder)
     folder_paths.add_model_folder_path("diffusers", str(folder.parent))
     return folder
+
+
+def opened(pack, folder):
+    return bridge(pack, "release").Release(release_of(pack, folder))
 
 
 def load_model(pack, folder, weight_dtype="default"):
@@ -61,7 +64,7 @@ def everything(pack, tensors, params):
             "schedule": info.schedule.to_dict(),
         }
         if "z" in inputs:
-            vae = bridge(pack, "release").load_vae(release_of(pack, folder), {})
+            vae = bridge(pack, "release").load_vae(opened(pack, folder))
             found |= {"image": vae.decode(inputs["z"]), "z": vae.encode(inputs["pixels"])}
         out |= {f"{name}/{key}": value for key, value in found.items()}
     return out, facts
@@ -69,10 +72,7 @@ def everything(pack, tensors, params):
 
 def text(pack, folder, prompts):
     """Embeddings of each prompt from the release's CLIP, as core's CLIPTextEncode makes them."""
-    folder = release_of(pack, folder)
-    clip = bridge(pack, "families.flux.text").load_flux_text(
-        folder, json.loads((folder / "model_index.json").read_text())
-    )
+    clip = bridge(pack, "families.flux.text").load_flux_text(opened(pack, folder))
     out = {}
     for i, prompt in enumerate(prompts):
         ((cond, extra),) = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))

@@ -1,7 +1,6 @@
 """Run inside ComfyUI: SANA from every kind of file, its text, LoRA, DCGenApply, refusals."""
 
 import importlib
-import json
 
 import comfy.model_management
 import comfy.sd
@@ -9,7 +8,7 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from flux import bridge, load_model, release_of
+from flux import bridge, load_model, opened
 from tamper import leave_no_room, left_out, note_places, places_of
 
 
@@ -131,9 +130,7 @@ def text(pack, _tensors, params):
     """Conditioning of each prompt from the release's Gemma and from core's CLIP."""
     out, said = {}, {}
     sana_text = bridge(pack, "families.sana.text")
-    folder = release_of(pack, params["release"])
-    index = json.loads((folder / "model_index.json").read_text())
-    clips = {"release": sana_text.load_sana_text(folder, index)}
+    clips = {"release": sana_text.load_sana_text(opened(pack, params["release"]))}
     sizes = {"gemma2_2b_model_config": {**params["sizes"], "vocab_size": 340}}
     kind = comfy.sd.CLIPType.LUMINA2
     clips["core"] = comfy.sd.load_clip([params["file"]], clip_type=kind, model_options=sizes)
@@ -147,14 +144,12 @@ def text(pack, _tensors, params):
         out[f"{name}/plain"] = plain
     for name in ("no_norm", "flux"):
         try:
-            broken = release_of(pack, params[name])
+            other = opened(pack, params[name])
             if name == "flux":
-                flux = bridge(pack, "families.flux.text").load_flux_text(
-                    broken, json.loads((broken / "model_index.json").read_text())
-                )
+                flux = bridge(pack, "families.flux.text").load_flux_text(other)
                 sana_text.encode(flux, "a red cat", "")
             else:
-                sana_text.load_sana_text(broken, index)
+                sana_text.load_sana_text(other)
         except ValueError as error:
             said[name] = str(error)
     return out, {"said": said, "instruction": sana_text.INSTRUCTION}

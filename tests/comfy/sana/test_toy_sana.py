@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.evaluate import Judge
+from train.evaluate.judge import Judge
 from train.toy.pictures import Pair
 
 ROOT = Path(__file__).resolve().parents[3]

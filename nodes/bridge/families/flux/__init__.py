@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import comfy.ldm.flux.model
@@ -14,6 +13,7 @@ import comfy.sd
 from torch import Tensor, nn
 
 from .....dcgen.backbones import BACKBONES, Config
+from .....dcgen.folder import Release
 from ...family import Family
 from ...latent_format import ModelInfo
 from .text import load_flux_text
@@ -75,8 +75,8 @@ class Flux(Family):
         """With core's final renaming of keys (some versions rename a norm's `scale` to `weight`)."""
         return model_config.process_unet_state_dict(part)
 
-    def load_text(self, release: Path, index: dict[str, Any], disable_dynamic: bool = False) -> comfy.sd.CLIP:
-        return load_flux_text(release, index, disable_dynamic)
+    def load_text(self, release: Release, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+        return load_flux_text(release, disable_dynamic)
 
 
 FAMILY = Flux()

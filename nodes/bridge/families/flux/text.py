@@ -13,6 +13,7 @@ import comfy.text_encoders.t5
 import torch
 from comfy.sd1_clip import SDClipModel
 
+from .....dcgen.folder import Release
 from .....dcgen.jsons import read_object
 from .....dcgen.tensors import Tensors
 from ...loading import Parts, by_layer, fill, is_dynamic
@@ -24,24 +25,25 @@ _T5_BUCKETS, _T5_DISTANCE = 32, 128
 
 
 @torch.inference_mode(False)
-def load_flux_text(release: Path, index: dict[str, Any], disable_dynamic: bool = False) -> comfy.sd.CLIP:
+def load_flux_text(release: Release, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """CLIP from text_encoder/ + tokenizer/ (CLIP) and text_encoder_2/ + tokenizer_2/ (T5) of a release.
 
     T5 is padded and truncated to tokenizer_2's own length (512 in the published releases), without a mask; only the
     pooled vector of CLIP is used. Weights keep the dtype of the files.
     """
-    tokenizers = [load_tokenizer(release / name, index.get(name)) for name in ("tokenizer", "tokenizer_2")]
-    configs = [_config(release / name, kind) for name, kind in (("text_encoder", "clip"), ("text_encoder_2", "t5"))]
+    path = release.path
+    tokenizers = [load_tokenizer(path / name, release.index.get(name)) for name in ("tokenizer", "tokenizer_2")]
+    configs = [_config(path / name, kind) for name, kind in (("text_encoder", "clip"), ("text_encoder_2", "t5"))]
     for name, tokenizer in zip(("tokenizer", "tokenizer_2"), tokenizers, strict=True):
-        check_length(tokenizer, release / name)
-    _check_clip_end(configs[0], tokenizers[0], release)
-    weights = [Tensors.open(release / name) for name in ("text_encoder", "text_encoder_2")]
+        check_length(tokenizer, path / name)
+    _check_clip_end(configs[0], tokenizers[0], path)
+    weights = [Tensors.open(path / name) for name in ("text_encoder", "text_encoder_2")]
     target = comfy.supported_models_base.ClipTarget(_tokenizer_class(tokenizers), _model_class(configs, tokenizers))
     target.params = {"dtypes": [files.dtype for files in weights]}
     clip = new_clip(target, weights, disable_dynamic)
-    model, assign = clip.cond_stage_model, is_dynamic(clip.patcher)
-    fill(model.clip_l.transformer, _clip_parts(weights[0]), release / "text_encoder", assign)
-    fill(model.t5xxl.transformer, _t5_parts(weights[1]), release / "text_encoder_2", assign)
+    model, as_stored = clip.cond_stage_model, is_dynamic(clip.patcher)
+    fill(model.clip_l.transformer, _clip_parts(weights[0]), path / "text_encoder", as_stored)
+    fill(model.t5xxl.transformer, _t5_parts(weights[1]), path / "text_encoder_2", as_stored)
     return clip
 
 

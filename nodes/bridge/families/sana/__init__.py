@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, ClassVar
 
 import comfy.conds
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from .....dcgen.backbones import BACKBONES, Config
 from .....dcgen.backbones.sana import SanaConfig, SanaNet, network_timestep
+from .....dcgen.folder import Release
 from .....dcgen.schedule import STATIC_SIGMA_MAX
 from ...family import Family
 from ...latent_format import ModelInfo
@@ -185,8 +185,8 @@ class Sana(Family):
                 "SANA cannot be joined by ConditioningConcat. Write both texts into one prompt."
             )
 
-    def load_text(self, release: Path, index: dict[str, Any], disable_dynamic: bool = False) -> comfy.sd.CLIP:
-        return load_sana_text(release, index, disable_dynamic)
+    def load_text(self, release: Release, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+        return load_sana_text(release, disable_dynamic)
 
 
 FAMILY = Sana()

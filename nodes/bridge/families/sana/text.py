@@ -16,6 +16,7 @@ from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel
 from torch import Tensor, nn
 
 from .....dcgen.backbones import BACKBONES
+from .....dcgen.folder import Release
 from .....dcgen.jsons import read_object
 from .....dcgen.tensors import Tensors
 from ...latent_format import TEXT_KEY
@@ -134,14 +135,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tenso
 
 
 @torch.inference_mode(False)
-def load_sana_text(release: Path, index: dict[str, Any], disable_dynamic: bool = False) -> comfy.sd.CLIP:
+def load_sana_text(release: Release, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """CLIP from text_encoder/ (Gemma 2) + tokenizer/ of a SANA release. Weights keep the dtype of the files."""
-    folder = release / "text_encoder"
+    folder, vocabulary = release.path / "text_encoder", release.path / "tokenizer"
     config = _config(folder)
-    tokenizer = load_tokenizer(release / "tokenizer", index.get("tokenizer"))
+    tokenizer = load_tokenizer(vocabulary, release.index.get("tokenizer"))
     if tokenizer("")["input_ids"] != [tokenizer.bos_token_id] or tokenizer.pad_token_id is None:
         raise ValueError(
-            f"{release / 'tokenizer'}: Gemma's tokenizer puts a start token, and only that, around a text and has a "
+            f"{vocabulary}: Gemma's tokenizer puts a start token, and only that, around a text and has a "
             "padding token; this one does not. Download the release again."
         )
     files = Tensors.open(folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import comfy.conds
@@ -18,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ....dcgen.backbones import BACKBONES, Config
+from ....dcgen.folder import Release
 from ..family import Family
 from ..latent_format import ModelInfo
 
@@ -119,7 +119,7 @@ class Pebble(Family):
     def text_width(self, config: Config) -> int:
         return config["text_dim"]
 
-    def load_text(self, release: Path, index: dict[str, Any], disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    def load_text(self, release: Release, disable_dynamic: bool = False) -> comfy.sd.CLIP:
         raise ValueError("Pebble reads no text in ComfyUI")
 
 

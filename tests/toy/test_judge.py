@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.evaluate import Evaluator, Judge, frechet, load_evaluator
+from train.evaluate.judge import Evaluator, Judge, frechet, load_evaluator
 from train.toy.pictures import Pair
 
 

@@ -116,11 +116,7 @@ class Judge:
 
     def score(self, images: Tensor, pairs: Sequence[Pair]) -> Score:
         """images (B,3,H,W) in -1..1, made for the captions of `pairs`, in that order."""
-        if len(images) != len(pairs):
-            raise ValueError(f"{len(images)} images for {len(pairs)} captions")
-        subjects, colors = (torch.cat(part) for part in zip(*_chunks(self.model, images), strict=True))
-        right_subject = subjects.argmax(1) == torch.tensor([p.subject for p in pairs])
-        right_color = colors.argmax(1) == torch.tensor([p.color for p in pairs])
+        right_subject, right_color = self.recognised(images, pairs)
         both = (right_subject & right_color).float()
         unseen = torch.tensor([(p.subject, p.color) in self.held_out for p in pairs])
         return Score(
@@ -130,6 +126,14 @@ class Judge:
             both=both.mean().item(),
             both_held_out=both[unseen].mean().item() if unseen.any() else float("nan"),
         )
+
+    def recognised(self, images: Tensor, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        """Whether the subject and the colour asked for are seen, (B,) bool each, in images (B,3,H,W) in -1..1."""
+        if len(images) != len(pairs):
+            raise ValueError(f"{len(images)} images for {len(pairs)} captions")
+        subjects, colors = (torch.cat(part) for part in zip(*_chunks(self.model, images), strict=True))
+        wanted = torch.tensor([[p.subject, p.color] for p in pairs])
+        return subjects.argmax(1) == wanted[:, 0], colors.argmax(1) == wanted[:, 1]
 
     def features(self, images: Tensor) -> Tensor:
         """(B,F) of images (B,3,H,W) in -1..1, for frechet()."""
