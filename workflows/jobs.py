@@ -247,11 +247,9 @@ def four_bit() -> Workflow:
     w = Workflow(
         "FLUX 4K, 4-bit",
         "## 4K from one 4-bit or 8-bit file\n\nOne .safetensors in `models/diffusion_models`. None is published; in "
-        "this pack's folder, with the release of the FLUX 4K template:\n\n```\npython -m dcgen.quantize RELEASE "
-        "--format nvfp4 -o dcgen-flux1-krea-4k-nvfp4.safetensors\n```\n\n`nvfp4` multiplies in 4 bits on Blackwell "
-        "GPUs (RTX 50), others expand it. `int8`, `w6a8` and `w4a8` (8, 6 and 4 bits) run on every RTX card, from "
-        "ComfyUI 0.33 on. "
-        f"Its autoencoder:{GET_F64}For nunchaku's files there is a separate workflow.\n\n{MEMORY_4K}",
+        "this pack's folder, `python -m dcgen.quantize RELEASE --format nvfp4 -o OUT` makes it from a release folder. "
+        "`nvfp4` multiplies in 4 bits on Blackwell GPUs; `int8` and `w4a8` (8 and 4 bits) run on every RTX card, from "
+        f"ComfyUI 0.33 on. Its autoencoder:{GET_F64}{MEMORY_4K}",
     )
     name = "dcgen-flux1-krea-4k-nvfp4.safetensors"
     model = w.node("DCGenModelLoader", model_name=name, weight_dtype="default")

@@ -51,7 +51,9 @@ def network_tensors(model: Model) -> list[Unit]:
     entries = model.entries
     if not model.backbone.original_network:
         return [Unit(entry, (key,), partial(model.get, key)) for key, entry in entries.items()]
-    units = [Unit(entry, rule.parts, partial(rule.join, model.get)) for rule, entry in model.original_entries(entries)]
+    units = [
+        Unit(entry, rule.parts, partial(model.get_original, rule)) for rule, entry in model.original_entries(entries)
+    ]
     extras = model.extras.items()
     return units + [Unit(entry, (), partial(model.get_extra, key)) for key, entry in extras]
 
