@@ -4,8 +4,8 @@
 
 needs a running ComfyUI with this pack, Chromium and Pillow. Each job becomes NAME.json (for the template browser),
 NAME.jpg (its thumbnail) and api/NAME.json (the same graph for scripts that POST to /prompt). The thumbnail shows the
-graph's output if all its weights ship with the pack, else the graph. Nodes are placed by their size on the page, the
-larger of classic rendering and Nodes 2.0.
+graph's output if all its weights ship with the pack, else a diagram (thumbnail.py). Nodes are placed by their size on
+the page, the larger of classic rendering and Nodes 2.0.
 
     python workflows/build.py http://127.0.0.1:8188 --nodes
     python workflows/build.py http://127.0.0.1:8188 --blueprints
@@ -35,6 +35,7 @@ sys.path.insert(0, str(HERE))  # a test loads this file by its path
 
 from graph import FOREIGN, Workflow, has_widgets  # noqa: E402
 from jobs import BLUEPRINTS, JOBS  # noqa: E402
+from thumbnail import draw  # noqa: E402
 
 VUE_NODES = "Comfy.VueNodes.Enabled"
 
@@ -61,20 +62,6 @@ const nodes = () => [...document.querySelectorAll("[data-node-id]")];
 const look = () => JSON.stringify(nodes().map((e) => [e.offsetWidth, e.offsetHeight]));
 const before = look();
 return new Promise((done) => setTimeout(() => done(before === look()), 300));
-"""
-
-
-# Fits the graph into the free part of the page; returns its rectangle.
-FRAME = """
-const boxes = app.graph._nodes.map((n) => [n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]);
-const [left, top] = [0, 1].map((i) => Math.min(...boxes.map((box) => box[i])) - 20);
-const [right, bottom] = [2, 3].map((i) => Math.max(...boxes.map((box) => box[i])) + 20);
-const scale = Math.min(1480 / (right - left), 740 / (bottom - top));
-app.canvas.ds.scale = scale;
-app.canvas.ds.offset = [80 / scale - left, 100 / scale - top];
-app.canvas.low_quality_zoom_threshold = 0.1;
-app.canvas.draw(true, true);
-return [80, 100, (right - left) * scale, (bottom - top) * scale];
 """
 
 
@@ -105,17 +92,6 @@ def _browser():
     sys.modules["browser"] = module
     spec.loader.exec_module(module)
     return module
-
-
-def _graph_image(page, file: Path) -> None:
-    """Write an image of the graph, as a JPEG 640 pixels wide."""
-    page.js("document.querySelectorAll('.p-toast').forEach((one) => one.style.setProperty('display', 'none'))")
-    for _ in range(2):  # the page moves the view again after loading a graph
-        x, y, width, height = page.js(f"(() => {{ {FRAME} }})()")
-        page.js("new Promise((done) => setTimeout(done, 600))")
-    clip = {"x": x, "y": y, "width": width, "height": height, "scale": 640 / width}
-    screenshot = page.call("Page.captureScreenshot", format="jpeg", quality=82, clip=clip)
-    file.write_bytes(base64.b64decode(screenshot["data"]))
 
 
 def _output_image(url: str, api: dict, file: Path) -> None:
@@ -193,7 +169,7 @@ def _close_dialogs(page) -> None:
         time.sleep(0.25)
     if page.js("!!document.querySelector('[role=dialog]')?.offsetParent"):
         raise SystemExit(
-            "a dialog lies over the graph and would be in the thumbnail; close it in the page and try again"
+            "a dialog lies over the graph, which cannot be measured then; close it in the page and try again"
         )
 
 
@@ -278,7 +254,7 @@ def build(url: str, names: list[str]) -> None:
             if name in SELF_CONTAINED:
                 _output_image(url, api, HERE / f"{name}.jpg")
             else:
-                _graph_image(page, HERE / f"{name}.jpg")
+                draw(name)
             print(name, len(ui["nodes"]), "nodes")
 
 
