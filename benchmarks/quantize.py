@@ -34,7 +34,7 @@ from dcgen.quantize.write import quantize_model, quantized
 from dcgen.release import Model, open_model
 from dcgen.tensors import Tensors
 from train.activations import block_layers, largest_inputs
-from train.evaluate.spec import FIRST_UNSEEN, Judge
+from train.evaluate.judge import FIRST_UNSEEN, Judge
 from train.generate import Pipeline
 from train.sample import seeded_noise
 from train.toy.pictures import SIZE
