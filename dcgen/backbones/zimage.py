@@ -92,6 +92,7 @@ class ZImage(Backbone):
         "layer": ("n_layers", "layers", "layers"),
     }
     identity_layers: ClassVar[dict[str, str]] = {"layer": "attention.to_q"}
+    modulation: ClassVar[dict[str, tuple[str, ...]]] = dict.fromkeys(("noise", "layer"), ("adaLN_modulation.0",))
     base_spatial_factor = 8
     signature_fields = ("n_layers", "n_refiner_layers", "n_heads", "cap_feat_dim")
     extra_signature_fields = ("axes_dims", "rope_theta")

@@ -18,7 +18,7 @@ Chunks = Iterator[Tensor]  # (B, C, rows, W) pieces of one image, top to bottom
 
 # Most rows that a Window puts before a chunk (halving the size), and after the last one.
 HEAD, TAIL = 3, 1
-_SPARE = "_dcgen_spare_rows"
+_BUFFER = "_dcgen_buffer"  # of a chunk with rows to spare: (the tensor it is a part of, the number of its first row)
 
 
 def with_spare_rows(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
@@ -34,23 +34,19 @@ def with_spare_rows(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor
         device=like.device,
         memory_format=torch.channels_last,
     )
-    return _marked(buffer[:, :, HEAD : HEAD + rows], HEAD, TAIL) if extra else buffer
+    return _part(buffer, HEAD, rows) if extra else buffer
 
 
-def _marked(chunk: Tensor, head: int, tail: int) -> Tensor:
-    """Note on the chunk itself how many rows of its memory belong to it before and after: a view does not tell."""
-    setattr(chunk, _SPARE, (head, tail))
+def _part(buffer: Tensor, start: int, rows: int) -> Tensor:
+    """Rows of a buffer, which know that they are."""
+    chunk = buffer[:, :, start : start + rows]
+    setattr(chunk, _BUFFER, (buffer, start))
     return chunk
 
 
-def _spare(chunk: Tensor) -> tuple[int, int]:
-    found: tuple[int, int] = getattr(chunk, _SPARE, (0, 0))
-    return found
-
-
 def has_spare_rows(chunk: Tensor) -> bool:
-    """Whether `chunk` is one of with_spare_rows."""
-    return hasattr(chunk, _SPARE)
+    """Whether `chunk` is one of with_spare_rows, or a part of one that `regroup` cut."""
+    return hasattr(chunk, _BUFFER)
 
 
 class Window:
@@ -78,9 +74,10 @@ class Window:
     def _joined(self, x: Tensor, after: int) -> Tensor:
         """The kept rows or the zeros at the top, x, and `after` rows of zeros."""
         before = self.top if self.kept is None else self.kept.shape[2]
-        head, tail = _spare(x)
-        if before <= head and after <= tail:
-            return self._filled(x, before, after)
+        buffer, start = getattr(x, _BUFFER, (x, 0))
+        stop = start + x.shape[2]
+        if before <= start and stop + after <= buffer.shape[2]:
+            return self._filled(buffer[:, :, start - before : stop + after], before, after)
         parts = [x]
         if self.kept is not None:
             parts.insert(0, self.kept)
@@ -90,18 +87,13 @@ class Window:
             parts.append(self._zeros(x, after))
         return torch.cat(parts, 2) if len(parts) > 1 else x
 
-    def _filled(self, x: Tensor, before: int, after: int) -> Tensor:
-        """x and the rows around it in the same memory. Before a part of a chunk these are the rows kept from it."""
-        if not before and not after:
-            return x
-        rows = x.shape[2]
-        offset = x.storage_offset() - before * x.stride(2)
-        joined = x.as_strided((*x.shape[:2], before + rows + after, x.shape[3]), x.stride(), offset)
+    def _filled(self, joined: Tensor, before: int, after: int) -> Tensor:
+        """A chunk and the rows around it in one memory. Before a part of a chunk these are the rows kept from it."""
         if before:
             edge = joined[:, :, :before]
             edge.zero_() if self.kept is None else edge.copy_(self.kept)
         if after:
-            joined[:, :, before + rows :].zero_()
+            joined[:, :, joined.shape[2] - after :].zero_()
         return joined
 
     @staticmethod
@@ -163,13 +155,11 @@ def _cut(held: list[Tensor], rows: int) -> list[Tensor]:
     if count <= rows:
         return [joined]
     part = math.ceil(count / math.ceil(count / rows))
-    head, tail = _spare(joined)
-    if not head:
-        return [joined[:, :, start : start + part] for start in range(0, count, part)]
-    return [
-        _marked(joined[:, :, start : start + part], head + start, tail if start + part >= count else 0)
-        for start in range(0, count, part)
-    ]
+    starts = range(0, count, part)
+    if not has_spare_rows(joined):
+        return [joined[:, :, start : start + part] for start in starts]
+    buffer, first = getattr(joined, _BUFFER)
+    return [_part(buffer, first + start, min(part, count - start)) for start in starts]
 
 
 def drain(items: list[Item]) -> Iterator[Item]:

@@ -68,8 +68,16 @@ def _plain_weights(source: Model, family: Family) -> Weights:
 
     def parts(lazy: bool) -> Parts:
         model = replace(source, tensors=mapped(source.tensors)) if lazy else source
+
+        def tensor(name: str) -> Tensor:
+            if not rules:
+                return model.get(name)
+            # What is joined is new memory: its parts would stay in the map beside it.
+            reader = source if len(rules[name].parts) > 1 else model
+            return reader.get_original(rules[name])
+
         for names in by_layer(entries):
-            yield {name: model.get_original(rules[name]) if rules else model.get(name) for name in names}
+            yield {name: tensor(name) for name in names}
 
     return Weights(source.tensors.path, meta_tensors(entries.values()), parts)
 

@@ -100,7 +100,7 @@ def test_refusals_come_before_any_compute(ran):
     wanted = {
         "merged model": ["already runs on"],
         "twice": ["already runs on", "test-ae"],
-        "f8 latent": ["16", "8 channels at f32", "DCGenEmptyLatent"],
+        "f8 latent": ["16", "8 channels at f32", "Empty Latent (DC-Gen)"],
         "deep latent": ["16 channels at f8"],
         "size": ["100x64", "multiples of 32", "96x64"],
         "base": ["num_layers: 2", "19"],

@@ -27,11 +27,15 @@ def _threads_again():
 def test_waiting_threads_are_told_to_sleep_before_torch_is_loaded():
     look = """
 import os, sys
+from importlib.machinery import ModuleSpec
 class Look:
     def find_spec(self, name, path=None, target=None):
-        if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("KMP_BLOCKTIME"), flush=True)
-            os._exit(0)
+        return ModuleSpec(name, self) if name == "torch" else None
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("KMP_BLOCKTIME"), flush=True)
+        os._exit(0)
 sys.meta_path.insert(0, Look())
 import train.demo
 """

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dcgen.adapter import Adapter, load_adapter, save_adapter
+from dcgen.files import weight_files
 from dcgen.folder import VAE
 from dcgen.release import open_model
 from dcgen.schedule import LINEAR, Schedule
@@ -213,22 +214,33 @@ class MovedStage(DenoisingStage):
     def _preview_base(self) -> None:
         """Write previews/base.png, the base's images of the preview prompts, unless it is there or not wanted (rank 0).
 
-        A base that already works on this latent has none, and one that takes more than prompts cannot be asked.
+        A base that already works on this latent has none, and one that takes more than prompts cannot be asked; one
+        that came without its autoencoder takes the cache's.
         """
         c, file = self.config, self.folder / "previews" / "base.png"
         wanted = c.preview_base and c.preview_every and c.preview_prompts and c.autoencoder and c.start != KEEP
         if self.context.rank or not wanted or of_samples(self.family.fields) or file.is_file():
             return
+        autoencoder = self._base_autoencoder()
+        if autoencoder is None:
+            return
         try:
-            save_png(file, grid(self._base_images(), self.preview_columns))
+            save_png(file, grid(self._base_images(autoencoder), self.preview_columns))
         except torch.OutOfMemoryError:  # the training may fit all the same: its ranks can share the weights
             print("the base's previews need more memory than this device has; going on without", file=sys.stderr)
 
-    def _base_images(self) -> Tensor:
+    def _base_autoencoder(self) -> Path | None:
+        """The base's own autoencoder: of its release, or the one that the recipe's cache stage names."""
+        if (self.base / VAE).is_dir() and weight_files(self.base / VAE):
+            return self.base / VAE
+        teacher = getattr(self.context.recipe.stages.get(self.config.cache), "teacher", "")
+        return self.context.resolve(teacher) if teacher else None
+
+    def _base_images(self, autoencoder: Path) -> Tensor:
         """(B,3,H,W) in -1..1. The base is gone again before the moved network is loaded: memory holds one of them."""
         c, prompts = self.config, list(self.config.preview_prompts)
         settings: dict[str, Any] = {"device": self.device, "dtype": self.frozen_dtype}
-        pipeline = Pipeline(self.base, **settings, text_tokens=self.cache.text_tokens)
+        pipeline = Pipeline(self.base, autoencoder=autoencoder, **settings, text_tokens=self.cache.text_tokens)
         height, width = self.cache.samples[self.cache.buckets()[0][0]]["size"]
         narrow = self.frozen_dtype != torch.float32
         with torch.autocast(self.device.type, self.frozen_dtype if narrow else None, enabled=narrow):
